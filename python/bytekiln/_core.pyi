@@ -1,0 +1,142 @@
+"""The Rust core's Python surface. Public names are re-exported by `bytekiln`."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from os import PathLike
+from typing import Any, Literal, TypeAlias, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+__version__: str
+UNICODE_VERSION: str
+
+StrPath: TypeAlias = str | PathLike[str]
+Progress: TypeAlias = Callable[[str, int, int], object]
+
+@final
+class Tokenizer:
+    @staticmethod
+    def from_file(
+        path: StrPath,
+        *,
+        special_tokens: Sequence[str] | dict[str, int] | None = None,
+        pattern: str | None = None,
+    ) -> Tokenizer: ...
+    @staticmethod
+    def from_vocab_and_merges(
+        vocab: StrPath | dict[int, bytes],
+        merges: StrPath | Sequence[tuple[bytes, bytes]],
+        *,
+        special_tokens: Sequence[str] | dict[str, int] | None = None,
+        pattern: str = "gpt2",
+    ) -> Tokenizer: ...
+    def save(
+        self,
+        path: StrPath,
+        *,
+        format: Literal["tokenizer.json", "vocab+merges", "tiktoken"] = "tokenizer.json",
+        overwrite: bool = False,
+    ) -> None: ...
+    def to_json(self) -> str: ...
+    @staticmethod
+    def from_json(text: str) -> Tokenizer: ...
+    @property
+    def vocab(self) -> dict[int, bytes]: ...
+    @property
+    def merges(self) -> list[tuple[bytes, bytes]]: ...
+    @property
+    def special_tokens(self) -> dict[str, int]: ...
+    @property
+    def pattern(self) -> str: ...
+    @property
+    def n_vocab(self) -> int: ...
+    @property
+    def eot_id(self) -> int | None: ...
+    @property
+    def hash(self) -> str: ...
+    def encode(
+        self,
+        text: str,
+        *,
+        allowed_special: Literal["all"] | Iterable[str] = (),
+        disallowed_special: Literal["all"] | Iterable[str] = (),
+    ) -> list[int]: ...
+    def encode_ordinary(self, text: str) -> list[int]: ...
+    def encode_to_numpy(
+        self,
+        text: str,
+        *,
+        allowed_special: Literal["all"] | Iterable[str] = (),
+        disallowed_special: Literal["all"] | Iterable[str] = (),
+    ) -> NDArray[np.uint16] | NDArray[np.uint32]: ...
+    def encode_bytes(
+        self, data: bytes, *, errors: Literal["error", "replace", "bytes"] = "error", allowed_special: Literal["all"] | Iterable[str] = ()
+    ) -> list[int]: ...
+    def encode_batch(
+        self,
+        texts: Sequence[str],
+        *,
+        allowed_special: Literal["all"] | Iterable[str] = (),
+        disallowed_special: Literal["all"] | Iterable[str] = (),
+        threads: int | None = None,
+    ) -> list[list[int]]: ...
+    def encode_iter(
+        self, chunks: Iterable[str], *, allowed_special: Literal["all"] | Iterable[str] = ()
+    ) -> Iterator[int]: ...
+    def decode(
+        self,
+        ids: Sequence[int] | NDArray[Any],
+        *,
+        errors: Literal["strict", "replace", "ignore"] = "replace",
+        skip_special_tokens: bool = False,
+    ) -> str: ...
+    def decode_bytes(self, ids: Sequence[int] | NDArray[Any], *, skip_special_tokens: bool = False) -> bytes: ...
+    def token_to_id(self, token: str | bytes) -> int | None: ...
+    def id_to_token(self, id: int) -> bytes: ...
+    def __len__(self) -> int: ...
+    def __reduce__(self) -> tuple[Callable[[str], Tokenizer], tuple[str]]: ...
+    def __copy__(self) -> Tokenizer: ...
+    def __deepcopy__(self, memo: object) -> Tokenizer: ...
+
+def train_bpe(
+    files: Sequence[StrPath],
+    *,
+    vocab_size: int,
+    special_tokens: Sequence[str] = (),
+    pattern: str = "gpt2",
+    tie_break: Literal["lexicographic", "huggingface"] = "lexicographic",
+    errors: Literal["error", "replace", "bytes"] = "error",
+    threads: int | None = None,
+    chunk_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[Tokenizer, dict[str, Any]]:
+    """Returns the tokenizer and the statistics of the run:
+    bytes, pretokens, distinct_pretokens, merges, requested_merges (fewer merges than requested: no pair was left),
+    count_s, merge_s, threads, longest_token (bytes)."""
+
+def train_bpe_from_iterator(
+    texts: Iterable[str | bytes],
+    *,
+    vocab_size: int,
+    special_tokens: Sequence[str] = (),
+    pattern: str = "gpt2",
+    tie_break: Literal["lexicographic", "huggingface"] = "lexicographic",
+    errors: Literal["error", "replace", "bytes"] = "error",
+    progress: Progress | None = None,
+) -> tuple[Tokenizer, dict[str, Any]]: ...
+def encode_files(
+    tokenizer: Tokenizer,
+    inputs: Sequence[StrPath],
+    out: StrPath,
+    *,
+    dtype: Literal["uint16", "uint32"] | None = None,
+    append_eot: bool | None = None,
+    errors: Literal["error", "replace", "bytes"] = "error",
+    overwrite: bool = False,
+    threads: int | None = None,
+    chunk_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Writes `out` (.bin: raw little-endian; anything else: .npy) and `out + ".json"`; returns the manifest."""
+
+def payload_checksum(path: StrPath, offset: int = 0) -> str: ...

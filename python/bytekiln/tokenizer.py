@@ -1,0 +1,138 @@
+"""The tokenizer's public door: train one, and turn files into token files.
+
+In: paths or texts. Out: a `Tokenizer` (the Rust class itself, so that a call on a short string
+costs no Python frame) and `TokenFile`s. Called by users and by the `bpe-*` commands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from os import PathLike
+from typing import Literal
+
+from bytekiln import _core
+from bytekiln._core import Progress, Tokenizer
+from bytekiln.tokenfile import TokenFile
+
+__all__ = ["Tokenizer", "encode_files", "train_bpe", "train_bpe_from_iterator"]
+
+TieBreak = Literal["lexicographic", "huggingface"]
+TextPolicy = Literal["error", "replace", "bytes"]
+
+
+def train_bpe(
+    files: str | PathLike[str] | Sequence[str | PathLike[str]],
+    *,
+    vocab_size: int,
+    special_tokens: Sequence[str] = (),
+    pattern: str = "gpt2",
+    tie_break: TieBreak = "lexicographic",
+    errors: TextPolicy = "error",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Tokenizer:
+    """Train a byte-level BPE tokenizer (Sennrich et al. 2016) on text files.
+
+    Args:
+        files: one path or several; each is a separate text, no pre-token crosses a file border.
+        vocab_size: tokens in all: 256 bytes + merges + special tokens. Fewer come out where no pair is left.
+        special_tokens: hard boundaries in the text, never part of a merge; they get the highest ids.
+        pattern: `gpt2`, `cl100k`, `o200k`, or a regular expression of the fancy-regex dialect; text that it
+            does not match becomes pre-tokens of its own, so that nothing is lost.
+        tie_break: which of the equally frequent pairs merges first: `lexicographic` takes the greatest pair of
+            byte strings, `huggingface` the smallest pair of ids as Hugging Face's trainer numbers them.
+        errors: what to do with invalid UTF-8: `error` (names file and byte offset), `replace` (U+FFFD),
+            `bytes` (keep the bytes; pre-token borders fall as if each were U+FFFD).
+        threads: default: one a core. The result never depends on it.
+        progress: called as `progress(stage, done, total)` about ten times a second.
+
+    Raises:
+        FileError: a file is missing, unreadable, empty or a directory.
+        TextError: invalid UTF-8 under `errors="error"`.
+        ConfigError: vocabulary too small, empty or duplicate special token, unknown pattern.
+    """
+    paths = [files] if isinstance(files, str | PathLike) else list(files)
+    return _core.train_bpe(
+        paths,
+        vocab_size=vocab_size,
+        special_tokens=special_tokens,
+        pattern=pattern,
+        tie_break=tie_break,
+        errors=errors,
+        threads=threads,
+        progress=progress,
+    )[0]
+
+
+def train_bpe_from_iterator(
+    texts: Iterable[str | bytes],
+    *,
+    vocab_size: int,
+    special_tokens: Sequence[str] = (),
+    pattern: str = "gpt2",
+    tie_break: TieBreak = "lexicographic",
+    errors: TextPolicy = "error",
+    progress: Progress | None = None,
+) -> Tokenizer:
+    """Train on documents from an iterator; arguments and errors as in `train_bpe`.
+
+    Each item is one document: no pre-token crosses from one to the next.
+
+    >>> train_bpe_from_iterator(["aaab", "aab"], vocab_size=257).merges
+    [(b'a', b'a')]
+    """
+    return _core.train_bpe_from_iterator(
+        texts,
+        vocab_size=vocab_size,
+        special_tokens=special_tokens,
+        pattern=pattern,
+        tie_break=tie_break,
+        errors=errors,
+        progress=progress,
+    )[0]
+
+
+def encode_files(
+    tokenizer: Tokenizer,
+    inputs: str | PathLike[str] | Sequence[str | PathLike[str]],
+    out: str | PathLike[str],
+    *,
+    dtype: Literal["uint16", "uint32"] | None = None,
+    append_eot: bool | None = None,
+    errors: TextPolicy = "error",
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> TokenFile:
+    """Encode text files, in their order, into one token file with its manifest (docs/formats.md).
+
+    Special tokens that stand in the text are recognised; each occurrence is one id.
+
+    Args:
+        tokenizer: the tokenizer; its hash goes into the manifest.
+        inputs: one path or several, UTF-8 text.
+        out: `.bin` for raw little-endian ids, any other name for `.npy`. Written atomically.
+        dtype: default: uint16 when every id fits, else uint32. uint16 for a larger vocabulary is refused.
+        append_eot: end the text after a file's last end-of-text token with one more; None: only in files that
+            contain one.
+        errors: invalid UTF-8, as in `train_bpe`.
+        overwrite: replace an existing output; refused otherwise.
+        threads: default: one a core. The bytes written never depend on it.
+        progress: called as `progress("encode", bytes_done, bytes_total)`.
+
+    Raises:
+        OutputExistsError, FileError, TextError, ConfigError.
+    """
+    paths = [inputs] if isinstance(inputs, str | PathLike) else list(inputs)
+    _core.encode_files(
+        tokenizer,
+        paths,
+        out,
+        dtype=dtype,
+        append_eot=append_eot,
+        errors=errors,
+        overwrite=overwrite,
+        threads=threads,
+        progress=progress,
+    )
+    return TokenFile.open(out)
