@@ -29,8 +29,7 @@ COMMANDS = {
 }
 
 USERS_TROUBLE = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT)
-    + (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+    getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOENT EISDIR ENOTDIR ENAMETOOLONG".split()
 )
 """Operating-system errors that tell of the user's files and disks, not of a mistake in the program."""
 

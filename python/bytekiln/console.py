@@ -257,7 +257,11 @@ class Parser(argparse.ArgumentParser):
         """Every long flag that this command knows."""
         return [s for s in self._option_string_actions if s.startswith("--")]
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # type: ignore[override]
+        self,
+        args: Sequence[str] | None = None,
+        namespace: argparse.Namespace | None = None,
+    ) -> tuple[argparse.Namespace, list[str]]:
         """Normalise the spelling of flags and refuse unknown ones before argparse complains of anything else."""
         given = list(sys.argv[1:] if args is None else args)
         end = given.index("--") if "--" in given else len(given)
