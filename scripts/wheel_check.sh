@@ -1,0 +1,53 @@
+#!/bin/sh
+# Proves that the wheel works without the source tree: builds it, installs it into an empty environment in a
+# temporary folder and runs the commands there. The bpe-* commands run with nothing else installed but numpy
+# and rich; only then are the other packages of the development environment lent (not downloaded again), for
+# `lm-train --help`.
+set -eu
+
+cd "$(dirname "$0")/.."
+venv=${BYTEKILN_VENV:-.venv}
+case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+say() { printf 'wheel-check: %s\n' "$*"; }
+
+say "building the wheel"
+"$venv/bin/maturin" build --release --quiet --out "$work/dist"
+say "installing it into an empty environment"
+"$venv/bin/python" -m venv "$work/env"
+"$work/env/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$work"/dist/*.whl
+"$work/env/bin/python" -m pip install --quiet --disable-pip-version-check numpy rich
+
+cd "$work"
+unset PYTHONPATH
+for i in 1 2 3 4 5 6 7 8; do
+    printf 'the kiln is warm, the clay is wet; pot number %s goes in.\n<|endoftext|>' "$i"
+done >text.txt
+env/bin/bpe-train text.txt --vocab-size 300 --special-token "<|endoftext|>" --out tokenizer.json
+env/bin/bpe-encode text.txt --tokenizer tokenizer.json --out text.npy
+env/bin/bpe-inspect tokenizer.json --text text.txt
+env/bin/python -c '
+import sys, bytekiln
+assert not bytekiln.__file__.startswith(sys.argv[1]), bytekiln.__file__
+t = bytekiln.Tokenizer.from_file("tokenizer.json")
+ids = bytekiln.TokenFile.open("text.npy").array.tolist()
+assert t.decode(ids) == open("text.txt").read(), "the text does not come back"
+' "$venv"
+if env/bin/lm-train --version && ! env/bin/python -c 'import torch' 2>/dev/null; then
+    say "the bpe commands work without torch"
+fi
+
+site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+lent=$(env/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+printf '%s\n' "$site" >"$lent/lent.pth"
+env/bin/lm-train --help >help.txt
+grep -q 'lm-train' help.txt
+env/bin/python -c '
+import sys, bytekiln
+assert bytekiln.__file__.startswith(sys.argv[1]), bytekiln.__file__
+' "$work"
+say "passed"
