@@ -11,10 +11,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from bytekiln import cli, console
 from bytekiln.errors import BytekilnError, ConfigError, DivergedError, FileError, OutputExistsError
+from conftest import ROOT
 
 
 def ending(monkeypatch: pytest.MonkeyPatch, error: BaseException | None) -> int:
@@ -72,8 +72,18 @@ def test_internal_errors_are_one_line_unless_debugging(
         ending(monkeypatch, TypeError("oh"))
 
 
+def a_command(body: str) -> str:
+    """A program whose command `x` runs `body`."""
+    return (
+        "import sys, time\nfrom bytekiln import cli\n"
+        "cli.COMMANDS['x'] = ('__main__', 'command', '')\n"
+        f"def command(argv):\n    {body}\n    return 0\n"
+        "sys.exit(cli.run('x', []))"
+    )
+
+
 def test_sigterm_ends_with_143(tmp_path: Path) -> None:
-    code = "import bytekiln.cli as c, time; c.COMMANDS['x'] = ('__main__', 'x', ''); x = lambda a: print('up', flush=True) or time.sleep(60); import sys; sys.exit(c.run('x', []))"
+    code = a_command("print('up', flush=True); time.sleep(60)")
     p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert p.stdout is not None and p.stdout.readline() == "up\n"
     p.terminate()
@@ -82,7 +92,7 @@ def test_sigterm_ends_with_143(tmp_path: Path) -> None:
 
 
 def test_a_closed_pipe_is_quiet() -> None:
-    code = "import bytekiln.cli as c, sys; c.COMMANDS['x'] = ('__main__', 'x', ''); x = lambda a: [print('y' * 99) for _ in range(99999)] and 0; sys.exit(c.run('x', []))"
+    code = a_command("[print('y' * 99) for _ in range(99999)]")
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as p:
         assert p.stdout is not None and p.stderr is not None
         p.stdout.readline()
@@ -197,7 +207,12 @@ def test_progress_draws_a_bar_on_a_terminal() -> None:
     import os
     import pty
 
-    code = "import bytekiln.console as c, time; c.QUIET_S = 0\nwith c.Progress('turning', 10, 'bowls') as b:\n for i in range(11): b.update(i, loss=0.5); time.sleep(0.03)\n print('above')"
+    code = (
+        "import bytekiln.console as c, time\nc.QUIET_S = 0\n"
+        "with c.Progress('turning', 10, 'bowls') as b:\n"
+        "    for i in range(11):\n        b.update(i, loss=0.5); time.sleep(0.03)\n"
+        "    print('above')"
+    )
     main, side = pty.openpty()
     p = subprocess.Popen([sys.executable, "-c", code], stdout=side, stderr=side, env={**os.environ, "TERM": "xterm"})
     os.close(side)

@@ -22,7 +22,7 @@ FLOORS = {
     4: ["checkpoint"],
     5: ["sample", "evaluate"],
     6: ["train"],
-    7: ["report"],
+    7: ["report", "demo_text"],
     8: ["cli_bpe", "cli_lm", "demo"],
     9: ["cli"],
 }
