@@ -1,0 +1,117 @@
+//! Writing a file so that a reader sees the old one or the whole new one: temporary file in the same folder,
+//! fsync, rename, fsync of the folder. The temporary file is locked, so a second writer is refused by name.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+
+/// An output that takes its name only in [`commit`](AtomicFile::commit); dropped before, it leaves nothing.
+#[derive(Debug)]
+pub struct AtomicFile {
+    path: PathBuf,
+    partial: PathBuf,
+    file: File,
+    committed: bool,
+}
+
+impl AtomicFile {
+    /// Begins to write `path`.
+    ///
+    /// # Errors
+    /// [`Error::Exists`] unless `overwrite`; [`Error::File`] for a missing or unwritable folder, or when
+    /// another process is writing the same output.
+    pub fn create(path: &Path, overwrite: bool) -> Result<Self> {
+        check_output(path, overwrite)?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let partial = path.with_file_name(format!(".{name}.partial"));
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&partial)
+            .map_err(|e| Error::io(path, &e))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let what =
+                    format!("another process is writing it ({}); expected to be its only writer", partial.display());
+                return Err(Error::File { path: path.into(), what });
+            }
+            Err(TryLockError::Error(e)) => return Err(Error::io(path, &e)),
+        }
+        let this = Self { path: path.into(), partial, file, committed: false };
+        // What a killed writer left behind.
+        this.file.set_len(0).map_err(|e| Error::io(path, &e))?;
+        Ok(this)
+    }
+
+    /// Appends bytes.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file.write_all(bytes).map_err(|e| Error::io(&self.path, &e))
+    }
+
+    /// Replaces the bytes at the beginning.
+    pub fn write_head(&mut self, bytes: &[u8]) -> Result<()> {
+        let written = self
+            .file
+            .seek(SeekFrom::Start(0))
+            .and_then(|_| self.file.write_all(bytes))
+            .and_then(|()| self.file.seek(SeekFrom::End(0)));
+        written.map(drop).map_err(|e| Error::io(&self.path, &e))
+    }
+
+    /// Makes it durable under its name.
+    pub fn commit(mut self) -> Result<()> {
+        let renamed = self.file.sync_all().and_then(|()| fs::rename(&self.partial, &self.path));
+        renamed.and_then(|()| sync_folder(&self.path)).map_err(|e| Error::io(&self.path, &e))?;
+        self.committed = true;
+        Ok(())
+    }
+}
+
+impl Drop for AtomicFile {
+    fn drop(&mut self) {
+        if !self.committed {
+            // Nothing more can be done about a failure here; the next writer takes the name over.
+            let _ = fs::remove_file(&self.partial);
+        }
+    }
+}
+
+/// Refuses an output before any work is done for it.
+pub fn check_output(path: &Path, overwrite: bool) -> Result<()> {
+    let folder = folder_of(path);
+    if !folder.is_dir() {
+        return Err(Error::File {
+            path: folder.into(),
+            what: format!("no such folder; expected the folder of {}", path.display()),
+        });
+    }
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() => {
+            Err(Error::File { path: path.into(), what: "is a directory; expected the name of an output file".into() })
+        }
+        Ok(_) if !overwrite => Err(Error::Exists(path.into())),
+        _ => Ok(()),
+    }
+}
+
+/// Writes a small file whole.
+pub fn write_file(path: &Path, bytes: &[u8], overwrite: bool) -> Result<()> {
+    let mut file = AtomicFile::create(path, overwrite)?;
+    file.write(bytes)?;
+    file.commit()
+}
+
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+fn sync_folder(path: &Path) -> io::Result<()> {
+    if cfg!(unix) { File::open(folder_of(path))?.sync_all() } else { Ok(()) }
+}

@@ -1,0 +1,241 @@
+//! Text files → one token file.
+//!
+//! In: paths and an [`Encoder`]. Out: a token file and its [`Manifest`]. Called by the binding.
+//!
+//! Every thread takes the next chunk, encodes it, waits for its turn and writes; so the bytes written do not
+//! depend on the threads, and memory is threads × chunk whatever the input's size.
+
+use std::path::Path;
+use std::sync::{Condvar, Mutex};
+use std::thread;
+
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::encode::Encoder;
+use crate::error::{Error, Result};
+use crate::input::{Chunk, ChunkReader, Inputs};
+use crate::pretokenize::{Piece, TextPolicy};
+use crate::progress::{Progress, Stage};
+use crate::tokens::{Dtype, Manifest, Source, TokenWriter, checksum_text};
+use crate::train::TokenId;
+
+/// How to encode files; the defaults are those of the command line.
+#[derive(Debug, Clone)]
+pub struct EncodeOptions {
+    /// How an id is stored; `None`: the smallest type that fits.
+    pub dtype: Option<Dtype>,
+    /// End the text behind a file's last end-of-text token with one more; `None`: in files that contain one.
+    pub append_eot: Option<bool>,
+    /// Bytes that are not UTF-8.
+    pub policy: TextPolicy,
+    /// Replace an existing output.
+    pub overwrite: bool,
+    /// Threads that encode.
+    pub threads: usize,
+    /// Bytes of text a chunk.
+    pub chunk_bytes: usize,
+}
+
+/// A chunk after encoding.
+#[derive(Default)]
+struct Encoded {
+    ids: Vec<TokenId>,
+    packed: Vec<u8>,
+    text_bytes: u64,
+    max_id: Option<TokenId>,
+    /// End-of-text tokens in the chunk.
+    ends: u64,
+    /// Whether text that is more than white space stands behind the chunk's last end of text (or in all of it).
+    open_text: bool,
+}
+
+/// What is written, and whose turn it is.
+struct Output {
+    writer: TokenWriter,
+    turn: u64,
+    text_bytes: u64,
+    documents: u64,
+    max_id: Option<TokenId>,
+    /// Of the file that is being written: end-of-text tokens so far, and text behind the last one.
+    file_ends: u64,
+    file_open: bool,
+    file_hash: Xxh3,
+    sources: Vec<Source>,
+    failed: bool,
+}
+
+/// Encodes `inputs`, in their order, into the token file `out`.
+pub fn encode_files(
+    encoder: &Encoder,
+    inputs: &Inputs,
+    out: &Path,
+    options: &EncodeOptions,
+    progress: &Progress,
+) -> Result<Manifest> {
+    let vocab = encoder.vocab();
+    let dtype = options.dtype.unwrap_or_else(|| Dtype::for_vocab(vocab.len()));
+    let eot = vocab.eot();
+    if options.append_eot == Some(true) && eot.is_none() {
+        return Err(Error::Config(
+            "append_eot: the tokenizer has no end-of-text token; expected one special token named <|endoftext|>".into(),
+        ));
+    }
+    refuse_input_as_output(inputs, out)?;
+    progress.begin(Stage::Encode, inputs.total_bytes());
+    let reader = ChunkReader::new(inputs, encoder.splitter(), options.chunk_bytes);
+    let output = Mutex::new(Output {
+        writer: TokenWriter::create(out, dtype, options.overwrite)?,
+        turn: 0,
+        text_bytes: 0,
+        documents: 0,
+        max_id: None,
+        file_ends: 0,
+        file_open: false,
+        file_hash: Xxh3::new(),
+        sources: Vec::new(),
+        failed: false,
+    });
+    let turn_changed = Condvar::new();
+    let job = Job { encoder, inputs, options, dtype, eot };
+
+    let work = || -> Result<()> {
+        let mut chunk = Chunk::default();
+        let mut encoded = Encoded::default();
+        while reader.next(&mut chunk)? {
+            progress.check()?;
+            encoder.with_scratch(|scratch| job.encode(&chunk, &mut encoded, scratch))?;
+            let guard = output.lock().map_err(|_| Error::Interrupted)?;
+            let waited = turn_changed.wait_while(guard, |o| o.turn != chunk.index && !o.failed);
+            let mut output = waited.map_err(|_| Error::Interrupted)?;
+            if output.failed {
+                return Err(Error::Interrupted);
+            }
+            job.write(&chunk, &encoded, &mut output)?;
+            output.turn += 1;
+            drop(output);
+            turn_changed.notify_all();
+            progress.add(chunk.bytes.len() as u64);
+        }
+        Ok(())
+    };
+    // Whoever fails tells those who wait for its turn.
+    let work = || {
+        let result = work();
+        if result.is_err() {
+            if let Ok(mut output) = output.lock() {
+                output.failed = true;
+            }
+            turn_changed.notify_all();
+        }
+        result
+    };
+    thread::scope(|scope| {
+        let others: Vec<_> = (1..options.threads.max(1)).map(|_| scope.spawn(work)).collect();
+        let mut results = vec![work()];
+        results.extend(
+            others.into_iter().map(|other| other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))),
+        );
+        // The cause comes before the threads that only stopped because of it.
+        let mut errors = results.into_iter().filter_map(Result::err).collect::<Vec<_>>();
+        errors.sort_by_key(|e| matches!(e, Error::Interrupted));
+        errors.into_iter().next().map_or(Ok(()), Err)
+    })?;
+    let output = output.into_inner().map_err(|_| Error::Interrupted)?;
+    progress.check()?;
+    output.writer.finish(|tokens, checksum| Manifest {
+        format: "bytekiln-tokens".into(),
+        version: 1,
+        file: out.file_name().unwrap_or_default().to_string_lossy().into(),
+        dtype,
+        tokens,
+        documents: output.documents,
+        text_bytes: output.text_bytes,
+        vocab_size: vocab.len(),
+        eot_id: eot,
+        max_id: output.max_id,
+        tokenizer_hash: encoder.hash().into(),
+        checksum,
+        sources: output.sources,
+        created_by: concat!("bytekiln ", env!("CARGO_PKG_VERSION")).into(),
+    })
+}
+
+struct Job<'a> {
+    encoder: &'a Encoder,
+    inputs: &'a Inputs,
+    options: &'a EncodeOptions,
+    dtype: Dtype,
+    eot: Option<TokenId>,
+}
+
+impl Job<'_> {
+    fn encode(&self, chunk: &Chunk, encoded: &mut Encoded, scratch: &mut crate::encode::Scratch) -> Result<()> {
+        let Encoded { ids, packed, text_bytes, max_id, ends, open_text } = encoded;
+        ids.clear();
+        packed.clear();
+        (*text_bytes, *ends, *open_text) = (0, 0, false);
+        let special_ids = self.encoder.special_ids();
+        let split = self.encoder.splitter().split_bytes(&chunk.bytes, self.options.policy, |piece| {
+            match piece {
+                Piece::Word(word) => {
+                    *text_bytes += word.len() as u64;
+                    *open_text = *open_text || !word.iter().all(u8::is_ascii_whitespace);
+                }
+                Piece::Special(index) if Some(special_ids[index]) == self.eot => {
+                    *ends += 1;
+                    *open_text = false;
+                }
+                Piece::Special(_) => *open_text = true,
+            }
+            self.encoder.piece(piece, special_ids, scratch, ids);
+        });
+        split.map_err(|e| self.inputs.locate(chunk, e))?;
+        *max_id = ids.iter().copied().max();
+        self.dtype.pack(ids, packed);
+        Ok(())
+    }
+
+    /// Writes a chunk in its turn.
+    fn write(&self, chunk: &Chunk, encoded: &Encoded, output: &mut Output) -> Result<()> {
+        output.writer.write(&encoded.packed)?;
+        output.file_hash.update(&chunk.bytes);
+        output.text_bytes += encoded.text_bytes;
+        output.max_id = output.max_id.max(encoded.max_id);
+        output.documents += encoded.ends;
+        output.file_ends += encoded.ends;
+        output.file_open = encoded.open_text || (output.file_open && encoded.ends == 0);
+        if !chunk.ends_file {
+            return Ok(());
+        }
+        if output.file_open {
+            output.documents += 1;
+            let append = self.options.append_eot.unwrap_or(output.file_ends > 0);
+            if let (true, Some(eot)) = (append, self.eot) {
+                let mut packed = Vec::new();
+                self.dtype.pack(&[eot], &mut packed);
+                output.writer.write(&packed)?;
+                output.max_id = output.max_id.max(Some(eot));
+            }
+        }
+        let path = &self.inputs.paths()[chunk.file];
+        output.sources.push(Source {
+            name: path.file_name().unwrap_or_default().to_string_lossy().into(),
+            bytes: chunk.offset + chunk.bytes.len() as u64,
+            checksum: checksum_text(&output.file_hash),
+        });
+        output.file_hash.reset();
+        (output.file_ends, output.file_open) = (0, false);
+        Ok(())
+    }
+}
+
+/// The output must not be one of the inputs, under whatever name.
+fn refuse_input_as_output(inputs: &Inputs, out: &Path) -> Result<()> {
+    let Ok(out_real) = out.canonicalize() else { return Ok(()) };
+    for path in inputs.paths() {
+        if path.canonicalize().is_ok_and(|real| real == out_real) {
+            return Err(Error::File { path: out.into(), what: "is one of the inputs; expected another output".into() });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,233 @@
+//! Pre-tokens → how often each occurs.
+//!
+//! In: chunks of text. Out: [`WordCounts`], u64 counts that can be merged, so that any split of the work
+//! gives the same sum. Called by `train`.
+
+use std::collections::HashMap;
+use std::thread;
+
+use foldhash::fast::FixedState;
+
+use crate::error::Result;
+use crate::input::{Chunk, ChunkReader, Inputs};
+use crate::pretokenize::{Piece, Splitter, TextPolicy};
+use crate::progress::{Progress, Stage};
+
+/// Longest word that is packed with its length into 16 bytes.
+const PACKED: usize = 15;
+
+/// A word of at most 15 bytes with its length in the top byte; 0 is no word.
+pub(crate) fn pack(word: &[u8]) -> Option<u128> {
+    let n = word.len();
+    let u64_at = |i: usize| -> u64 {
+        let mut b = [0; 8];
+        b.copy_from_slice(&word[i..i + 8]);
+        u64::from_le_bytes(b)
+    };
+    let u32_at = |i: usize| -> u64 {
+        let mut b = [0; 4];
+        b.copy_from_slice(&word[i..i + 4]);
+        u64::from(u32::from_le_bytes(b))
+    };
+    // Two loads that overlap instead of a copy of variable length: the copy is a call, which costs as much as
+    // the look-up.
+    let (low, high) = match n {
+        0 => return None,
+        1..=3 => {
+            let (first, middle, last) = (word[0], word[n / 2], word[n - 1]);
+            let bytes = u64::from(first) | u64::from(middle) << (8 * (n / 2)) | u64::from(last) << (8 * (n - 1));
+            (bytes, 0)
+        }
+        4..=7 => (u32_at(0) | u32_at(n - 4) << (8 * (n - 4)), 0),
+        8 => (u64_at(0), 0),
+        9..=PACKED => (u64_at(0), u64_at(n - 8) >> (8 * (16 - n))),
+        _ => return None,
+    };
+    Some(u128::from(low) | u128::from(high) << 64 | (n as u128) << 120)
+}
+
+/// The bytes of a packed word.
+fn unpack(key: u128) -> Vec<u8> {
+    key.to_le_bytes()[..(key >> 120) as usize].to_vec()
+}
+
+/// A hash of a packed word: one multiplication of its two halves, folded.
+pub(crate) fn hash_packed(key: u128) -> u64 {
+    let product =
+        u128::from(key as u64 ^ 0x9e37_79b9_7f4a_7c15) * u128::from((key >> 64) as u64 ^ 0xd1b5_4a32_d192_ed03);
+    product as u64 ^ (product >> 64) as u64
+}
+
+/// How often each pre-token occurs. Memory grows with the number of distinct ones.
+#[derive(Debug, Clone)]
+pub struct WordCounts {
+    /// Open addressing, linear probing, at most half full; key 0 is a free slot.
+    slots: Vec<(u128, u64)>,
+    used: usize,
+    long: HashMap<Box<[u8]>, u64, FixedState>,
+}
+
+impl Default for WordCounts {
+    fn default() -> Self {
+        Self { slots: vec![(0, 0); 1 << 12], used: 0, long: HashMap::default() }
+    }
+}
+
+impl WordCounts {
+    /// Counts one more `word`.
+    pub fn add(&mut self, word: &[u8]) {
+        self.add_many(word, 1);
+    }
+
+    /// Counts `word` another `count` times.
+    pub fn add_many(&mut self, word: &[u8], count: u64) {
+        match pack(word) {
+            Some(key) => self.add_packed(key, count),
+            None if word.is_empty() => {}
+            None => match self.long.get_mut(word) {
+                Some(n) => *n += count,
+                None => {
+                    self.long.insert(word.into(), count);
+                }
+            },
+        }
+    }
+
+    fn add_packed(&mut self, key: u128, count: u64) {
+        let mask = self.slots.len() - 1;
+        let mut at = hash_packed(key) as usize & mask;
+        loop {
+            let slot = &mut self.slots[at];
+            if slot.0 == key {
+                slot.1 += count;
+                return;
+            }
+            if slot.0 == 0 {
+                *slot = (key, count);
+                break;
+            }
+            at = (at + 1) & mask;
+        }
+        self.used += 1;
+        if self.used * 2 > self.slots.len() {
+            self.grow();
+        }
+    }
+
+    fn grow(&mut self) {
+        let bigger = vec![(0, 0); self.slots.len() * 2];
+        let old = std::mem::replace(&mut self.slots, bigger);
+        let mask = self.slots.len() - 1;
+        for (key, count) in old.into_iter().filter(|slot| slot.0 != 0) {
+            let mut at = hash_packed(key) as usize & mask;
+            while self.slots[at].0 != 0 {
+                at = (at + 1) & mask;
+            }
+            self.slots[at] = (key, count);
+        }
+    }
+
+    /// Adds the counts of `other`.
+    pub fn merge(&mut self, other: Self) {
+        for (key, count) in other.slots.into_iter().filter(|slot| slot.0 != 0) {
+            self.add_packed(key, count);
+        }
+        #[expect(clippy::iter_over_hash_type, reason = "a sum does not depend on the order")]
+        for (word, count) in other.long {
+            *self.long.entry(word).or_default() += count;
+        }
+    }
+
+    /// Number of distinct words.
+    pub fn len(&self) -> usize {
+        self.used + self.long.len()
+    }
+
+    /// Whether nothing was counted.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Every word with its count, the most frequent first, equals in the order of their bytes: no trace of a
+    /// hash table's order is left.
+    pub fn into_sorted(self) -> Vec<(Vec<u8>, u64)> {
+        let short = self.slots.into_iter().filter(|slot| slot.0 != 0).map(|(key, count)| (unpack(key), count));
+        let long = self.long.into_iter().map(|(word, count)| (word.into_vec(), count));
+        let mut words: Vec<_> = short.chain(long).collect();
+        words.sort_unstable_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
+        words
+    }
+}
+
+/// Counts the pre-tokens of text files on `threads` threads, each with a table of its own.
+pub fn count_files(
+    inputs: &Inputs,
+    splitter: &Splitter,
+    policy: TextPolicy,
+    threads: usize,
+    chunk_bytes: usize,
+    progress: &Progress,
+) -> Result<WordCounts> {
+    progress.begin(Stage::Count, inputs.total_bytes());
+    let reader = ChunkReader::new(inputs, splitter, chunk_bytes);
+    let work = || -> Result<WordCounts> {
+        let mut counts = WordCounts::default();
+        let mut chunk = Chunk::default();
+        while reader.next(&mut chunk)? {
+            progress.check()?;
+            count_text(&chunk.bytes, splitter, policy, &mut counts).map_err(|e| inputs.locate(&chunk, e))?;
+            progress.add(chunk.bytes.len() as u64);
+        }
+        Ok(counts)
+    };
+    thread::scope(|scope| {
+        let others: Vec<_> = (1..threads.max(1)).map(|_| scope.spawn(work)).collect();
+        let mut all = work();
+        for other in others {
+            // A panic in a thread is a defect of ours; let it go on as one.
+            let counts = other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            match (&mut all, counts) {
+                (Ok(all), Ok(counts)) => all.merge(counts),
+                (Ok(_), Err(error)) => all = Err(error),
+                (Err(_), _) => {}
+            }
+        }
+        all
+    })
+}
+
+/// Counts the pre-tokens of one text.
+pub fn count_text(bytes: &[u8], splitter: &Splitter, policy: TextPolicy, counts: &mut WordCounts) -> Result<()> {
+    splitter.split_bytes(bytes, policy, |piece| {
+        if let Piece::Word(word) = piece {
+            counts.add(word);
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    proptest! {
+        #[test]
+        fn packing_is_injective(word in prop::collection::vec(any::<u8>(), 1..=PACKED)) {
+            prop_assert_eq!(unpack(pack(&word).unwrap()), word);
+        }
+
+        #[test]
+        fn counts_equal_a_plain_map(words in prop::collection::vec("[ab\u{0}]{0,20}", 0..3000)) {
+            let mut expected = BTreeMap::new();
+            let (mut a, mut b) = (WordCounts::default(), WordCounts::default());
+            for (i, word) in words.iter().enumerate().filter(|(_, w)| !w.is_empty()) {
+                *expected.entry(word.as_bytes().to_vec()).or_insert(0u64) += 1;
+                if i % 3 == 0 { a.add(word.as_bytes()) } else { b.add(word.as_bytes()) }
+            }
+            a.merge(b);
+            prop_assert_eq!(a.len(), expected.len());
+            prop_assert_eq!(a.into_sorted().into_iter().collect::<BTreeMap<_, _>>(), expected);
+        }
+    }
+}

@@ -1,0 +1,499 @@
+//! Text → ids and back.
+//!
+//! In: a [`Vocab`]. Out: [`Encoder`], which is immutable and may be used by any number of threads; each call
+//! borrows a [`Scratch`] with the table of words that it has met. Called by `corpus` and the binding;
+//! `naive` is the specification.
+//!
+//! Cost: a word met before is one look-up. A new word of up to [`SHORT`] bytes is merged by scanning its
+//! ranks (fast in a cache line or two, quadratic), a longer one with a heap (n log n).
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use crate::count::{hash_packed, pack};
+use crate::error::{Error, Result};
+use crate::pretokenize::{Pattern, Piece, SplitStream, Splitter, TextPolicy};
+use crate::train::{Pair, TokenId};
+use crate::vocab::Vocab;
+
+/// Longest piece, in bytes, that is merged by scanning.
+const SHORT: usize = 48;
+/// Ids that fit into a slot of the word table.
+const INLINE: usize = 3;
+/// Slots of a word table that is full; it is emptied then, so its memory stays bounded.
+const MOST_SLOTS: usize = 1 << 19;
+/// Ids kept for words with more than [`INLINE`] of them, before the table is emptied.
+const MOST_SPILLED: usize = 1 << 21;
+
+/// Bytes of text that make another thread worth starting.
+const BATCH_BYTES_A_THREAD: usize = 1 << 16;
+
+const NO_RANK: u32 = u32::MAX;
+
+/// Which special tokens a text may contain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Allowed<'a> {
+    /// None: their text is ordinary text.
+    None,
+    /// Every special token of the vocabulary.
+    All,
+    /// Those named; the others are ordinary text.
+    Only(&'a [String]),
+}
+
+/// Pair → (rank, id), open addressing with linear probing, at most half full.
+#[derive(Debug)]
+struct PairTable {
+    slots: Vec<(u64, u32, TokenId)>,
+    mask: usize,
+}
+
+const NO_PAIR: u64 = u64::MAX;
+
+impl PairTable {
+    fn new(vocab: &Vocab) -> Self {
+        let size = (vocab.merges().len() * 2 + 2).next_power_of_two();
+        let mut this = Self { slots: vec![(NO_PAIR, NO_RANK, 0); size], mask: size - 1 };
+        for merge in vocab.merges() {
+            let key = Self::key(merge.pair);
+            let mut at = this.home(key);
+            while this.slots[at].0 != NO_PAIR && this.slots[at].0 != key {
+                at = (at + 1) & this.mask;
+            }
+            // Of a merge that is listed twice the first counts.
+            if this.slots[at].0 == NO_PAIR {
+                this.slots[at] = (key, merge.rank, merge.id);
+            }
+        }
+        this
+    }
+
+    fn key(pair: Pair) -> u64 {
+        u64::from(pair.0) << 32 | u64::from(pair.1)
+    }
+
+    fn home(&self, key: u64) -> usize {
+        (key.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as usize & self.mask
+    }
+
+    /// Rank and result of a pair; [`NO_RANK`] where it does not merge.
+    #[inline]
+    fn get(&self, pair: Pair) -> (u32, TokenId) {
+        let key = Self::key(pair);
+        let mut at = self.home(key);
+        loop {
+            let slot = &self.slots[at];
+            if slot.0 == key {
+                return (slot.1, slot.2);
+            }
+            if slot.0 == NO_PAIR {
+                return (NO_RANK, 0);
+            }
+            at = (at + 1) & self.mask;
+        }
+    }
+}
+
+/// A slot of the word table: 32 bytes, two a cache line.
+#[derive(Debug, Clone, Copy)]
+struct Slot {
+    key: u128,
+    /// Number of ids; where they are more than [`INLINE`], `ids[0]` says where they begin in `spilled`.
+    len: u32,
+    ids: [TokenId; INLINE],
+}
+
+const FREE: Slot = Slot { key: 0, len: 0, ids: [0; INLINE] };
+
+/// What a call works with: the table of words met so far and buffers. Bounded by [`MOST_SLOTS`].
+#[derive(Debug)]
+pub struct Scratch {
+    slots: Vec<Slot>,
+    used: usize,
+    spilled: Vec<TokenId>,
+    parts: Parts,
+}
+
+#[derive(Debug, Default)]
+struct Parts {
+    ids: Vec<TokenId>,
+    ranks: Vec<u32>,
+    next: Vec<u32>,
+    previous: Vec<u32>,
+    heap: BinaryHeap<Reverse<(u32, u32)>>,
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Self { slots: vec![FREE; 1 << 10], used: 0, spilled: Vec::new(), parts: Parts::default() }
+    }
+}
+
+impl Scratch {
+    /// The slot of a word, or the free one where it belongs.
+    #[inline]
+    fn find(&self, key: u128) -> usize {
+        let mask = self.slots.len() - 1;
+        let mut at = hash_packed(key) as usize & mask;
+        while self.slots[at].key != key && self.slots[at].key != 0 {
+            at = (at + 1) & mask;
+        }
+        at
+    }
+
+    fn remember(&mut self, key: u128, ids: &[TokenId]) {
+        if self.used * 2 >= self.slots.len() {
+            if self.slots.len() >= MOST_SLOTS || self.spilled.len() >= MOST_SPILLED {
+                self.slots.fill(FREE);
+                self.spilled.clear();
+                self.used = 0;
+            } else {
+                let bigger = vec![FREE; self.slots.len() * 4];
+                let old = std::mem::replace(&mut self.slots, bigger);
+                for slot in old.into_iter().filter(|slot| slot.key != 0) {
+                    let at = self.find(slot.key);
+                    self.slots[at] = slot;
+                }
+            }
+        }
+        let mut inline = [0; INLINE];
+        if ids.len() <= INLINE {
+            inline[..ids.len()].copy_from_slice(ids);
+        } else {
+            inline[0] = self.spilled.len() as u32;
+            self.spilled.extend_from_slice(ids);
+        }
+        let at = self.find(key);
+        self.slots[at] = Slot { key, len: ids.len() as u32, ids: inline };
+        self.used += 1;
+    }
+}
+
+/// Encodes and decodes with one vocabulary.
+#[derive(Debug)]
+pub struct Encoder {
+    vocab: Vocab,
+    pairs: PairTable,
+    /// Splits at every special token.
+    splitter: Arc<Splitter>,
+    /// Takes special tokens as text.
+    ordinary: Arc<Splitter>,
+    /// In the order of the splitter's special tokens.
+    special_ids: Arc<[TokenId]>,
+    hash: String,
+    idle: Mutex<Vec<Scratch>>,
+}
+
+impl Encoder {
+    /// Prepares the tables of a vocabulary.
+    pub fn new(vocab: Vocab) -> Result<Self> {
+        let pattern = Arc::new(Pattern::new(vocab.pattern())?);
+        let texts: Vec<String> = vocab.specials().iter().map(|special| special.0.clone()).collect();
+        Ok(Self {
+            pairs: PairTable::new(&vocab),
+            splitter: Arc::new(Splitter::new(pattern.clone(), &texts)?),
+            ordinary: Arc::new(Splitter::new(pattern, &[])?),
+            special_ids: vocab.specials().iter().map(|special| special.1).collect(),
+            hash: vocab.hash(),
+            idle: Mutex::default(),
+            vocab,
+        })
+    }
+
+    /// The vocabulary.
+    pub fn vocab(&self) -> &Vocab {
+        &self.vocab
+    }
+
+    /// [`Vocab::hash`], computed once.
+    pub fn hash(&self) -> &str {
+        &self.hash
+    }
+
+    /// The splitter that recognises every special token.
+    pub fn splitter(&self) -> &Splitter {
+        &self.splitter
+    }
+
+    /// Runs `f` with a word table that earlier calls may have filled.
+    pub fn with_scratch<R>(&self, f: impl FnOnce(&mut Scratch) -> R) -> R {
+        let idle = self.idle.lock().ok().and_then(|mut idle| idle.pop());
+        let mut scratch = idle.unwrap_or_default();
+        let result = f(&mut scratch);
+        if let Ok(mut idle) = self.idle.lock() {
+            idle.push(scratch);
+        }
+        result
+    }
+
+    /// Appends the ids of `text`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where `allowed` names what is not a special token, [`Error::Text`] where a pattern of
+    /// the user's cannot be matched.
+    pub fn encode(&self, text: &str, allowed: Allowed<'_>, out: &mut Vec<TokenId>) -> Result<()> {
+        let (splitter, ids) = self.splitter_for(allowed)?;
+        self.with_scratch(|scratch| splitter.split(text, |piece| self.piece(piece, &ids, scratch, out)))
+    }
+
+    /// Appends the ids of bytes that need not be UTF-8.
+    pub fn encode_bytes(
+        &self,
+        bytes: &[u8],
+        policy: TextPolicy,
+        allowed: Allowed<'_>,
+        out: &mut Vec<TokenId>,
+    ) -> Result<()> {
+        let (splitter, ids) = self.splitter_for(allowed)?;
+        self.with_scratch(|scratch| splitter.split_bytes(bytes, policy, |piece| self.piece(piece, &ids, scratch, out)))
+    }
+
+    /// Ids of each text, on up to `threads` threads; small batches stay on this one.
+    pub fn encode_batch(&self, texts: &[&str], allowed: Allowed<'_>, threads: usize) -> Result<Vec<Vec<TokenId>>> {
+        let encode = |text: &&str| {
+            let mut ids = Vec::new();
+            self.encode(text, allowed, &mut ids).map(|()| ids)
+        };
+        let bytes: usize = texts.iter().map(|text| text.len()).sum();
+        let threads = threads.min(bytes / BATCH_BYTES_A_THREAD).min(texts.len());
+        if threads < 2 {
+            return texts.iter().map(encode).collect();
+        }
+        // Each thread takes the next text, so that one long text does not hold up the others.
+        let next = AtomicUsize::new(0);
+        let work = || -> Result<Vec<(usize, Vec<TokenId>)>> {
+            let mut own = Vec::new();
+            while let index = next.fetch_add(1, Relaxed)
+                && let Some(text) = texts.get(index)
+            {
+                own.push((index, encode(text)?));
+            }
+            Ok(own)
+        };
+        let parts = thread::scope(|scope| {
+            let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+            let mut parts = vec![work()];
+            parts.extend(others.into_iter().map(|t| t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))));
+            parts
+        });
+        let mut all = vec![Vec::new(); texts.len()];
+        for part in parts {
+            for (index, ids) in part? {
+                all[index] = ids;
+            }
+        }
+        Ok(all)
+    }
+
+    /// Fails if `text` holds one of the `disallowed` special tokens that `allowed` does not allow.
+    pub fn refuse(&self, text: &str, disallowed: Allowed<'_>, allowed: Allowed<'_>) -> Result<()> {
+        let names = |set: Allowed<'_>, name: &str| match set {
+            Allowed::None => false,
+            Allowed::All => true,
+            Allowed::Only(names) => names.iter().any(|n| n == name),
+        };
+        let specials = self.vocab.specials().iter().map(|special| special.0.as_str());
+        let mut refused = specials.filter(|s| names(disallowed, s) && !names(allowed, s));
+        match refused.find_map(|special| text.find(special).map(|at| (special, at))) {
+            None => Ok(()),
+            Some((special, at)) => Err(Error::Text(format!(
+                "byte offset {at}: special token {special:?} in the text; expected none, \
+                 or allow it (allowed_special) or take it as text (disallowed_special=())"
+            ))),
+        }
+    }
+
+    /// A text that arrives in parts, encoded exactly as the whole.
+    pub fn stream(self: Arc<Self>, allowed: Allowed<'_>) -> Result<EncodeStream> {
+        let (splitter, special_ids) = self.splitter_for(allowed)?;
+        Ok(EncodeStream { encoder: self, splitter, special_ids, parts: SplitStream::default() })
+    }
+
+    /// Ids of one piece, appended; the ids of special tokens in the order of the splitter's.
+    #[inline]
+    pub(crate) fn piece(
+        &self,
+        piece: Piece<'_>,
+        special_ids: &[TokenId],
+        scratch: &mut Scratch,
+        out: &mut Vec<TokenId>,
+    ) {
+        let word = match piece {
+            Piece::Word(word) => word,
+            Piece::Special(index) => return out.push(special_ids[index]),
+        };
+        let Some(key) = pack(word) else { return self.merge(word, &mut scratch.parts, out) };
+        let slot = &scratch.slots[scratch.find(key)];
+        if slot.key == key {
+            let len = slot.len as usize;
+            if len <= INLINE {
+                out.extend_from_slice(&slot.ids[..len]);
+            } else {
+                let begin = slot.ids[0] as usize;
+                out.extend_from_slice(&scratch.spilled[begin..begin + len]);
+            }
+            return;
+        }
+        let begin = out.len();
+        self.merge(word, &mut scratch.parts, out);
+        scratch.remember(key, &out[begin..]);
+    }
+
+    pub(crate) fn special_ids(&self) -> &[TokenId] {
+        &self.special_ids
+    }
+
+    /// A splitter for a choice of special tokens, and their ids in its order.
+    fn splitter_for(&self, allowed: Allowed<'_>) -> Result<(Arc<Splitter>, Arc<[TokenId]>)> {
+        match allowed {
+            Allowed::None => Ok((self.ordinary.clone(), Arc::default())),
+            Allowed::All => Ok((self.splitter.clone(), self.special_ids.clone())),
+            Allowed::Only(names) => {
+                let ids = names.iter().map(|name| {
+                    let found = self.vocab.specials().iter().find(|special| &special.0 == name);
+                    found.map(|special| special.1).ok_or_else(|| {
+                        Error::Config(format!(
+                            "allowed_special: {name:?} is not a special token; expected some of {:?}",
+                            self.splitter.specials()
+                        ))
+                    })
+                });
+                let ids = ids.collect::<Result<Arc<[TokenId]>>>()?;
+                Ok((Arc::new(Splitter::new(self.splitter.pattern().clone(), names)?), ids))
+            }
+        }
+    }
+
+    /// Merges a word from scratch.
+    fn merge(&self, word: &[u8], parts: &mut Parts, out: &mut Vec<TokenId>) {
+        if self.vocab.ignore_merges()
+            && let Some(id) = self.vocab.id_of(word)
+        {
+            return out.push(id);
+        }
+        parts.ids.clear();
+        parts.ids.extend(word.iter().map(|&b| self.vocab.byte_ids()[b as usize]));
+        if word.len() <= SHORT { self.merge_by_scanning(parts, out) } else { self.merge_by_heap(parts, out) }
+    }
+
+    fn merge_by_scanning(&self, parts: &mut Parts, out: &mut Vec<TokenId>) {
+        let Parts { ids, ranks, .. } = parts;
+        ranks.clear();
+        ranks.extend(ids.windows(2).map(|w| self.pairs.get((w[0], w[1])).0));
+        loop {
+            let mut best = (NO_RANK, 0);
+            for (at, &rank) in ranks.iter().enumerate() {
+                if rank < best.0 {
+                    best = (rank, at);
+                }
+            }
+            let (rank, at) = best;
+            if rank == NO_RANK {
+                return out.extend_from_slice(ids);
+            }
+            ids[at] = self.pairs.get((ids[at], ids[at + 1])).1;
+            ids.remove(at + 1);
+            ranks.remove(at);
+            if at > 0 {
+                ranks[at - 1] = self.pairs.get((ids[at - 1], ids[at])).0;
+            }
+            if at + 1 < ids.len() {
+                ranks[at] = self.pairs.get((ids[at], ids[at + 1])).0;
+            }
+        }
+    }
+
+    /// The same for long words: a linked list of parts and a heap of (rank, place). An entry is stale when
+    /// its place has another rank by now; ranks of dead places are [`NO_RANK`].
+    fn merge_by_heap(&self, parts: &mut Parts, out: &mut Vec<TokenId>) {
+        let Parts { ids, ranks, next, previous, heap } = parts;
+        let n = ids.len();
+        heap.clear();
+        ranks.clear();
+        ranks.extend(ids.windows(2).map(|w| self.pairs.get((w[0], w[1])).0));
+        ranks.push(NO_RANK);
+        next.clear();
+        next.extend(1..=n as u32);
+        previous.clear();
+        previous.extend((0..n as u32).map(|i| i.wrapping_sub(1)));
+        heap.extend((0u32..).zip(ranks.iter()).filter(|r| *r.1 != NO_RANK).map(|(at, &rank)| Reverse((rank, at))));
+        while let Some(Reverse((rank, place))) = heap.pop() {
+            let at = place as usize;
+            if ranks[at] != rank {
+                continue;
+            }
+            let gone = next[at] as usize;
+            ids[at] = self.pairs.get((ids[at], ids[gone])).1;
+            next[at] = next[gone];
+            ranks[gone] = NO_RANK;
+            let after = next[at] as usize;
+            ranks[at] = NO_RANK;
+            if after < n {
+                previous[after] = place;
+                ranks[at] = self.pairs.get((ids[at], ids[after])).0;
+                if ranks[at] != NO_RANK {
+                    heap.push(Reverse((ranks[at], place)));
+                }
+            }
+            if let Some(before) = previous.get(at).copied().filter(|&b| b != u32::MAX) {
+                let rank = self.pairs.get((ids[before as usize], ids[at])).0;
+                ranks[before as usize] = rank;
+                if rank != NO_RANK {
+                    heap.push(Reverse((rank, before)));
+                }
+            }
+        }
+        let mut at = 0;
+        while at < n {
+            out.push(ids[at]);
+            at = next[at] as usize;
+        }
+    }
+
+    /// Appends the bytes of `ids`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for an id that is not in the vocabulary, with its place.
+    pub fn decode(&self, ids: &[TokenId], skip_special: bool, out: &mut Vec<u8>) -> Result<()> {
+        for (place, &id) in ids.iter().enumerate() {
+            let Some(bytes) = self.vocab.token(id) else {
+                return Err(Error::Config(format!(
+                    "ids[{place}]: found {id}; expected ids below the vocabulary's size {}",
+                    self.vocab.len()
+                )));
+            };
+            if !(skip_special && self.vocab.is_special(id)) {
+                out.extend_from_slice(bytes);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Encodes a text that arrives in parts; what cannot be decided yet is held back.
+#[derive(Debug)]
+pub struct EncodeStream {
+    encoder: Arc<Encoder>,
+    splitter: Arc<Splitter>,
+    special_ids: Arc<[TokenId]>,
+    parts: SplitStream,
+}
+
+impl EncodeStream {
+    /// Takes a part; appends the ids that it completes.
+    pub fn push(&mut self, part: &str, out: &mut Vec<TokenId>) -> Result<()> {
+        let Self { encoder, splitter, special_ids, parts } = self;
+        encoder
+            .with_scratch(|scratch| parts.push(splitter, part, |piece| encoder.piece(piece, special_ids, scratch, out)))
+    }
+
+    /// The text has ended: appends what was held back.
+    pub fn finish(&mut self, out: &mut Vec<TokenId>) -> Result<()> {
+        let Self { encoder, splitter, special_ids, parts } = self;
+        let parts = std::mem::take(parts);
+        encoder.with_scratch(|scratch| parts.finish(splitter, |piece| encoder.piece(piece, special_ids, scratch, out)))
+    }
+}

@@ -1,0 +1,22 @@
+//! Byte-level BPE: training, encoding and tokenizing of datasets, exact whatever the number of threads, the
+//! chunk sizes and the splits of the input.
+//!
+//! Floors: `error` < `pretokenize` < `input` < `count` < `train` < `vocab` < `encode` < `corpus`; `atomic` <
+//! `tokens` < `corpus`; `formats` reads and writes a `vocab`; `naive` is the specification that tests hold all
+//! of it to.
+
+pub mod atomic;
+pub mod corpus;
+pub mod count;
+pub mod encode;
+pub mod error;
+pub mod formats;
+pub mod input;
+pub mod naive;
+pub mod pretokenize;
+pub mod progress;
+pub mod tokens;
+pub mod train;
+pub mod vocab;
+
+pub use error::{Error, Result};

@@ -1,0 +1,86 @@
+//! The specification: BPE as one would write it on a page, slow and readable. The fast code is held to it by
+//! property tests (`tests/rust/`), for ever. Nothing here is meant to be used on more than a few kilobytes.
+
+use std::collections::BTreeMap;
+
+use crate::train::{Merges, Pair, TieBreak, TokenId, byte_alphabet};
+use crate::vocab::Vocab;
+
+/// Learns merges: count every pair of neighbours anew, merge the most frequent one everywhere, repeat.
+pub fn train(words: &[(Vec<u8>, u64)], wanted: usize, rule: TieBreak) -> Merges {
+    let mut tokens: Vec<Vec<u8>> = (0..=255).map(|b| vec![b]).collect();
+    let mut pairs = Vec::new();
+    let mut words: Vec<(Vec<TokenId>, u64)> =
+        words.iter().map(|(word, count)| (word.iter().map(|&b| b.into()).collect(), *count)).collect();
+    while pairs.len() < wanted {
+        let mut counts: BTreeMap<Pair, u64> = BTreeMap::new();
+        for (word, count) in &words {
+            for pair in word.windows(2) {
+                *counts.entry((pair[0], pair[1])).or_default() += count;
+            }
+        }
+        let best = counts.into_iter().filter(|&(_, count)| count > 0).max_by(|a, b| {
+            a.1.cmp(&b.1).then_with(|| match rule {
+                TieBreak::Lexicographic => {
+                    let bytes = |p: Pair| (tokens[p.0 as usize].clone(), tokens[p.1 as usize].clone());
+                    bytes(a.0).cmp(&bytes(b.0))
+                }
+                TieBreak::HuggingFace => {
+                    let number = |p: Pair| (alphabetical(p.0), alphabetical(p.1));
+                    number(b.0).cmp(&number(a.0))
+                }
+            })
+        });
+        let Some((pair, _)) = best else { break };
+        let joined = [tokens[pair.0 as usize].clone(), tokens[pair.1 as usize].clone()].concat();
+        // Tokens are their bytes: a second way to the same bytes is the same token.
+        let id = tokens.iter().position(|t| *t == joined).unwrap_or(tokens.len());
+        if id == tokens.len() {
+            tokens.push(joined);
+        }
+        pairs.push(pair);
+        for (word, _) in &mut words {
+            *word = replace(word, pair, id as TokenId);
+        }
+    }
+    Merges { pairs, tokens }
+}
+
+/// Hugging Face's numbering: single bytes in the order of their printable characters, then merges.
+fn alphabetical(id: TokenId) -> u32 {
+    let alphabet = byte_alphabet();
+    match alphabet.get(id as usize) {
+        Some(own) => alphabet.iter().filter(|&c| c < own).count() as u32,
+        None => id,
+    }
+}
+
+fn replace(word: &[TokenId], pair: Pair, id: TokenId) -> Vec<TokenId> {
+    let (mut out, mut at) = (Vec::new(), 0);
+    while at < word.len() {
+        if word[at..].starts_with(&[pair.0, pair.1]) {
+            out.push(id);
+            at += 2;
+        } else {
+            out.push(word[at]);
+            at += 1;
+        }
+    }
+    out
+}
+
+/// Encodes one pre-token: join the leftmost pair of the smallest rank until no pair merges.
+pub fn encode(vocab: &Vocab, word: &[u8]) -> Vec<TokenId> {
+    if vocab.ignore_merges()
+        && let Some(id) = vocab.id_of(word)
+    {
+        return vec![id];
+    }
+    let mut ids: Vec<TokenId> = word.iter().map(|&b| vocab.byte_ids()[b as usize]).collect();
+    loop {
+        let mergeable = |w: &[TokenId]| vocab.merges().iter().find(|m| m.pair == (w[0], w[1]));
+        let found = ids.windows(2).enumerate().filter_map(|(at, w)| mergeable(w).map(|m| (m.rank, at, m.id)));
+        let Some((_, at, id)) = found.min() else { return ids };
+        ids.splice(at..at + 2, [id]);
+    }
+}

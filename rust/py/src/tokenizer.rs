@@ -1,0 +1,436 @@
+//! `bytekiln.Tokenizer`: the encoder as a frozen Python class. Texts and documentation are in `_core.pyi`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bytekiln_bpe::Error;
+use bytekiln_bpe::encode::{Allowed, EncodeStream, Encoder};
+use bytekiln_bpe::formats::{self, Format, SpecialNames};
+use bytekiln_bpe::pretokenize::TextPolicy;
+use bytekiln_bpe::tokens::Dtype;
+use bytekiln_bpe::train::TokenId;
+use bytekiln_bpe::vocab::Vocab;
+use pyo3::buffer::{Element, PyBuffer};
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+use pyo3::types::{PyByteArray, PyBytes, PyDict, PyIterator, PyString, PyTuple};
+
+use crate::error::{OrRaise, to_python};
+use crate::threads_or_default;
+
+/// Text shorter than this is encoded without releasing the interpreter: handing it over costs more.
+const SHORT_TEXT: usize = 4096;
+
+/// A byte-level BPE tokenizer: encodes, decodes, saves.
+#[pyclass(frozen, module = "bytekiln._core", name = "Tokenizer")]
+pub struct Tokenizer {
+    pub encoder: Arc<Encoder>,
+}
+
+/// `"all"` or names of special tokens.
+pub enum SpecialSet {
+    All,
+    Names(Vec<String>),
+}
+
+impl SpecialSet {
+    fn allowed(&self) -> Allowed<'_> {
+        match self {
+            Self::All => Allowed::All,
+            Self::Names(names) if names.is_empty() => Allowed::None,
+            Self::Names(names) => Allowed::Only(names),
+        }
+    }
+
+    const NONE: Self = Self::Names(Vec::new());
+}
+
+impl<'py> FromPyObject<'_, 'py> for SpecialSet {
+    type Error = PyErr;
+
+    fn extract(value: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        match value.extract::<String>() {
+            Ok(text) if text == "all" => Ok(Self::All),
+            Ok(text) => {
+                let what = format!("special tokens: found the text {text:?}; expected \"all\" or a set of texts");
+                Err(to_python(value.py(), &Error::Config(what)))
+            }
+            Err(_) => {
+                let names = PyIterator::from_object(&value)?.map(|name| name?.extract::<String>().map_err(Into::into));
+                let mut names = names.collect::<PyResult<Vec<_>>>()?;
+                names.sort_unstable();
+                names.dedup();
+                Ok(Self::Names(names))
+            }
+        }
+    }
+}
+
+/// Special tokens as a list of texts or as texts with their ids.
+#[derive(FromPyObject)]
+pub enum SpecialArgument<'py> {
+    Ids(Bound<'py, PyDict>),
+    Texts(Vec<String>),
+}
+
+impl SpecialArgument<'_> {
+    fn names(self) -> PyResult<SpecialNames> {
+        match self {
+            Self::Texts(texts) => Ok(texts.into_iter().map(|text| (text, None)).collect()),
+            Self::Ids(ids) => ids.iter().map(|(text, id)| Ok((text.extract()?, Some(id.extract()?)))).collect(),
+        }
+    }
+}
+
+#[derive(FromPyObject)]
+enum VocabArgument {
+    Path(PathBuf),
+    Tokens(std::collections::BTreeMap<TokenId, Vec<u8>>),
+}
+
+#[derive(FromPyObject)]
+enum MergesArgument {
+    Path(PathBuf),
+    Pairs(Vec<(Vec<u8>, Vec<u8>)>),
+}
+
+/// Text of a Python string; a lone surrogate is not text.
+pub fn text_of<'a>(text: &'a Bound<'_, PyString>) -> PyResult<&'a str> {
+    text.to_str().map_err(|e| {
+        let what = format!("text: {}; expected a string without lone surrogates", e.value(text.py()));
+        to_python(text.py(), &Error::Text(what))
+    })
+}
+
+impl Tokenizer {
+    pub fn from_vocab(py: Python<'_>, vocab: bytekiln_bpe::Result<Vocab>) -> PyResult<Self> {
+        let encoder = vocab.and_then(Encoder::new).or_raise(py)?;
+        Ok(Self { encoder: Arc::new(encoder) })
+    }
+
+    fn ids(&self, text: &Bound<'_, PyString>, allowed: &SpecialSet, disallowed: &SpecialSet) -> PyResult<Vec<TokenId>> {
+        let (py, text) = (text.py(), text_of(text)?);
+        let (allowed, disallowed) = (allowed.allowed(), disallowed.allowed());
+        let work = || {
+            let mut ids = Vec::with_capacity(text.len() / 3 + 8);
+            self.encoder.refuse(text, disallowed, allowed)?;
+            self.encoder.encode(text, allowed, &mut ids).map(|()| ids)
+        };
+        if text.len() < SHORT_TEXT { work() } else { py.detach(work) }.or_raise(py)
+    }
+}
+
+#[pymethods]
+impl Tokenizer {
+    #[staticmethod]
+    #[pyo3(signature = (path, *, special_tokens=None, pattern=None))]
+    fn from_file(
+        py: Python<'_>,
+        path: PathBuf,
+        special_tokens: Option<SpecialArgument<'_>>,
+        pattern: Option<&str>,
+    ) -> PyResult<Self> {
+        let specials = special_tokens.map(SpecialArgument::names).transpose()?;
+        Self::from_vocab(py, formats::read(&path, specials, pattern))
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (vocab, merges, *, special_tokens=None, pattern="gpt2"))]
+    fn from_vocab_and_merges(
+        py: Python<'_>,
+        vocab: VocabArgument,
+        merges: MergesArgument,
+        special_tokens: Option<SpecialArgument<'_>>,
+        pattern: &str,
+    ) -> PyResult<Self> {
+        let specials = special_tokens.map(SpecialArgument::names).transpose()?;
+        let vocab = match (vocab, merges) {
+            (VocabArgument::Path(vocab), MergesArgument::Path(merges)) => {
+                formats::read_vocab_and_merges(&vocab, &merges, specials, pattern)
+            }
+            (VocabArgument::Tokens(tokens), MergesArgument::Pairs(pairs)) => {
+                let tokens = tokens.into_iter().map(|(id, bytes)| (bytes, id)).collect();
+                formats::from_parts(tokens, &pairs, specials, pattern)
+            }
+            _ => return Err(PyTypeError::new_err("vocab and merges: expected two paths, or a dict and a list")),
+        };
+        Self::from_vocab(py, vocab)
+    }
+
+    #[staticmethod]
+    fn from_json(py: Python<'_>, text: &str) -> PyResult<Self> {
+        Self::from_vocab(py, formats::from_json(text))
+    }
+
+    fn to_json(&self, py: Python<'_>) -> PyResult<String> {
+        formats::to_json(self.encoder.vocab()).or_raise(py)
+    }
+
+    #[pyo3(signature = (path, *, format="tokenizer.json", overwrite=false))]
+    fn save(&self, py: Python<'_>, path: PathBuf, format: &str, overwrite: bool) -> PyResult<()> {
+        let saved = Format::from_name(format).and_then(|f| formats::write(self.encoder.vocab(), &path, f, overwrite));
+        saved.or_raise(py)
+    }
+
+    #[getter]
+    fn vocab<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let dict = PyDict::new(py);
+        for id in 0..self.encoder.vocab().len() as TokenId {
+            dict.set_item(id, PyBytes::new(py, self.encoder.vocab().token(id).unwrap_or_default()))?;
+        }
+        Ok(dict)
+    }
+
+    #[getter]
+    fn merges<'py>(&self, py: Python<'py>) -> Vec<(Bound<'py, PyBytes>, Bound<'py, PyBytes>)> {
+        let vocab = self.encoder.vocab();
+        let bytes = |id| PyBytes::new(py, vocab.token(id).unwrap_or_default());
+        vocab.merges().iter().map(|m| (bytes(m.pair.0), bytes(m.pair.1))).collect()
+    }
+
+    #[getter]
+    fn special_tokens<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let dict = PyDict::new(py);
+        for (text, id) in self.encoder.vocab().specials() {
+            dict.set_item(text, id)?;
+        }
+        Ok(dict)
+    }
+
+    #[getter]
+    fn pattern(&self) -> &str {
+        self.encoder.splitter().pattern().name()
+    }
+
+    #[getter]
+    fn n_vocab(&self) -> usize {
+        self.encoder.vocab().len()
+    }
+
+    #[getter]
+    fn eot_id(&self) -> Option<TokenId> {
+        self.encoder.vocab().eot()
+    }
+
+    #[getter]
+    fn hash(&self) -> &str {
+        self.encoder.hash()
+    }
+
+    #[pyo3(signature = (text, *, allowed_special=SpecialSet::NONE, disallowed_special=SpecialSet::NONE))]
+    fn encode(
+        &self,
+        text: &Bound<'_, PyString>,
+        allowed_special: SpecialSet,
+        disallowed_special: SpecialSet,
+    ) -> PyResult<Vec<TokenId>> {
+        self.ids(text, &allowed_special, &disallowed_special)
+    }
+
+    fn encode_ordinary(&self, text: &Bound<'_, PyString>) -> PyResult<Vec<TokenId>> {
+        self.ids(text, &SpecialSet::NONE, &SpecialSet::NONE)
+    }
+
+    #[pyo3(signature = (text, *, allowed_special=SpecialSet::NONE, disallowed_special=SpecialSet::NONE))]
+    fn encode_to_numpy<'py>(
+        &self,
+        text: &Bound<'py, PyString>,
+        allowed_special: SpecialSet,
+        disallowed_special: SpecialSet,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let py = text.py();
+        let ids = self.ids(text, &allowed_special, &disallowed_special)?;
+        let dtype = Dtype::for_vocab(self.encoder.vocab().len());
+        let mut packed = Vec::with_capacity(ids.len() * dtype.size());
+        dtype.pack(&ids, &mut packed);
+        let name = if dtype == Dtype::Uint16 { "<u2" } else { "<u4" };
+        py.import("numpy")?.call_method1("frombuffer", (PyByteArray::new(py, &packed), name))
+    }
+
+    #[pyo3(signature = (data, *, errors="error", allowed_special=SpecialSet::NONE))]
+    fn encode_bytes(
+        &self,
+        py: Python<'_>,
+        data: &[u8],
+        errors: &str,
+        allowed_special: SpecialSet,
+    ) -> PyResult<Vec<TokenId>> {
+        let mut ids = Vec::new();
+        let encoded = TextPolicy::from_name(errors)
+            .and_then(|policy| self.encoder.encode_bytes(data, policy, allowed_special.allowed(), &mut ids));
+        encoded.or_raise(py).map(|()| ids)
+    }
+
+    #[pyo3(signature = (texts, *, allowed_special=SpecialSet::NONE, disallowed_special=SpecialSet::NONE, threads=None))]
+    fn encode_batch(
+        &self,
+        py: Python<'_>,
+        texts: Vec<Bound<'_, PyString>>,
+        allowed_special: SpecialSet,
+        disallowed_special: SpecialSet,
+        threads: Option<usize>,
+    ) -> PyResult<Vec<Vec<TokenId>>> {
+        let texts = texts.iter().map(text_of).collect::<PyResult<Vec<_>>>()?;
+        let threads = threads_or_default(py, threads)?;
+        let (allowed, disallowed) = (allowed_special.allowed(), disallowed_special.allowed());
+        let batch = || {
+            for text in &texts {
+                self.encoder.refuse(text, disallowed, allowed)?;
+            }
+            self.encoder.encode_batch(&texts, allowed, threads)
+        };
+        py.detach(batch).or_raise(py)
+    }
+
+    #[pyo3(signature = (chunks, *, allowed_special=SpecialSet::NONE))]
+    fn encode_iter(
+        &self,
+        py: Python<'_>,
+        chunks: &Bound<'_, PyAny>,
+        allowed_special: SpecialSet,
+    ) -> PyResult<TokenIterator> {
+        let stream = self.encoder.clone().stream(allowed_special.allowed()).or_raise(py)?;
+        let chunks = Some(PyIterator::from_object(chunks)?.unbind());
+        Ok(TokenIterator { chunks, stream, ready: Vec::new().into_iter() })
+    }
+
+    #[pyo3(signature = (ids, *, errors="replace", skip_special_tokens=false))]
+    fn decode(
+        &self,
+        py: Python<'_>,
+        ids: &Bound<'_, PyAny>,
+        errors: &str,
+        skip_special_tokens: bool,
+    ) -> PyResult<String> {
+        let bytes = self.bytes_of(ids, skip_special_tokens)?;
+        match errors {
+            "replace" => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+            "ignore" => Ok(bytes.utf8_chunks().map(|chunk| chunk.valid()).collect()),
+            "strict" => String::from_utf8(bytes).map_err(|e| {
+                let at = e.utf8_error().valid_up_to();
+                let what =
+                    format!("decoded byte {at}: invalid UTF-8; expected text, or decode_bytes or errors=\"replace\"");
+                to_python(py, &Error::Text(what))
+            }),
+            _ => {
+                let what = format!("errors: found {errors:?}; expected strict, replace or ignore");
+                Err(to_python(py, &Error::Config(what)))
+            }
+        }
+    }
+
+    #[pyo3(signature = (ids, *, skip_special_tokens=false))]
+    fn decode_bytes<'py>(&self, ids: &Bound<'py, PyAny>, skip_special_tokens: bool) -> PyResult<Bound<'py, PyBytes>> {
+        Ok(PyBytes::new(ids.py(), &self.bytes_of(ids, skip_special_tokens)?))
+    }
+
+    fn token_to_id(&self, token: &Bound<'_, PyAny>) -> PyResult<Option<TokenId>> {
+        let vocab = self.encoder.vocab();
+        if let Ok(bytes) = token.extract::<&[u8]>() {
+            return Ok(vocab.id_of(bytes));
+        }
+        let text: String = token.extract()?;
+        let special = vocab.specials().iter().find(|special| special.0 == text).map(|special| special.1);
+        Ok(special.or_else(|| vocab.id_of(text.as_bytes())))
+    }
+
+    fn id_to_token<'py>(&self, py: Python<'py>, id: i64) -> PyResult<Bound<'py, PyBytes>> {
+        let bytes = TokenId::try_from(id).ok().and_then(|id| self.encoder.vocab().token(id));
+        let size = self.n_vocab();
+        let missing = || Error::Config(format!("id {id}: found no such token; expected 0 to {}", size - 1));
+        bytes.map(|bytes| PyBytes::new(py, bytes)).ok_or_else(missing).or_raise(py)
+    }
+
+    fn __len__(&self) -> usize {
+        self.n_vocab()
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<bytekiln.Tokenizer {} tokens, pattern {}>", self.n_vocab(), self.pattern())
+    }
+
+    fn __eq__(&self, other: &Bound<'_, PyAny>) -> bool {
+        other.cast::<Self>().is_ok_and(|other| other.get().hash() == self.hash())
+    }
+
+    fn __hash__(&self) -> u64 {
+        self.hash().bytes().rev().take(16).fold(0, |hash, digit| hash << 4 | u64::from(digit & 15))
+    }
+
+    fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyAny>, (String,))> {
+        let load = py.get_type::<Self>().getattr("from_json")?;
+        Ok((load, (self.to_json(py)?,)))
+    }
+
+    fn __copy__(&self) -> Self {
+        Self { encoder: self.encoder.clone() }
+    }
+
+    fn __deepcopy__(&self, _memo: &Bound<'_, PyAny>) -> Self {
+        self.__copy__()
+    }
+}
+
+impl Tokenizer {
+    fn bytes_of(&self, ids: &Bound<'_, PyAny>, skip_special: bool) -> PyResult<Vec<u8>> {
+        let py = ids.py();
+        let ids = ids_of(ids)?;
+        let mut bytes = Vec::with_capacity(ids.len() * 4);
+        self.encoder.decode(&ids, skip_special, &mut bytes).or_raise(py)?;
+        Ok(bytes)
+    }
+}
+
+/// Ids from a sequence of integers or any buffer of them; one that no vocabulary has becomes the greatest id.
+fn ids_of(ids: &Bound<'_, PyAny>) -> PyResult<Vec<TokenId>> {
+    fn buffer<T: Element + Copy>(ids: &Bound<'_, PyAny>, id: impl Fn(T) -> TokenId) -> Option<Vec<TokenId>> {
+        let buffer = PyBuffer::<T>::get(ids).ok()?;
+        Some(buffer.to_vec(ids.py()).ok()?.into_iter().map(id).collect())
+    }
+    let narrow = |id: i64| TokenId::try_from(id).unwrap_or(TokenId::MAX);
+    if ids.cast::<PyTuple>().is_err()
+        && let Some(ids) = buffer(ids, |id: u16| id.into())
+            .or_else(|| buffer(ids, |id: u32| id))
+            .or_else(|| buffer(ids, narrow))
+            .or_else(|| buffer(ids, |id: i32| narrow(id.into())))
+    {
+        return Ok(ids);
+    }
+    Ok(ids.extract::<Vec<i64>>()?.into_iter().map(narrow).collect())
+}
+
+/// Ids of a text that arrives in parts, one at a time.
+#[pyclass(module = "bytekiln._core")]
+pub struct TokenIterator {
+    chunks: Option<Py<PyIterator>>,
+    stream: EncodeStream,
+    ready: std::vec::IntoIter<TokenId>,
+}
+
+#[pymethods]
+impl TokenIterator {
+    fn __iter__(this: PyRef<'_, Self>) -> PyRef<'_, Self> {
+        this
+    }
+
+    fn __next__(&mut self, py: Python<'_>) -> PyResult<Option<TokenId>> {
+        loop {
+            if let Some(id) = self.ready.next() {
+                return Ok(Some(id));
+            }
+            let Some(chunks) = &self.chunks else { return Ok(None) };
+            let mut ids = Vec::new();
+            match chunks.bind(py).clone().next() {
+                Some(chunk) => {
+                    let chunk = chunk?.cast_into::<PyString>()?;
+                    self.stream.push(text_of(&chunk)?, &mut ids).or_raise(py)?;
+                }
+                None => {
+                    self.chunks = None;
+                    self.stream.finish(&mut ids).or_raise(py)?;
+                }
+            }
+            self.ready = ids.into_iter();
+        }
+    }
+}
