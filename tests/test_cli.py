@@ -125,7 +125,8 @@ def test_every_command_has_its_entry_point() -> None:
 
 def test_the_module_dispatches(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
-    assert all(name in capsys.readouterr().out for name in cli.COMMANDS)
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in cli.COMMANDS)
     assert cli.main(["bpe-trian"]) == 2
     assert "did you mean bpe-train?" in capsys.readouterr().err
 

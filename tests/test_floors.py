@@ -13,20 +13,23 @@ import bytekiln
 
 PACKAGE = Path(bytekiln.__file__).parent
 
-FLOORS = {
-    0: ["errors"],
-    1: ["config", "console", "tokenfile", "_core"],
-    2: ["tokenizer"],
-    2.5: ["__init__"],
-    3: ["data", "model", "loss", "optim", "schedule", "metrics"],
-    4: ["checkpoint"],
-    5: ["sample", "evaluate"],
-    6: ["train"],
-    7: ["report", "demo_text"],
-    8: ["cli_bpe", "cli_lm", "demo"],
-    9: ["cli"],
-}
-FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules}
+FLOORS = [
+    ["errors"],
+    ["_core"],
+    ["console"],
+    ["config", "tokenfile"],
+    ["tokenizer"],
+    ["__init__"],
+    ["data", "model", "loss", "optim", "schedule", "metrics"],
+    ["checkpoint"],
+    ["sample", "evaluate"],
+    ["train"],
+    ["report", "demo_text"],
+    ["cli_bpe", "cli_lm", "demo"],
+    ["cli"],
+]
+"""From the ground up. Modules of one floor never import each other."""
+FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py"))
 
 

@@ -11,7 +11,7 @@ import os
 import resource
 import sys
 import time
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from bytekiln import _core
 from bytekiln.console import Parser, Progress, human_bytes, human_time, notice, table
-from bytekiln.errors import ConfigError, FileError, OutputExistsError
+from bytekiln.errors import FileError, OutputExistsError
 from bytekiln.tokenizer import Tokenizer
 
 EOT = "<|endoftext|>"
@@ -80,7 +80,7 @@ def threads(text: str) -> int:
     """A number of threads: 1 or more."""
     value = int(text)
     if value < 1:
-        raise ConfigError(f"--threads: found {value}; expected 1 or more")
+        raise ArgumentTypeError(f"found {value}; expected 1 or more")
     return value
 
 
