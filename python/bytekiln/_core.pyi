@@ -10,29 +10,29 @@ from numpy.typing import NDArray
 __version__: str
 UNICODE_VERSION: str
 
-StrPath: TypeAlias = str | PathLike[str]
-Progress: TypeAlias = Callable[[str, int, int], object]
+_StrPath: TypeAlias = str | PathLike[str]
+_Progress: TypeAlias = Callable[[str, int, int], object]
 
 @final
 class Tokenizer:
     @staticmethod
     def from_file(
-        path: StrPath,
+        path: _StrPath,
         *,
         special_tokens: Sequence[str] | dict[str, int] | None = None,
         pattern: str | None = None,
     ) -> Tokenizer: ...
     @staticmethod
     def from_vocab_and_merges(
-        vocab: StrPath | dict[int, bytes],
-        merges: StrPath | Sequence[tuple[bytes, bytes]],
+        vocab: _StrPath | dict[int, bytes],
+        merges: _StrPath | Sequence[tuple[bytes, bytes]],
         *,
         special_tokens: Sequence[str] | dict[str, int] | None = None,
         pattern: str = "gpt2",
     ) -> Tokenizer: ...
     def save(
         self,
-        path: StrPath,
+        path: _StrPath,
         *,
         format: Literal["tokenizer.json", "vocab+merges", "tiktoken"] = "tokenizer.json",
         overwrite: bool = False,
@@ -99,7 +99,7 @@ class Tokenizer:
     def __deepcopy__(self, memo: object) -> Tokenizer: ...
 
 def train_bpe(
-    files: Sequence[StrPath],
+    files: Sequence[_StrPath],
     *,
     vocab_size: int,
     special_tokens: Sequence[str] = (),
@@ -108,7 +108,7 @@ def train_bpe(
     errors: Literal["error", "replace", "bytes"] = "error",
     threads: int | None = None,
     chunk_bytes: int | None = None,
-    progress: Progress | None = None,
+    progress: _Progress | None = None,
 ) -> tuple[Tokenizer, dict[str, Any]]:
     """Returns the tokenizer and the statistics of the run:
     bytes, pretokens, distinct_pretokens, merges, requested_merges (fewer merges than requested: no pair was left),
@@ -122,12 +122,12 @@ def train_bpe_from_iterator(
     pattern: str = "gpt2",
     tie_break: Literal["lexicographic", "huggingface"] = "lexicographic",
     errors: Literal["error", "replace", "bytes"] = "error",
-    progress: Progress | None = None,
+    progress: _Progress | None = None,
 ) -> tuple[Tokenizer, dict[str, Any]]: ...
 def encode_files(
     tokenizer: Tokenizer,
-    inputs: Sequence[StrPath],
-    out: StrPath,
+    inputs: Sequence[_StrPath],
+    out: _StrPath,
     *,
     dtype: Literal["uint16", "uint32"] | None = None,
     append_eot: bool | None = None,
@@ -135,8 +135,8 @@ def encode_files(
     overwrite: bool = False,
     threads: int | None = None,
     chunk_bytes: int | None = None,
-    progress: Progress | None = None,
+    progress: _Progress | None = None,
 ) -> dict[str, Any]:
     """Writes `out` (.bin: raw little-endian; anything else: .npy) and `out + ".json"`; returns the manifest."""
 
-def payload_checksum(path: StrPath, offset: int = 0) -> str: ...
+def payload_checksum(path: _StrPath, offset: int = 0) -> str: ...

@@ -6,16 +6,18 @@ costs no Python frame) and `TokenFile`s. Called by users and by the `bpe-*` comm
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from typing import Literal
 
 from bytekiln import _core
-from bytekiln._core import Progress, Tokenizer
+from bytekiln._core import Tokenizer
 from bytekiln.tokenfile import TokenFile
 
 __all__ = ["Tokenizer", "encode_files", "train_bpe", "train_bpe_from_iterator"]
 
+Progress = Callable[[str, int, int], object]
+"""Called with the stage, the units done and the units in all."""
 TieBreak = Literal["lexicographic", "huggingface"]
 TextPolicy = Literal["error", "replace", "bytes"]
 

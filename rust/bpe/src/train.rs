@@ -16,9 +16,14 @@
 //! and so has another id. Then the cell behind `a` begins the right neighbour, and the edge lives if and only
 //! if that cell holds `b`. An edge that died never comes back, as one of its tokens has grown.
 //!
-//! *Two merges with the same bytes* (`ab`+`c` after `a`+`bc`) are one token: the second merge is recorded and
-//! its result is the id that exists. Counts of known pairs may then rise, hence a fresh queue entry for every
-//! pair that gained an edge, and postings of `a a` are sorted before use.
+//! *No token is reached in two ways*, so each merge makes a new token and a pair's count never rises once its
+//! newer token's merge is done. As long as no merge crosses the two borders of a stretch of bytes, the stretch
+//! is merged as it would be alone (occurrences are taken from the left, and a run cut at an intact border is cut
+//! between two taken pairs). So when a token `t = l r` appears, every stretch with `t`'s bytes and intact
+//! borders is `l r` at that moment and becomes `t`; no other pair can later join to the same bytes.
+//!
+//! *Postings ascend.* The first ones are written in the order of the cells; a merge takes its postings in order
+//! and adds new ones in order. Overlapping occurrences of `a a` are therefore taken from the left.
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
@@ -59,7 +64,7 @@ impl TieBreak {
 pub struct Merges {
     /// The pairs, in the order in which they were merged.
     pub pairs: Vec<Pair>,
-    /// The bytes of every token. Longer than 256 + merges never, shorter where two merges gave the same bytes.
+    /// The bytes of every token: 256 + merges of them.
     pub tokens: Vec<Vec<u8>>,
 }
 
@@ -162,8 +167,6 @@ struct PairState {
     count: u64,
     /// (cell where the left token begins, word), live ones and stale ones.
     postings: Vec<(u32, u32)>,
-    /// Number of the merge that last added an edge.
-    gained_at: usize,
 }
 
 struct Trainer {
@@ -171,7 +174,6 @@ struct Trainer {
     word_counts: Vec<u64>,
     pairs: HashMap<Pair, PairState, FixedState>,
     tokens: Vec<Vec<u8>>,
-    merges_done: usize,
 }
 
 /// Learns up to `wanted` merges from distinct words and their counts; fewer where no pair is left.
@@ -179,7 +181,6 @@ pub fn train(words: &[(Vec<u8>, u64)], wanted: usize, rule: TieBreak, progress: 
     progress.begin(Stage::Merge, wanted as u64);
     let mut trainer = Trainer::new(words, progress)?;
     let mut queue = Queue { heap: Vec::new(), ties: TieOrder::new(rule) };
-    let mut by_bytes: HashMap<Vec<u8>, TokenId, FixedState> = HashMap::default();
     let mut initial: Vec<(u64, Pair)> = trainer.pairs.iter().map(|(&pair, state)| (state.count, pair)).collect();
     initial.sort_unstable();
     for (count, pair) in initial {
@@ -192,21 +193,15 @@ pub fn train(words: &[(Vec<u8>, u64)], wanted: usize, rule: TieBreak, progress: 
         let Some((count, pair)) = queue.pop(&trainer.tokens) else { break };
         let now = trainer.pairs.get(&pair).map_or(0, |state| state.count);
         if now != count {
-            // The count fell since the entry was made; had it risen, a fresher entry would exist.
-            if 0 < now && now < count {
+            // Edges were lost since the entry was made.
+            if now > 0 {
                 queue.push(&trainer.tokens, now, pair);
             }
             continue;
         }
-        if count == 0 {
-            break;
-        }
-        let bytes = [trainer.tokens[pair.0 as usize].as_slice(), &trainer.tokens[pair.1 as usize]].concat();
-        let next_id = trainer.tokens.len() as TokenId;
-        let id = *by_bytes.entry(bytes).or_insert_with_key(|bytes| {
-            trainer.tokens.push(bytes.clone());
-            next_id
-        });
+        let id = trainer.tokens.len() as TokenId;
+        let joined = [trainer.tokens[pair.0 as usize].as_slice(), &trainer.tokens[pair.1 as usize]].concat();
+        trainer.tokens.push(joined);
         merges.push(pair);
         for gained in trainer.merge(pair, id) {
             if let Some(state) = trainer.pairs.get(&gained) {
@@ -245,21 +240,17 @@ impl Trainer {
         }
         let word_counts = words.iter().map(|&(_, count)| count).collect();
         let tokens = (0..=255u8).map(|b| vec![b]).collect();
-        Ok(Self { cells, word_counts, pairs, tokens, merges_done: 0 })
+        Ok(Self { cells, word_counts, pairs, tokens })
     }
 
     fn len_of(&self, id: TokenId) -> usize {
         self.tokens[id as usize].len()
     }
 
-    /// Replaces every `a b` by `id`; returns the pairs that gained edges, each once, in order of appearance.
+    /// Replaces every `a b` by `id`; returns the pairs that gained edges, in order of appearance.
     fn merge(&mut self, (a, b): Pair, id: TokenId) -> Vec<Pair> {
-        let Some(mut state) = self.pairs.remove(&(a, b)) else { return Vec::new() };
-        if a == b {
-            // Overlapping occurrences are taken from the left.
-            state.postings.sort_unstable();
-        }
-        self.merges_done += 1;
+        let Some(state) = self.pairs.remove(&(a, b)) else { return Vec::new() };
+        debug_assert!(state.postings.is_sorted());
         let (len_a, len_b) = (self.len_of(a), self.len_of(b));
         let mut gained = Vec::new();
         for (begin, word) in state.postings {
@@ -302,8 +293,7 @@ impl Trainer {
     fn gain(&mut self, pair: Pair, count: u64, posting: (u32, u32), gained: &mut Vec<Pair>) {
         let state = self.pairs.entry(pair).or_default();
         state.count += count;
-        if state.gained_at != self.merges_done {
-            state.gained_at = self.merges_done;
+        if state.postings.is_empty() {
             gained.push(pair);
         }
         state.postings.push(posting);

@@ -115,15 +115,8 @@ impl Vocab {
     pub fn from_training(merges: Merges, specials: &[String], pattern: &str) -> Result<Self> {
         let next = merges.tokens.len() as TokenId;
         let specials = specials.iter().cloned().zip(next..).collect();
-        let by_bytes: HashMap<&[u8], TokenId, FixedState> = merges.tokens.iter().map(Vec::as_slice).zip(0..).collect();
-        let rules = (0u32..)
-            .zip(&merges.pairs)
-            .map(|(rank, &pair)| {
-                let joined = [merges.tokens[pair.0 as usize].as_slice(), &merges.tokens[pair.1 as usize]].concat();
-                Merge { pair, id: by_bytes[joined.as_slice()], rank }
-            })
-            .collect();
-        let tokens = merges.tokens.iter().cloned().zip(0..).collect();
+        let rules = (0u32..).zip(&merges.pairs).map(|(rank, &pair)| Merge { pair, id: 256 + rank, rank }).collect();
+        let tokens = merges.tokens.into_iter().zip(0..).collect();
         Self::new(tokens, rules, specials, pattern, false)
     }
 

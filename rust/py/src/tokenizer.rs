@@ -13,7 +13,7 @@ use bytekiln_bpe::vocab::Vocab;
 use pyo3::buffer::{Element, PyBuffer};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::{PyByteArray, PyBytes, PyDict, PyIterator, PyString, PyTuple};
+use pyo3::types::{PyByteArray, PyBytes, PyDict, PyIterator, PyList, PyString};
 
 use crate::error::{OrRaise, to_python};
 use crate::threads_or_default;
@@ -381,22 +381,22 @@ impl Tokenizer {
     }
 }
 
-/// Ids from a sequence of integers or any buffer of them; one that no vocabulary has becomes the greatest id.
+/// Ids from a sequence of integers or any buffer of them.
 fn ids_of(ids: &Bound<'_, PyAny>) -> PyResult<Vec<TokenId>> {
-    fn buffer<T: Element + Copy>(ids: &Bound<'_, PyAny>, id: impl Fn(T) -> TokenId) -> Option<Vec<TokenId>> {
-        let buffer = PyBuffer::<T>::get(ids).ok()?;
-        Some(buffer.to_vec(ids.py()).ok()?.into_iter().map(id).collect())
+    fn buffer<T: Element + Copy + Into<i64>>(ids: &Bound<'_, PyAny>) -> Option<Vec<i64>> {
+        let values = PyBuffer::<T>::get(ids).ok()?.to_vec(ids.py()).ok()?;
+        Some(values.into_iter().map(Into::into).collect())
     }
-    let narrow = |id: i64| TokenId::try_from(id).unwrap_or(TokenId::MAX);
-    if ids.cast::<PyTuple>().is_err()
-        && let Some(ids) = buffer(ids, |id: u16| id.into())
-            .or_else(|| buffer(ids, |id: u32| id))
-            .or_else(|| buffer(ids, narrow))
-            .or_else(|| buffer(ids, |id: i32| narrow(id.into())))
-    {
-        return Ok(ids);
-    }
-    Ok(ids.extract::<Vec<i64>>()?.into_iter().map(narrow).collect())
+    let values = if ids.cast::<PyList>().is_ok() { None } else { buffer::<u16>(ids) };
+    let values = values.or_else(|| buffer::<u32>(ids)).or_else(|| buffer::<i64>(ids)).or_else(|| buffer::<i32>(ids));
+    let values = values.map_or_else(|| ids.extract::<Vec<i64>>(), Ok)?;
+    let narrow = |(place, id): (usize, i64)| {
+        TokenId::try_from(id).map_err(|_| {
+            let what = format!("ids[{place}]: found {id}; expected ids from 0 up to the vocabulary's size");
+            to_python(ids.py(), &Error::Config(what))
+        })
+    };
+    values.into_iter().enumerate().map(narrow).collect()
 }
 
 /// Ids of a text that arrives in parts, one at a time.
