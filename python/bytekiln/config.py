@@ -76,22 +76,30 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The shape of a Transformer; all that `TransformerLM` needs to know."""
 
-    vocab_size: Int = setting(0, "tokens in the vocabulary; 0: what the tokenizer or the data's manifest says", main=True, ge=0)
+    vocab_size: Int = setting(
+        0, "tokens in the vocabulary; 0: what the tokenizer or the data's manifest says", main=True, ge=0
+    )
     context_length: Int = setting(512, "tokens in a training window", also=["block_size"], main=True, ge=1)
     max_seq_len: Int = setting(0, "positions that the model can take; 0: context_length", ge=0)
     d_model: Int = setting(768, "width of the residual stream", also=["n_embd"], main=True, ge=1)
     num_layers: Int = setting(12, "Transformer blocks", also=["n_layers", "n_layer"], main=True, ge=1)
     num_heads: Int = setting(12, "attention heads; must divide d_model", also=["n_heads", "n_head"], main=True, ge=1)
     d_ff: Int = setting(0, "width of the feed-forward; 0: ffn_multiple times d_model", main=True, ge=0)
-    ffn_multiple: Float = setting(0.0, "d_ff over d_model where d_ff is unset; 0: 8/3 rounded to 64 for swiglu, else 4", ge=0)
+    ffn_multiple: Float = setting(
+        0.0, "d_ff over d_model where d_ff is unset; 0: 8/3 rounded to 64 for swiglu, else 4", ge=0
+    )
     rope_theta: Float = setting(10000.0, "base of the rotary position angles", gt=0)
     norm: Literal["rms", "layer", "none"] = setting("rms", "normalisation: RMSNorm, LayerNorm without bias, or none")
     norm_position: Literal["pre", "post"] = setting("pre", "normalise before each sub-layer or after its residual sum")
     position: Literal["rope", "learned", "none"] = setting("rope", "how the model knows where a token stands")
-    ffn: Literal["swiglu", "silu", "gelu"] = setting("swiglu", "feed-forward: gated SwiGLU (three matrices) or a plain activation (two)", also=["ffn_type"])
+    ffn: Literal["swiglu", "silu", "gelu"] = setting(
+        "swiglu", "feed-forward: gated SwiGLU (three matrices) or a plain activation (two)", also=["ffn_type"]
+    )
     tie_embeddings: bool = setting(False, "share one matrix between the token embedding and the output head")
     dropout: Float = setting(0.0, "share of activations dropped while training", main=True, ge=0, lt=1)
-    init: Literal["course", "gpt2"] = setting("course", "initialisation: truncated normal by fan (course) or sigma 0.02 (gpt2)")
+    init: Literal["course", "gpt2"] = setting(
+        "course", "initialisation: truncated normal by fan (course) or sigma 0.02 (gpt2)"
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -113,29 +121,45 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where the tokens come from."""
 
-    train_data: str = setting("", "token file to train on (.npy or .bin, from bpe-encode)", also=["train_path"], main=True, math=False)
-    val_data: str = setting("", "token file to validate on; optional", also=["valid_path", "val_path", "valid_data"], main=True, math=False)
-    tokenizer: str = setting("", "tokenizer of the data: checked against it, copied into the run, used for samples", main=True, math=False)
+    train_data: str = setting(
+        "", "token file to train on (.npy or .bin, from bpe-encode)", also=["train_path"], main=True, math=False
+    )
+    val_data: str = setting(
+        "", "token file to validate on; optional", also=["valid_path", "val_path", "valid_data"], main=True, math=False
+    )
+    tokenizer: str = setting(
+        "", "tokenizer of the data: checked against it, copied into the run, used for samples", main=True, math=False
+    )
     vocab_path: str = setting("", "tokenizer as a pair of files: the vocabulary", math=False)
     merges_path: str = setting("", "tokenizer as a pair of files: the merges", math=False)
-    data_dtype: Literal["", "uint16", "uint32", "int32", "int64"] = setting("", "type of the ids in a raw .bin without manifest", math=False)
+    data_dtype: Literal["", "uint16", "uint32", "int32", "int64"] = setting(
+        "", "type of the ids in a raw .bin without manifest", math=False
+    )
 
 
 class OptimizerConfig(Section):
     """AdamW, its learning-rate schedule and clipping."""
 
     lr: Float = setting(3e-4, "peak learning rate", also=["max_lr", "learning_rate"], main=True, gt=0)
-    min_lr: Float | None = setting(None, "learning rate at the end of the decay; unset: min_lr_ratio times lr", main=True, ge=0)
+    min_lr: Float | None = setting(
+        None, "learning rate at the end of the decay; unset: min_lr_ratio times lr", main=True, ge=0
+    )
     min_lr_ratio: Float = setting(0.1, "min_lr over lr where min_lr is unset", ge=0, le=1)
     warmup_steps: Int = setting(0, "steps of linear warm-up", also=["warmup_iters"], main=True, ge=0)
-    warmup_rule: Literal["course", "nanogpt"] = setting("course", "warm-up of step t (from 0) over T: t/T (course) or (t+1)/(T+1) (nanogpt)")
+    warmup_rule: Literal["course", "nanogpt"] = setting(
+        "course", "warm-up of step t (from 0) over T: t/T (course) or (t+1)/(T+1) (nanogpt)"
+    )
     decay_lr: bool = setting(True, "cosine decay after the warm-up; false: constant", main=True)
-    decay_steps: Int = setting(0, "step at which the decay ends, warm-up included; 0: max_steps", also=["cosine_iters", "lr_decay_iters"], ge=0)
+    decay_steps: Int = setting(
+        0, "step at which the decay ends, warm-up included; 0: max_steps", also=["cosine_iters", "lr_decay_iters"], ge=0
+    )
     weight_decay: Float = setting(0.01, "decoupled weight decay, on matrices only", main=True, ge=0)
     beta1: Float = setting(0.9, "AdamW: decay of the mean of gradients", ge=0, lt=1)
     beta2: Float = setting(0.999, "AdamW: decay of the mean of squared gradients", ge=0, lt=1)
     eps: Float = setting(1e-8, "AdamW: added to the denominator", gt=0)
-    grad_clip: Float = setting(1.0, "largest norm of the gradient; 0: no clipping", also=["max_grad_norm"], main=True, ge=0)
+    grad_clip: Float = setting(
+        1.0, "largest norm of the gradient; 0: no clipping", also=["max_grad_norm"], main=True, ge=0
+    )
 
     @property
     def floor_lr(self) -> float:
@@ -153,17 +177,51 @@ class TrainingConfig(Section):
     """The loop: how many steps, on what, and what is done in between."""
 
     batch_size: Int = setting(32, "windows in a micro-step", main=True, ge=1)
-    grad_accum_steps: Int = setting(1, "micro-steps in an optimizer step", also=["gradient_accumulation_steps"], main=True, ge=1)
-    max_steps: Int = setting(100_000, "optimizer steps in all, those before a resume included", also=["max_iters"], main=True, math=False, ge=1)
-    eval_interval: Int = setting(1000, "steps between evaluations; 0: only at the start and the end", main=True, math=False, ge=0)
-    num_eval_batches: Int = setting(100, "batches in an evaluation, of validation and of training data each", also=["eval_iters"], main=True, math=False, ge=1)
-    log_interval: Int = setting(100, "steps between lines on the console (metrics.csv has every step)", math=False, ge=1)
-    checkpoint_interval: Int = setting(5000, "steps between checkpoints; 0: only the best and the final one", also=["save_interval"], main=True, math=False, ge=0)
+    grad_accum_steps: Int = setting(
+        1, "micro-steps in an optimizer step", also=["gradient_accumulation_steps"], main=True, ge=1
+    )
+    max_steps: Int = setting(
+        100_000,
+        "optimizer steps in all, those before a resume included",
+        also=["max_iters"],
+        main=True,
+        math=False,
+        ge=1,
+    )
+    eval_interval: Int = setting(
+        1000, "steps between evaluations; 0: only at the start and the end", main=True, math=False, ge=0
+    )
+    num_eval_batches: Int = setting(
+        100,
+        "batches in an evaluation, of validation and of training data each",
+        also=["eval_iters"],
+        main=True,
+        math=False,
+        ge=1,
+    )
+    log_interval: Int = setting(
+        100, "steps between lines on the console (metrics.csv has every step)", math=False, ge=1
+    )
+    checkpoint_interval: Int = setting(
+        5000,
+        "steps between checkpoints; 0: only the best and the final one",
+        also=["save_interval"],
+        main=True,
+        math=False,
+        ge=0,
+    )
     keep_checkpoints: Int = setting(0, "numbered checkpoints kept, newest first; 0: all", math=False, ge=0)
     seed: Int = setting(42, "seed of initialisation, data order and dropout", main=True, ge=0)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", main=True, math=False)
-    precision: Literal["auto", "fp32", "bf16"] = setting("auto", "type of the matrix products; weights stay fp32; auto: bf16 on a GPU that has it, else fp32", also=["dtype"], main=True)
-    compile: bool | Literal["auto"] = setting("auto", "torch.compile: true, false, or auto (only where it pays for itself)", main=True, math=False)
+    precision: Literal["auto", "fp32", "bf16"] = setting(
+        "auto",
+        "type of the matrix products; weights stay fp32; auto: bf16 where the processor or GPU has instructions for it, else fp32",
+        also=["dtype"],
+        main=True,
+    )
+    compile: bool | Literal["auto"] = setting(
+        "auto", "torch.compile: true, false, or auto (only where it pays for itself)", main=True, math=False
+    )
 
 
 class OutputConfig(Section):
@@ -174,7 +232,7 @@ class OutputConfig(Section):
     run_name: str = setting("", "name of the run in save_dir; unset: the preset's name", math=False)
     checkpoint_dir: str = setting("", "folder of checkpoints; unset: checkpoints in the run folder", math=False)
     metrics_path: str = setting("", "metrics file; unset: metrics.csv in the run folder", math=False)
-    preset: str = setting("", "preset that the run was made from", math=False)
+    preset: str = setting("", "preset that the run was made from")
 
     @property
     def folder(self) -> Path:
@@ -311,12 +369,28 @@ def from_flat(values: Mapping[str, object]) -> RunConfig:
     return RunConfig(**by_section)
 
 
+def changed_mathematics(
+    was: RunConfig, now: RunConfig, names: Iterable[str]
+) -> Iterator[tuple[str, Value | None, Value | None]]:
+    """Which of the fields `names` differ so that the numbers of a run would: (name, value before, value now).
+
+    A value that leaves the choice open (0, auto, empty, where that is the field's default) states nothing.
+    """
+    before, after = was.flat(), now.flat()
+    for name in names:
+        open_choice = after.get(name) in ("", "auto") or (after.get(name) == 0 and FIELDS[name].default == 0)
+        if extra_of(name, "math") and before.get(name) != after.get(name) and not open_choice:
+            yield name, before.get(name), after.get(name)
+
+
 def _read_source(source: str | Path | None, say: Callable[[str], object]) -> tuple[dict[str, object], str]:
     name = str(source or "default")
     if name.endswith(".py"):
         stem = Path(name).stem.removeprefix("train_").replace("_", "-")
         if not Path(name).stem.startswith("train_") or stem not in presets():
-            raise ConfigError(f"{name}: a Python file is never run; expected a preset ({', '.join(presets())}), or a TOML or JSON file")
+            raise ConfigError(
+                f"{name}: a Python file is never run; expected a preset ({', '.join(presets())}), or a TOML or JSON file"
+            )
         say(f"{name}: taken as preset {stem}; Python files are never run")
         name = stem
     if (stem := name.replace("_", "-")) in presets():
@@ -403,7 +477,11 @@ def _in_our_words(exc: ValidationError) -> str:
         if isinstance(own, Exception):
             said.append(str(own))
             continue
-        name = str(e["loc"][-1]) if e["loc"] and str(e["loc"][-1]) in FIELDS else str(next((p for p in e["loc"] if p in FIELDS), ".".join(map(str, e["loc"]))))
+        name = (
+            str(e["loc"][-1])
+            if e["loc"] and str(e["loc"][-1]) in FIELDS
+            else str(next((p for p in e["loc"] if p in FIELDS), ".".join(map(str, e["loc"]))))
+        )
         if e["type"] == "extra_forbidden":
             meant = nearest(str(e["loc"][-1]), FIELDS)
             said.append(f"unknown key {e['loc'][-1]}" + (f"; did you mean {meant}?" if meant else ""))

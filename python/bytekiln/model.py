@@ -232,7 +232,9 @@ class TransformerLM(nn.Module):
             raise ConfigError("vocab_size: found 0; expected the size of the data's vocabulary")
         self.config = config
         D, head_width = config.d_model, config.d_model // config.num_heads
-        rotary = RotaryEmbedding(head_width, config.max_seq_len, config.rope_theta) if config.position == "rope" else None
+        rotary = (
+            RotaryEmbedding(head_width, config.max_seq_len, config.rope_theta) if config.position == "rope" else None
+        )
         self.rotary = rotary
         self.token_embeddings = nn.Embedding(config.vocab_size, D)
         self.position_embeddings = nn.Embedding(config.max_seq_len, D) if config.position == "learned" else None
@@ -258,7 +260,9 @@ class TransformerLM(nn.Module):
                 weight.normal_(0.0, 0.02 / math.sqrt(2 * self.config.num_layers if ends_on_residual else 1))
             elif "embeddings" in name:
                 # A tied matrix is a Linear too: deviation 1 would start it with logits of size √D.
-                std = math.sqrt(2 / sum(weight.shape)) if self.config.tie_embeddings and name.startswith("token") else 1.0
+                std = (
+                    math.sqrt(2 / sum(weight.shape)) if self.config.tie_embeddings and name.startswith("token") else 1.0
+                )
                 nn.init.trunc_normal_(weight, 0.0, std, -3 * std, 3 * std)
             else:
                 std = math.sqrt(2 / sum(weight.shape))
@@ -280,7 +284,9 @@ class TransformerLM(nn.Module):
         start = 0 if cache is None else len(cache)
         T = ids_BxT.shape[-1]
         if start + T > self.config.max_seq_len:
-            raise ConfigError(f"model: found a sequence of {start + T} tokens; expected at most {self.config.max_seq_len}")
+            raise ConfigError(
+                f"model: found a sequence of {start + T} tokens; expected at most {self.config.max_seq_len}"
+            )
         x_BxTxD = self.token_embeddings(ids_BxT)
         if self.position_embeddings is not None:
             x_BxTxD = x_BxTxD + self.position_embeddings.weight[start : start + T]

@@ -1,0 +1,329 @@
+"""The language model's commands: `lm-train`, `lm-sample`, `lm-report`. Argument list in, exit status out.
+
+Called by `cli`, which turns errors into one line. torch is imported once there is something to compute;
+`--help` needs the fields of `config` only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from bytekiln.config import ALIASES, FIELDS, SECTIONS, SWITCHES, extra_of, load_config, presets
+from bytekiln.console import Parser, notice, table
+from bytekiln.errors import ConfigError, FileError
+
+TRAIN_EXAMPLES = (
+    "lm-train demo --train-data train.npy --val-data val.npy --tokenizer tokenizer.json",
+    "lm-train tinystories --dataset tinystories --lr 1e-3 --out-dir runs/lr1e-3",
+    "lm-train runs/lr1e-3                       goes on where the run was interrupted",
+    "lm-train runs/lr1e-3/config.toml --seed 7  repeats the run in a new folder",
+)
+STATUS = {"completed": 0, "diverged": 3}
+HIDDEN_FIELDS = ("preset",)
+SWITCH_FIELDS = [n for n, f in FIELDS.items() if f.annotation is bool or "bool" in str(f.annotation)]
+"""Fields that take --x, --no-x and --x=true|false."""
+
+
+def train(argv: list[str]) -> int:
+    """`lm-train`: 0 completed, 3 diverged, 130 and 143 interrupted after a checkpoint."""
+    parser = _train_parser(everything="--help-all" in argv)
+    options = parser.parse_args(_spell_switches(argv))
+    given = {k: v for k, v in vars(options).items() if k in FIELDS and v is not None}
+    if options.source and options.config:
+        raise ConfigError(f"lm-train: found two configurations, {options.source} and {options.config}; expected one")
+    source, resume = options.source or options.config, options.resume
+    if options.dataset:
+        source = source or options.dataset
+        _dataset_files(options.dataset, given)
+    path = Path(source) if source else None
+    if path is not None and source.replace("_", "-") not in presets() and path.exists():
+        if path.is_dir():
+            resume = resume or "auto"
+            given.setdefault("out_dir", source)
+        elif path.name == "config.toml" and (path.parent / "checkpoints").is_dir():
+            _into_a_new_folder(path, given)
+    config = load_config(source, given, say=notice)
+    if options.generate:
+        return _generate(resume or str(config.output.folder), options, config.training.device)
+    if source and config.output.preset:
+        given["preset"] = config.output.preset
+
+    from bytekiln.train import train as run
+
+    result = run(config, resume=resume, overwrite=options.overwrite, given=given, say=_say, notice=notice)
+    print(f"{result.status}: {result.why}")
+    if result.final_val_loss is not None:
+        bits = f", {result.final_bits_per_byte:.4f} bits a byte" if result.final_bits_per_byte is not None else ""
+        best = (
+            f", best {result.best_val_loss:.4f} at step {result.best_step}" if result.best_val_loss is not None else ""
+        )
+        print(f"validation loss {result.final_val_loss:.4f}{bits}{best}")
+    if result.status == "interrupted":
+        return 128 + (result.signal or 2)
+    return STATUS[result.status]
+
+
+def sample(argv: list[str]) -> int:
+    """`lm-sample`: text from a run, on stdout as it comes."""
+    parser = Parser(
+        "lm-sample",
+        description="Generate text from a trained model. The same seed gives the same text.",
+        examples=(
+            'lm-sample runs/demo --prompt "ROMEO:" --max-new-tokens 200',
+            "lm-sample runs/demo --start FILE:opening.txt --temperature 0.9 --top-p 0.95 --num-samples 3",
+        ),
+    )
+    parser.add_argument("run", metavar="RUN", help="run folder (its best checkpoint is taken) or checkpoint folder")
+    _sampling_flags(parser)
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer; default: the run's own")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N or mps")
+    options = parser.parse_args(argv)
+    return _generate(options.run, options, options.device)
+
+
+def report(argv: list[str]) -> int:
+    """`lm-report`: a summary of runs on stdout, their curves as a PNG."""
+    parser = Parser(
+        "lm-report",
+        description="Summarise runs and draw their loss curves, from the files in their folders.",
+        examples=("lm-report runs/demo --png", "lm-report runs/lr1e-3 runs/lr3e-3 --png --out compared.png"),
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("--png", action="store_true", help="draw the curves")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="the picture; default: RUN/loss.png, drawn anew each time; needed for several runs",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
+    options = parser.parse_args(argv)
+
+    from bytekiln.report import Run, draw, summary
+
+    runs = [Run.read(Path(r)) for r in options.runs]
+    if options.out and not Path(options.out).parent.is_dir():
+        raise FileError(f"{Path(options.out).parent}: no such folder; expected the folder for {Path(options.out).name}")
+    if options.png and not options.out and len(runs) > 1:
+        raise ConfigError("lm-report: found several runs without --out; expected --out FILE for their picture")
+    print("\n\n".join(table(summary(run), indent="") for run in runs))
+    if options.png or options.out:
+        out = Path(options.out) if options.out else runs[0].folder / "loss.png"
+        draw(runs, out, overwrite=options.overwrite or not options.out)
+        print(f"\npicture: {out}")
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _train_parser(*, everything: bool) -> Parser:
+    parser = Parser(
+        "lm-train",
+        usage="lm-train [PRESET | CONFIG.toml | CONFIG.json | RUN] [flags]",
+        description="Train a Transformer language model on token files, or go on with a run.\n"
+        f"Presets: {', '.join(presets())}; default where none is named: default.",
+        examples=TRAIN_EXAMPLES,
+    )
+    parser.add_argument("source", nargs="?", metavar="PRESET|CONFIG|RUN", help="what to run; a run folder is resumed")
+    parser.add_argument("--help-all", action="help", help="show every field, and the other spellings")
+    parser.add_argument("--config", metavar="FILE", help="the same as the positional argument")
+    parser.add_argument("--dataset", metavar="NAME", help="preset NAME on data/processed/NAME_{train,valid}.npy")
+    parser.add_argument(
+        "--resume",
+        "--load_checkpoint",
+        nargs="?",
+        const="auto",
+        metavar="auto|PATH",
+        help="go on from the newest whole checkpoint, or from PATH",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing run")
+    parser.add_argument(
+        "--generate", action="store_true", help="no training: generate text from the run, flags as lm-sample"
+    )
+    for section, fields in SECTIONS.items():
+        group = parser.add_argument_group(section)
+        for name in fields.model_fields:
+            if name not in HIDDEN_FIELDS:
+                _field_flag(group, name, everything)
+    switches = parser.add_argument_group("spellings of values") if everything else parser
+    for name, (field, value) in SWITCHES.items():
+        switches.add_argument(
+            f"--{name}".replace("_", "-"),
+            dest=field,
+            action="store_const",
+            const=value,
+            help=f"{field} = {value}" if everything else argparse.SUPPRESS,
+        )
+    _sampling_flags(parser, hidden=not everything)
+    return parser
+
+
+def _field_flag(group: Any, name: str, everything: bool) -> None:  # noqa: ANN401 - argparse's groups are private types
+    also = extra_of(name, "also")
+    text = f"{FIELDS[name].description}"
+    if everything and also:
+        text += f" (also --{', --'.join(a.replace('_', '-') for a in also)})"
+    shown = everything or extra_of(name, "main")
+    switch = name in SWITCH_FIELDS
+    group.add_argument(
+        "--" + name.replace("_", "-"),
+        dest=name,
+        metavar=_metavar(name),
+        help=text.replace("%", "%%") if shown else argparse.SUPPRESS,
+    )
+    negative = ["no_" + n for n in (name, *also)] if switch else []
+    for hidden in (*also, *negative):
+        group.add_argument("--" + hidden.replace("_", "-"), dest=name, help=argparse.SUPPRESS)
+
+
+def _metavar(name: str) -> str:
+    kind = str(FIELDS[name].annotation)
+    if name in SWITCH_FIELDS:
+        return "true|false|auto" if "auto" in kind else "true|false"
+    if "Literal" in kind:
+        return "|".join(v.strip("' ") for v in kind[kind.index("[") + 1 : kind.rindex("]")].split(",") if v.strip("' "))
+    return (
+        "N"
+        if "int" in kind
+        else "X"
+        if "float" in kind
+        else "DEVICE"
+        if name == "device"
+        else "NAME"
+        if name == "run_name"
+        else "PATH"
+    )
+
+
+def _spell_switches(argv: Iterable[str]) -> list[str]:
+    """Give every true-or-false flag its value, so that one without may stand before anything.
+
+    >>> _spell_switches(["--no-compile", "demo", "--decay_lr", "False", "--tie-embeddings"])
+    ['--compile=false', 'demo', '--decay-lr=False', '--tie-embeddings=true']
+    """
+    names = {n: n for n in SWITCH_FIELDS} | {a: n for a, n in ALIASES.items() if n in SWITCH_FIELDS}
+    out: list[str] = []
+    pending: str | None = None
+    for arg in argv:
+        if pending is not None:
+            literal = arg.lower() in ("true", "false", "auto")
+            out.append(f"{pending}={arg if literal else 'true'}")
+            pending = None
+            if literal:
+                continue
+        head, equals, value = arg.partition("=")
+        key = head.removeprefix("--").replace("-", "_") if head.startswith("--") else ""
+        positive = key.removeprefix("no_")
+        if key in names and not equals:
+            pending = "--" + names[key].replace("_", "-")
+        elif key not in names and key.startswith("no_") and positive in names:
+            flag = "--" + names[positive].replace("_", "-")
+            off = not equals or value.lower() in ("true", "1", "yes", "on")
+            out.append(f"{flag}={'false' if off else 'true'}")
+        elif key in names:
+            out.append(f"--{names[key].replace('_', '-')}={value}")
+        else:
+            out.append(arg)
+    return [*out, f"{pending}=true"] if pending else out
+
+
+def _dataset_files(dataset: str, given: dict[str, Any]) -> None:
+    """The token files and the tokenizer that a dataset's name stands for; given ones win."""
+    folder = Path("data") / "processed"
+    tokenizer = folder / f"{dataset}_tokenizer.json"
+    if not {"train_data", "tokenizer", "vocab_path"} & set(given) and tokenizer.exists():
+        given["tokenizer"] = str(tokenizer)
+    for field, split in (("train_data", "train"), ("val_data", "valid")):
+        if field not in given:
+            path = folder / f"{dataset}_{split}.npy"
+            if not path.exists():
+                raise FileError(
+                    f"{path}: no such file; make it with: bpe-train --dataset {dataset} && bpe-encode --dataset {dataset}"
+                )
+            given[field] = str(path)
+
+
+def _into_a_new_folder(config: Path, given: dict[str, Any]) -> None:
+    """A run's own config repeats it: beside the run, under the first free name."""
+    run = config.resolve().parent
+    if "out_dir" not in given and "run_name" not in given:
+        free = next(p for n in range(2, 1_000_000) if not (p := run.with_name(f"{run.name}-{n}")).exists())
+        notice(f"{config}: repeats the run in {free}")
+        given["out_dir"] = str(free)
+    given.setdefault("out_dir", "")
+    for field in ("checkpoint_dir", "metrics_path"):
+        given.setdefault(field, "")
+
+
+def _sampling_flags(parser: Parser, *, hidden: bool = False) -> None:
+    group = parser.add_argument_group("sampling") if not hidden else parser
+
+    def add(
+        *names: str, text: str, kind: Callable[[str], object] = str, default: object = None, metavar: str = "X"
+    ) -> None:
+        group.add_argument(
+            *names, type=kind, default=default, metavar=metavar, help=argparse.SUPPRESS if hidden else text
+        )
+
+    add(
+        "--prompt",
+        "--start",
+        text="text to continue, or FILE:path; default: the start of a new text",
+        default="",
+        metavar="TEXT",
+    )
+    add(
+        "--max-new-tokens",
+        text="the most tokens to generate (256); fewer where the text ends",
+        kind=int,
+        default=256,
+        metavar="N",
+    )
+    add("--num-samples", text="how many texts (1)", kind=int, default=1, metavar="N")
+    add(
+        "--temperature",
+        text="0: always the most likely token; 1: the model's own distribution (0.8)",
+        kind=float,
+        default=0.8,
+    )
+    add(
+        "--top-p",
+        text="keep the most likely tokens up to this probability, the crossing one included (1)",
+        kind=float,
+        default=1.0,
+    )
+    add("--top-k", text="keep this many most likely tokens; 0: all (0)", kind=int, default=0, metavar="N")
+    if parser.prog != "lm-train":  # which has a seed among its fields
+        add("--seed", text="the same seed gives the same text (0)", kind=int, default=0, metavar="N")
+
+
+def _generate(run: str, options: argparse.Namespace, device: str) -> int:
+    from bytekiln.sample import Sampling, decode_stream, generate, load_model, prompt_ids, tokenizer_for
+
+    sampling = Sampling(options.temperature, options.top_p, options.top_k)
+    for name in ("max_new_tokens", "num_samples"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"{name}: found {getattr(options, name)}; expected 1 or more")
+    model, stored = load_model(run, device="cpu" if device == "auto" else device)
+    tokenizer = tokenizer_for(model, options.tokenizer, stored, run)
+    ids = prompt_ids(tokenizer, options.prompt)
+    if len(ids) + options.max_new_tokens > model.config.context_length:
+        notice(f"longer than the context: the model sees the last {model.config.context_length} tokens at a time")
+    seed = int(options.seed or 0)
+    for i in range(options.num_samples):
+        if options.num_samples > 1:
+            print(f"--- sample {i + 1} ---")
+        sys.stdout.write(tokenizer.decode(ids, skip_special_tokens=True))
+        stream = generate(
+            model, ids, max_new_tokens=options.max_new_tokens, sampling=sampling, seed=seed + i, eot_id=tokenizer.eot_id
+        )
+        for piece in decode_stream(tokenizer, stream):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        print()
+    return 0

@@ -1,0 +1,190 @@
+"""Text from a model: one token after the other, streamed as it comes.
+
+In: a model, a tokenizer, a prompt. Out: an iterator of token ids, or of pieces of text. Called by `cli_lm`
+and by users.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bytekiln.checkpoint import load_checkpoint, resolve
+from bytekiln.errors import ConfigError, FileError, MismatchError
+from bytekiln.model import KVCache, TransformerLM
+from bytekiln.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the logits."""
+
+    temperature: float = 0.8
+    """Logits are divided by it; 0 takes the most likely token."""
+    top_p: float = 1.0
+    """Only the most likely tokens whose probabilities sum to this; the one that crosses it stays in."""
+    top_k: int = 0
+    """Only this many of the most likely tokens; 0: all."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: a value is outside its range.
+        """
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature: found {self.temperature}; expected 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p: found {self.top_p}; expected more than 0 and at most 1")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k: found {self.top_k}; expected 0 or more")
+
+
+def next_token_probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution that is drawn from, float64 on the CPU; zero outside top-k and top-p.
+
+    Top-p is nucleus sampling (Holtzman et al. 2020): the smallest set of most likely tokens whose sum is at least
+    p. Top-k comes first, then top-p on what it leaves. Of equally likely tokens the smallest ids are kept.
+    """
+    logits_V = logits_V.detach().to("cpu", torch.float64)
+    if sampling.temperature == 0:
+        return torch.zeros_like(logits_V).index_fill_(0, logits_V.argmax(), 1.0)
+    p_V = torch.softmax(logits_V / sampling.temperature, dim=-1)
+    order = torch.argsort(p_V, descending=True, stable=True)
+    sorted_p = p_V[order]
+    if 0 < sampling.top_k < len(sorted_p):
+        sorted_p[sampling.top_k :] = 0
+        sorted_p /= sorted_p.sum()
+    if sampling.top_p < 1:
+        before = sorted_p.cumsum(0) - sorted_p
+        sorted_p[before >= sampling.top_p] = 0
+    return torch.zeros_like(p_V).index_copy_(0, order, sorted_p / sorted_p.sum())
+
+
+@torch.no_grad()
+def generate(
+    model: TransformerLM,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int = 256,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    eot_id: int | None = None,
+) -> Iterator[int]:
+    """Draw tokens after a prompt, one at a time, until `max_new_tokens` or the end-of-text token (not given out).
+
+    Inside the context the keys and values of what was read are kept, so each token is read once. Behind it the
+    window slides: every further token is drawn from the last `context_length` tokens, read anew.
+
+    Args:
+        model: in evaluation mode.
+        prompt: ids to continue; at least one.
+        max_new_tokens: the most that is drawn.
+        sampling: temperature, top-p, top-k.
+        seed: the same seed, model and prompt give the same tokens.
+        eot_id: the token that ends a text.
+
+    Raises:
+        ConfigError: the prompt is empty.
+    """
+    if not prompt:
+        raise ConfigError("prompt: found no tokens; expected at least one (the end-of-text token starts a new text)")
+    sampling = sampling or Sampling()
+    device = next(model.parameters()).device
+    window = model.config.context_length
+    generator = torch.Generator().manual_seed(seed)
+    ids = list(prompt)
+    cache: KVCache | None = None
+    for _ in range(max_new_tokens):
+        if len(ids) > window:
+            logits_TxV = model(torch.tensor([ids[-window:]], device=device))[0]
+        else:
+            unread = ids if cache is None else ids[-1:]
+            cache = cache or KVCache(model.config.num_layers)
+            logits_TxV = model(torch.tensor([unread], device=device), cache)[0]
+        p_V = next_token_probabilities(logits_TxV[-1], sampling)
+        token = int(torch.multinomial(p_V, 1, generator=generator))
+        if token == eot_id:
+            return
+        yield token
+        ids.append(token)
+
+
+def decode_stream(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
+    """Text of the tokens as soon as it is whole characters; broken UTF-8 becomes U+FFFD."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in ids:
+        if piece := decoder.decode(tokenizer.decode_bytes([token])):
+            yield piece
+    if rest := decoder.decode(b"", final=True):
+        yield rest
+
+
+def load_model(run: str | Path, *, device: str = "cpu") -> tuple[TransformerLM, str | None]:
+    """The model of a run folder (its best checkpoint, else its newest) or of a checkpoint folder, ready to sample.
+
+    Returns:
+        The model in evaluation mode, and its tokenizer as the text of `tokenizer.json`, where the run knew one.
+
+    Raises:
+        FileError, FormatError, MismatchError: no whole checkpoint is there.
+    """
+    best = Path(run) / "checkpoints" / "checkpoint_best"
+    path = best if best.is_dir() else resolve(run)
+    checkpoint = load_checkpoint(path, weights_only=True)
+    model = TransformerLM(checkpoint.config.model)
+    model.load_state_dict(checkpoint.model)
+    return model.to(device).eval(), checkpoint.tokenizer_json
+
+
+def tokenizer_for(model: TransformerLM, given: str | None, stored: str | None, run: str | Path) -> Tokenizer:
+    """The tokenizer to speak with: the given one, else the run's own.
+
+    Raises:
+        FileError: neither is there.
+        MismatchError: it is another than the run's, or larger than the model's vocabulary.
+    """
+    own = Tokenizer.from_json(stored) if stored else None
+    tokenizer = Tokenizer.from_file(given) if given else own
+    if tokenizer is None:
+        raise FileError(f"{run}: found no tokenizer.json in the run; expected --tokenizer FILE")
+    if own is not None and tokenizer.hash != own.hash:
+        raise MismatchError(
+            f"{given}: found tokenizer hash {tokenizer.hash}; expected {own.hash}, with which {run} was trained"
+        )
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise MismatchError(
+            f"{given or run}: found {tokenizer.n_vocab} tokens; expected at most {model.config.vocab_size}, the model's vocabulary"
+        )
+    return tokenizer
+
+
+def prompt_ids(tokenizer: Tokenizer, start: str) -> list[int]:
+    """Ids of a prompt; special tokens in it count as such. An empty one starts a text: the end-of-text token.
+
+    Args:
+        tokenizer: the model's.
+        start: the text itself, or FILE:path for the contents of a file.
+
+    Raises:
+        FileError: the file cannot be read.
+        ConfigError: the prompt is empty and the tokenizer has no end-of-text token.
+    """
+    if start.startswith("FILE:"):
+        path = Path(start.removeprefix("FILE:"))
+        try:
+            start = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as exc:
+            reason = exc.strerror.lower() if isinstance(exc, OSError) and exc.strerror else "invalid UTF-8"
+            raise FileError(f"{path}: {reason}; expected a text file for the prompt") from None
+    ids = tokenizer.encode(start, allowed_special="all")
+    if ids:
+        return ids
+    if tokenizer.eot_id is None:
+        raise ConfigError("prompt: found nothing, and the tokenizer has no end-of-text token; expected some text")
+    return [tokenizer.eot_id]

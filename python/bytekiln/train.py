@@ -1,0 +1,638 @@
+"""The training loop, from a config to a run folder.
+
+In: a `RunConfig`. Out: a folder with `config.toml`, `metrics.csv`, `result.json` and `checkpoints/`
+(docs/formats.md), and a `Result`. Called by `cli_lm` and by users.
+
+Everything random is a pure function of (seed, step): the windows, and the dropout masks, because torch's
+generator is seeded anew for every step. So a checkpoint needs weights, moments and the step's number, and a
+run that was killed anywhere ends where the unbroken one ends, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bytekiln.checkpoint import (
+    Checkpoint,
+    checkpoints_in,
+    load_checkpoint,
+    newest_whole,
+    remove_old,
+    resolve,
+    save_checkpoint,
+)
+from bytekiln.config import RunConfig, Value, changed_mathematics
+from bytekiln.console import Progress
+from bytekiln.data import TokenData, load_tokenizer, open_data, to_device
+from bytekiln.errors import ConfigError, DivergedError, FileError, MismatchError, OutputExistsError
+from bytekiln.evaluate import bits_per_byte, evaluate
+from bytekiln.loss import real_targets, summed_cross_entropy
+from bytekiln.metrics import MetricsFile, Row, write_atomically
+from bytekiln.model import TransformerLM, parameter_count
+from bytekiln.optim import clip_gradients, load_state_tensors, make_optimizer, set_learning_rate, state_tensors
+from bytekiln.schedule import learning_rate
+
+Say = Callable[[str], object]
+OWN_FILES = ("config.toml", "metrics.csv", "result.json", "tokenizer.json", "checkpoints")
+HIGH_ROWS, HIGH_FACTOR = 3, 2.0
+"""A run has diverged when this many rows in succession lie above this multiple of the loss at the start."""
+COMPILE_COST_S, COMPILE_GAIN, CPU_FLOPS_PER_THREAD = 30.0, 0.2, 5e10
+"""What torch.compile costs and brings on a CPU (measured: 27 s cold, 1.25 times as fast), to decide `auto`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended; `result.json` has the same fields."""
+
+    status: str
+    """completed, interrupted or diverged."""
+    why: str
+    steps: int
+    max_steps: int
+    tokens: int
+    parameters: int
+    initial_loss: float | None
+    uniform_loss: float
+    """ln of the vocabulary's size."""
+    final_train_loss: float | None
+    final_val_loss: float | None
+    final_bits_per_byte: float | None
+    best_val_loss: float | None
+    best_step: int | None
+    tokens_per_s: float | None
+    wall_time_s: float
+    device: str
+    precision: str
+    compiled: bool
+    signal: int | None = None
+    """The signal that interrupted it."""
+
+
+class Interrupted(BaseException):
+    """SIGTERM or Ctrl-C arrived at a place where the step can be abandoned."""
+
+
+class Signals:
+    """Turns the first SIGTERM or Ctrl-C into `Interrupted`, at once or where `hold` ends; a second Ctrl-C is Python's."""
+
+    def __init__(self) -> None:
+        """Nothing arrived yet."""
+        self.number: int | None = None
+        self._holding = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Take over the handlers; only the main thread may, elsewhere the process's own rules stay."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give them back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.number = number
+        if not self._holding:
+            raise Interrupted
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """No interruption in here: what began is finished."""
+        outer, self._holding = self._holding, True
+        try:
+            yield
+        finally:
+            self._holding = outer
+        if self.number is not None and not outer:
+            raise Interrupted
+
+
+def train(
+    config: RunConfig,
+    *,
+    resume: str | Path | None = None,
+    overwrite: bool = False,
+    given: Mapping[str, object] | None = None,
+    say: Say = lambda _: None,
+    notice: Say = lambda _: None,
+) -> Result:
+    """Train a model, or go on training one.
+
+    Args:
+        config: the run; `config.output` says where it goes.
+        resume: "auto" for the newest whole checkpoint of the run folder (none: start), or a checkpoint's path.
+        overwrite: replace an existing run.
+        given: on a resume, the fields that the caller set on purpose; the others come from the checkpoint. Those
+            that change the mathematics must equal the run's; `max_steps` may rise.
+        say: told the lines of the console. `notice`: told what deserves attention.
+
+    Returns:
+        How it ended; the same is in `result.json`.
+
+    Raises:
+        BytekilnError: config, data, checkpoint or folder cannot be used; nothing was trained.
+    """
+    checkpoint = None
+    if resume is not None:
+        config, checkpoint = _find_checkpoint(config, str(resume), given or {}, notice)
+    with Signals() as signals:
+        device = _device(config.training.device)
+        say(f"Using device: {device}")
+        say("Loading tokenizer...")
+        tokenizer = load_tokenizer(config.data)
+        say("Tokenizer loaded." if tokenizer else "No tokenizer given: ids are taken as they are.")
+        say("Loading training data..." + ("\nLoading validation data..." if config.data.val_data else ""))
+        train_data, val_data, vocab_size = open_data(config, tokenizer)
+        for data in (train_data, val_data):
+            if data is not None and data.file.notice:
+                notice(data.file.notice)
+        if tokenizer is not None and tokenizer.n_vocab < vocab_size and checkpoint is None:
+            notice(f"vocab_size: the model has {vocab_size} tokens, the tokenizer uses {tokenizer.n_vocab} of them")
+        config = _resolved(config, vocab_size, device, say)
+        tokenizer_json = tokenizer.to_json() if tokenizer else checkpoint.tokenizer_json if checkpoint else None
+        _prepare_folder(config, overwrite, resuming=resume is not None)
+        run = _Run(config, device, signals, train_data, val_data, tokenizer_json, say, notice)
+        if checkpoint is not None:
+            run.restore(checkpoint)
+            if run.step >= config.training.max_steps and run.owed is None:
+                notice(
+                    f"{config.output.folder}: the run is complete at step {run.step}; a greater --max-steps continues it"
+                )
+                done = config.output.folder / "result.json"
+                return (
+                    run.result("completed", "all steps done")
+                    if done.is_file()
+                    else run.finish("completed", "all steps done")
+                )
+        return run.go()
+
+
+class _Run:
+    """A run in progress: what the loop's parts share."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        device: torch.device,
+        signals: Signals,
+        train_data: TokenData,
+        val_data: TokenData | None,
+        tokenizer_json: str | None,
+        say: Say,
+        notice: Say,
+    ) -> None:
+        self.config, self.device, self.signals, self.say, self.notice = config, device, signals, say, notice
+        self.train_data, self.val_data, self.tokenizer_json = train_data, val_data, tokenizer_json
+        say("Creating model...")
+        torch.manual_seed(config.training.seed)
+        self.model = TransformerLM(config.model).to(device)
+        self.parameters = parameter_count(config.model)
+        say(f"Model created with {self.parameters:,} total parameters ({self.parameters:,} trainable)")
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.autocast = config.training.precision == "bf16"
+        self.step = self.tokens = self.high_rows = 0
+        self.owed: Row | None = Row(0, 0, 0.0)
+        """The row of the last step, while its evaluation is still to come; row 0 waits for the first one."""
+        self.last_row: Row | None = None
+        self.initial_loss: float | None = None
+        self.val_loss: float | None = None
+        self.best_val_loss: float | None = None
+        self.best_step: int | None = None
+        self.elapsed_before, self.began = 0.0, time.perf_counter()
+        self.tokens_here, self.seconds_here = 0, 0.0
+        self.metrics: MetricsFile | None = None
+
+    # --- the loop -------------------------------------------------------------------------------------------
+
+    def go(self) -> Result:
+        """From the first step that is not done to the end, whatever end it takes."""
+        c = self.config.training
+        folder = self.config.output.folder
+        (folder / "result.json").unlink(missing_ok=True)
+        write_atomically(folder / "config.toml", self.config.to_toml().encode())
+        if self.tokenizer_json is not None:
+            write_atomically(folder / "tokenizer.json", self.tokenizer_json.encode())
+        kept = self.step - 1 if self.owed is not None else self.step
+        self.metrics = MetricsFile(self.config.output.metrics, kept)
+        self.say("Starting training...")
+        self.began = time.perf_counter()
+        try:
+            with Progress("training", c.max_steps, "steps") as bar:
+                training_loss = self._compiled_loss()
+                self._finish_row()
+                while self.step < c.max_steps:
+                    self._take_step(training_loss)
+                    self._finish_row()
+                    bar.update(self.step, **self._bar_fields())
+            with self.signals.hold():
+                self._save("checkpoint_final")
+            return self.finish("completed", "all steps done")
+        except Interrupted:
+            return self._interrupted()
+        except DivergedError as exc:
+            return self.finish("diverged", str(exc))
+        finally:
+            self.metrics.close()
+
+    def _take_step(self, training_loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """One optimizer step over `grad_accum_steps` micro-steps. Until the update, it can be abandoned."""
+        c = self.config.training
+        began = time.perf_counter()
+        torch.manual_seed(_step_seed(c.seed, self.step))
+        self.model.train()
+        starts = self.train_data.random_starts(c.seed, self.step, c.batch_size * c.grad_accum_steps)
+        batches = [self.train_data.batch(s) for s in np.split(starts, c.grad_accum_steps)]
+        count = sum(real_targets(targets_BxT) for _, targets_BxT in batches)
+        total = torch.zeros((), device=self.device)
+        for inputs_BxT, targets_BxT in batches:
+            loss = training_loss(to_device(inputs_BxT, self.device), to_device(targets_BxT, self.device)) / count
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        norm = clip_gradients(self.model, self.config.optimizer.grad_clip)
+        lr, loss_value, grad_norm = learning_rate(self.step, self.config), float(total), float(norm)
+        if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
+            raise DivergedError(
+                f"step {self.step + 1}: found loss {loss_value} and gradient norm {grad_norm}; expected finite numbers"
+            )
+        with self.signals.hold():
+            set_learning_rate(self.optimizer, lr)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            seconds = time.perf_counter() - began
+            self.step += 1
+            self.tokens += count
+            self.tokens_here += count
+            self.seconds_here += seconds
+            self.owed = Row(
+                self.step,
+                self.tokens,
+                round(self._elapsed(), 6),
+                loss=loss_value,
+                lr=lr,
+                grad_norm=grad_norm,
+                step_time_s=round(seconds, 6),
+                tokens_per_s=round(count / seconds, 1),
+            )
+
+    def _finish_row(self) -> None:
+        """Evaluate if it is time, write the step's row, save if it is time; in this order, so that what a
+        checkpoint says has happened is on the disk before it."""
+        if self.owed is None:
+            return
+        c, row = self.config.training, self.owed
+        due = self._evaluation_due()
+        if due:
+            row = self._evaluated(row)
+        with self.signals.hold():
+            assert self.metrics is not None
+            self.metrics.append(row)
+            self.owed, self.last_row = None, row
+            self._check_divergence(row)
+            improved = row.val_loss is not None and (self.best_val_loss is None or row.val_loss < self.best_val_loss)
+            if improved and self.step > 0:
+                self.best_val_loss, self.best_step = row.val_loss, self.step
+                self._save("checkpoint_best")
+            if c.checkpoint_interval and self.step > 0 and self.step % c.checkpoint_interval == 0:
+                self._save(f"checkpoint_{self.step}")
+                remove_old(self.config.output.checkpoints, c.keep_checkpoints)
+        self._say_row(row, due)
+
+    def _evaluation_due(self) -> bool:
+        c = self.config.training
+        return self.step in (0, c.max_steps) or (c.eval_interval > 0 and self.step % c.eval_interval == 0)
+
+    def _evaluated(self, row: Row) -> Row:
+        c = self.config.training
+        train_loss, val_loss = (
+            None
+            if data is None
+            else evaluate(
+                self.model,
+                self._summed_loss,
+                data,
+                batch_size=c.batch_size,
+                num_batches=c.num_eval_batches,
+                device=self.device,
+            )
+            for data in (self.train_data, self.val_data)
+        )
+        if self.step == 0:
+            self.initial_loss = train_loss
+            uniform = math.log(self.config.model.vocab_size)
+            self.say(f"Loss at the start: {train_loss:.4f} (ln {self.config.model.vocab_size:,} = {uniform:.4f})")
+        if not all(math.isfinite(x) for x in (train_loss, val_loss) if x is not None):
+            raise DivergedError(
+                f"step {self.step}: found validation loss {val_loss} and training loss {train_loss}; expected finite numbers"
+            )
+        self.val_loss = val_loss
+        bits = None
+        if val_loss is not None and self.val_data is not None:
+            bits = bits_per_byte(val_loss, self.val_data.bytes_per_token)
+        return dataclasses.replace(row, val_loss=val_loss, train_eval_loss=train_loss, bits_per_byte=bits)
+
+    def _summed_loss(self, inputs_BxT: Tensor, targets_BxT: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            logits_BxTxV = self.model(inputs_BxT)
+        return summed_cross_entropy(logits_BxTxV, targets_BxT)
+
+    def _compiled_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The loss for training steps. Evaluation stays eager: other shapes and modes would be compiled anew."""
+        if not self.config.training.compile:
+            return self._summed_loss
+        self.say("Compiling the model...")
+        compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(self._summed_loss)
+        c, T = self.config.training, self.config.model.context_length
+        try:
+            ids_BxT = torch.zeros(c.batch_size, T, dtype=torch.int64, device=self.device)
+            compiled(ids_BxT, ids_BxT).backward()  # type: ignore[no-untyped-call]
+        except Exception as exc:  # whatever the compiler's many parts raise, training can go on without it
+            self.notice(
+                f"torch.compile failed, going on without it: {type(exc).__name__}: {str(exc).splitlines()[0][:200]}"
+            )
+            return self._summed_loss
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+        return compiled
+
+    def _check_divergence(self, row: Row) -> None:
+        if row.loss is None or self.initial_loss is None:
+            return
+        self.high_rows = self.high_rows + 1 if row.loss > HIGH_FACTOR * self.initial_loss else 0
+        if self.high_rows >= HIGH_ROWS:
+            raise DivergedError(
+                f"step {self.step}: found {HIGH_ROWS} losses in succession above {HIGH_FACTOR:g} times the loss at the start, "
+                f"{self.initial_loss:.4f}, the last {row.loss:.4f}; expected them to fall"
+            )
+
+    def _interrupted(self) -> Result:
+        """Write what the abandoned step does not concern, then the checkpoint."""
+        if self.owed is not None and not self._evaluation_due():
+            assert self.metrics is not None
+            self.metrics.append(self.owed)
+            self.owed, self.last_row = None, self.owed
+        self._save(f"checkpoint_{self.step}")
+        name = signal.Signals(self.signals.number or signal.SIGINT).name
+        return self.finish("interrupted", f"{name} arrived; --resume auto goes on from step {self.step}")
+
+    # --- what outlives the process ----------------------------------------------------------------------------
+
+    def _save(self, name: str) -> None:
+        assert self.metrics is not None
+        path = self.config.output.checkpoints / name
+        self.metrics.sync()
+        self.say(f"Saving checkpoint to {path}")
+        save_checkpoint(
+            path,
+            Checkpoint(
+                step=self.step,
+                config=self.config,
+                model={k: v.detach() for k, v in self.model.state_dict().items()},
+                training=state_tensors(self.model, self.optimizer),
+                state={
+                    "tokens": self.tokens,
+                    "elapsed_s": round(self._elapsed(), 6),
+                    "owed": dataclasses.asdict(self.owed) if self.owed else None,
+                    "last_row": dataclasses.asdict(self.last_row) if self.last_row else None,
+                    "initial_loss": self.initial_loss,
+                    "val_loss": self.val_loss,
+                    "best_val_loss": self.best_val_loss,
+                    "best_step": self.best_step,
+                    "high_rows": self.high_rows,
+                    "data": {"train": self.train_data.fingerprint()},
+                },
+                tokenizer_json=self.tokenizer_json,
+            ),
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take over a checkpoint's place in the run.
+
+        Raises:
+            MismatchError: it was trained on other data.
+            FormatError: its tensors do not fit the model.
+        """
+        s = checkpoint.state
+        where = f"checkpoint at step {checkpoint.step}"
+        expected, found = s["data"]["train"], self.train_data.fingerprint()
+        if expected != found:
+            raise MismatchError(
+                f"{self.train_data.file.path}: found data {found}; expected {expected}, that of the {where}"
+            )
+        self.model.load_state_dict(checkpoint.model)
+        load_state_tensors(self.model, self.optimizer, checkpoint.training, checkpoint.step, where)
+        self.step, self.tokens, self.elapsed_before = checkpoint.step, s["tokens"], s["elapsed_s"]
+        self.owed, self.last_row = (Row(**s[k]) if s[k] else None for k in ("owed", "last_row"))
+        self.initial_loss, self.val_loss, self.high_rows = s["initial_loss"], s["val_loss"], s["high_rows"]
+        self.best_val_loss, self.best_step = s["best_val_loss"], s["best_step"]
+        self.say(f"Resuming from step {self.step}")
+
+    def finish(self, status: str, why: str) -> Result:
+        """Write `result.json` and return what it says."""
+        result = self.result(status, why)
+        text = json.dumps(
+            {"format": "bytekiln-result", "version": 1, **dataclasses.asdict(result)}, indent=1, allow_nan=False
+        )
+        write_atomically(self.config.output.folder / "result.json", text.encode() + b"\n")
+        return result
+
+    def result(self, status: str, why: str) -> Result:
+        """How things stand."""
+        row, c = self.last_row, self.config
+        bytes_per_token = self.val_data.bytes_per_token if self.val_data else None
+        return Result(
+            status=status,
+            why=why,
+            steps=self.step,
+            max_steps=c.training.max_steps,
+            tokens=self.tokens,
+            parameters=self.parameters,
+            initial_loss=self.initial_loss,
+            uniform_loss=math.log(c.model.vocab_size),
+            final_train_loss=row.loss if row else None,
+            final_val_loss=self.val_loss,
+            final_bits_per_byte=bits_per_byte(self.val_loss, bytes_per_token) if self.val_loss is not None else None,
+            best_val_loss=self.best_val_loss,
+            best_step=self.best_step,
+            tokens_per_s=round(self.tokens_here / self.seconds_here, 1) if self.seconds_here else None,
+            wall_time_s=round(self._elapsed(), 3),
+            device=str(self.device),
+            precision=c.training.precision,
+            compiled=bool(c.training.compile),
+            signal=self.signals.number,
+        )
+
+    def _elapsed(self) -> float:
+        return self.elapsed_before + time.perf_counter() - self.began
+
+    def _bar_fields(self) -> dict[str, object]:
+        fields: dict[str, object] = {}
+        if self.last_row is not None and self.last_row.loss is not None:
+            fields["loss"] = round(self.last_row.loss, 4)
+        if self.val_loss is not None:
+            fields["val_loss"] = round(self.val_loss, 4)
+        if self.seconds_here:
+            fields["tokens/s"] = f"{self.tokens_here / self.seconds_here:,.0f}"
+        return fields
+
+    def _say_row(self, row: Row, evaluated: bool) -> None:
+        logged = self.step % self.config.training.log_interval == 0
+        if row.loss is not None and (logged or evaluated):
+            self.say(
+                f"Iter {self.step:6d} | Loss: {row.loss:.4f} | Time: {row.step_time_s:.3f}s | LR: {row.lr:.2e} | "
+                f"{row.tokens_per_s:,.0f} tokens/s"
+            )
+        if row.val_loss is not None:
+            bits = f" | {row.bits_per_byte:.4f} bits/byte" if row.bits_per_byte is not None else ""
+            self.say(f"Iter {self.step:6d} | Val Loss: {row.val_loss:.4f}{bits}")
+
+
+# --- before the loop ----------------------------------------------------------------------------------------------
+
+
+def _find_checkpoint(
+    config: RunConfig, resume: str, given: Mapping[str, object], notice: Say
+) -> tuple[RunConfig, Checkpoint | None]:
+    """The checkpoint to go on from, and the run's own config with what was given on top."""
+    if resume == "auto":
+        found = newest_whole(config.output.checkpoints, notice)
+        if found is None:
+            if next(checkpoints_in(config.output.checkpoints), None) is not None:
+                raise FileError(
+                    f"{config.output.checkpoints}: found damaged checkpoints only; expected a whole one (--overwrite starts anew)"
+                )
+            notice(f"{config.output.folder}: no checkpoint to resume from; starting at step 0")
+            return config, None
+        path, checkpoint = found
+    else:
+        path = resolve(resume)
+        checkpoint = load_checkpoint(path)
+    stored, values = checkpoint.config, dict(given)
+    if "out_dir" not in values and (path.parent.parent / "config.toml").is_file():
+        values["out_dir"] = str(path.parent.parent)
+    wanted = stored.with_(**values)  # type: ignore[arg-type]
+    for name, was, now in changed_mathematics(stored, wanted, values):
+        raise MismatchError(f"{name}: found {now}; expected {was}, with which the run in {path} was started")
+    if (
+        wanted.training.max_steps > stored.training.max_steps
+        and stored.optimizer.decay_lr
+        and not stored.optimizer.decay_steps
+    ):
+        notice(
+            f"max_steps rises from {stored.training.max_steps} to {wanted.training.max_steps}; the decay now ends there too"
+        )
+    return wanted, checkpoint
+
+
+def _resolved(config: RunConfig, vocab_size: int, device: torch.device, say: Say) -> RunConfig:
+    """Every choice made, every path absolute: what is stored."""
+    t, o = config.training, config.output
+    chosen: dict[str, Value] = {"vocab_size": vocab_size, "out_dir": os.path.abspath(o.folder)}
+    for name in ("train_data", "val_data", "tokenizer", "vocab_path", "merges_path", "checkpoint_dir", "metrics_path"):
+        if value := config.flat().get(name):
+            chosen[name] = os.path.abspath(str(value))
+    if t.precision == "auto":
+        chosen["precision"] = "bf16" if _bf16_is_fast(device) else "fp32"
+    if t.compile == "auto":
+        chosen["compile"], why = _worth_compiling(config.with_(vocab_size=vocab_size), device)
+        say(f"torch.compile: {'on' if chosen['compile'] else 'off'} ({why})")
+    return config.with_(**chosen)
+
+
+def _worth_compiling(config: RunConfig, device: torch.device) -> tuple[bool, str]:
+    t = config.training
+    if device.type == "cuda":
+        return (True, "a GPU, and more than 200 steps") if t.max_steps > 200 else (False, "200 steps or fewer")
+    if device.type != "cpu":
+        return False, f"not tried on {device.type}"
+    tokens = t.max_steps * t.batch_size * t.grad_accum_steps * config.model.context_length
+    seconds = 6 * parameter_count(config.model) * tokens / (CPU_FLOPS_PER_THREAD * torch.get_num_threads())
+    gain = seconds * COMPILE_GAIN
+    pays = gain > 2 * COMPILE_COST_S
+    return pays, f"would save about {gain:.0f} s of {seconds:.0f} s and costs about {COMPILE_COST_S:.0f} s"
+
+
+def _bf16_is_fast(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    # Without these instructions bf16 products are emulated, dozens of times slower than fp32.
+    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigError(f"device: found {name}; expected auto, cpu, cuda, cuda:N or mps")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
+    if (device.index or 0) >= count:
+        raise ConfigError(f"device: found {name}; expected one of the {count} {device.type} devices of this machine")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return device
+
+
+def _prepare_folder(config: RunConfig, overwrite: bool, *, resuming: bool) -> None:
+    """Make the run folder, or refuse one that holds a run already."""
+    folder = config.output.folder
+    own = [folder / name for name in OWN_FILES] + [config.output.checkpoints, config.output.metrics]
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise FileError(f"{folder}: found a file; expected a folder for the run")
+        there = [p for p in own if p.exists() and not (p.is_dir() and not any(p.iterdir()))]
+        if there and not resuming:
+            if not overwrite:
+                raise OutputExistsError(
+                    f"{there[0]}: found an existing run; expected a free folder: --resume auto goes on with it, "
+                    "--overwrite replaces it, --out-dir takes another name"
+                )
+            for path in there:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for parent in (folder, config.output.metrics.parent, config.output.checkpoints):
+            parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise FileError(f"{folder}: no permission to write; expected a writable folder")
+    except OSError as exc:
+        if isinstance(exc, FileError | OutputExistsError):
+            raise
+        raise FileError(
+            f"{exc.filename or folder}: {(exc.strerror or str(exc)).lower()}; expected a writable folder for the run"
+        ) from None
+    remove_old(config.output.checkpoints, 0)
+
+
+def _step_seed(seed: int, step: int) -> int:
+    """A 63-bit seed for the dropout of one step (the mixer of SplitMix64, Steele et al. 2014)."""
+    z = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) & (2**64 - 1)
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return (z ^ (z >> 31)) >> 1
