@@ -1,5 +1,7 @@
 //! The fast code against the specification in `naive.rs`, over random text, threads and chunk sizes.
 
+#![allow(clippy::unwrap_used, missing_docs, reason = "a test ends where something fails")]
+
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::Arc;

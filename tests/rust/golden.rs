@@ -1,5 +1,7 @@
 //! The cases of `tests/golden/bpe.json`, which the Python tests read too.
 
+#![allow(clippy::unwrap_used, missing_docs, reason = "a test ends where something fails")]
+
 use std::sync::Arc;
 
 use bytekiln_bpe::count::{WordCounts, count_text};

@@ -100,17 +100,17 @@ pub fn encode_files(
 
     let work = || -> Result<()> {
         let mut chunk = Chunk::default();
-        let mut encoded = Encoded::default();
+        let mut done = Encoded::default();
         while reader.next(&mut chunk)? {
             progress.check()?;
-            encoder.with_scratch(|scratch| job.encode(&chunk, &mut encoded, scratch))?;
+            encoder.with_scratch(|scratch| job.encode(&chunk, &mut done, scratch))?;
             let guard = output.lock().map_err(|_| Error::Interrupted)?;
             let waited = turn_changed.wait_while(guard, |o| o.turn != chunk.index && !o.failed);
             let mut output = waited.map_err(|_| Error::Interrupted)?;
             if output.failed {
                 return Err(Error::Interrupted);
             }
-            job.write(&chunk, &encoded, &mut output)?;
+            job.write(&chunk, &done, &mut output)?;
             output.turn += 1;
             drop(output);
             turn_changed.notify_all();
@@ -169,8 +169,8 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    fn encode(&self, chunk: &Chunk, encoded: &mut Encoded, scratch: &mut crate::encode::Scratch) -> Result<()> {
-        let Encoded { ids, packed, text_bytes, max_id, ends, open_text } = encoded;
+    fn encode(&self, chunk: &Chunk, done: &mut Encoded, scratch: &mut crate::encode::Scratch) -> Result<()> {
+        let Encoded { ids, packed, text_bytes, max_id, ends, open_text } = done;
         ids.clear();
         packed.clear();
         (*text_bytes, *ends, *open_text) = (0, 0, false);
@@ -196,14 +196,14 @@ impl Job<'_> {
     }
 
     /// Writes a chunk in its turn.
-    fn write(&self, chunk: &Chunk, encoded: &Encoded, output: &mut Output) -> Result<()> {
-        output.writer.write(&encoded.packed)?;
+    fn write(&self, chunk: &Chunk, done: &Encoded, output: &mut Output) -> Result<()> {
+        output.writer.write(&done.packed)?;
         output.file_hash.update(&chunk.bytes);
-        output.text_bytes += encoded.text_bytes;
-        output.max_id = output.max_id.max(encoded.max_id);
-        output.documents += encoded.ends;
-        output.file_ends += encoded.ends;
-        output.file_open = encoded.open_text || (output.file_open && encoded.ends == 0);
+        output.text_bytes += done.text_bytes;
+        output.max_id = output.max_id.max(done.max_id);
+        output.documents += done.ends;
+        output.file_ends += done.ends;
+        output.file_open = done.open_text || (output.file_open && done.ends == 0);
         if !chunk.ends_file {
             return Ok(());
         }

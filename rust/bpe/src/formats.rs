@@ -382,7 +382,7 @@ fn to_vocab_and_merges(vocab: &Vocab) -> Result<(String, String)> {
     let mut merges = String::from("#version: 0.2\n");
     for merge in vocab.merges() {
         let text = |id: TokenId| alphabet.text(vocab.token(id).unwrap_or_default());
-        merges += &format!("{} {}\n", text(merge.pair.0), text(merge.pair.1));
+        merges.extend([&text(merge.pair.0), " ", &text(merge.pair.1), "\n"]);
     }
     let json = serde_json::to_string(&entries).map_err(|e| Error::format("vocab.json", e.to_string()))?;
     Ok((json, merges))

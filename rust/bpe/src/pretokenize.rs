@@ -73,44 +73,67 @@ enum Kind {
     Custom,
 }
 
+impl Kind {
+    /// What a name or a regular expression means: a named pattern's text is that pattern.
+    fn of(name_or_regex: &str) -> Self {
+        match name_or_regex {
+            "gpt2" | GPT2 | GPT2_LONG => Self::Gpt2,
+            "cl100k" | CL100K => Self::Cl100k,
+            "o200k" | O200K => Self::O200k,
+            _ => Self::Custom,
+        }
+    }
+
+    fn name(self) -> Option<&'static str> {
+        match self {
+            Self::Gpt2 => Some("gpt2"),
+            Self::Cl100k => Some("cl100k"),
+            Self::O200k => Some("o200k"),
+            Self::Custom => None,
+        }
+    }
+}
+
+/// The one name of a pattern, however it was spelled: `gpt2`, `cl100k`, `o200k` or the regular expression.
+pub fn canonical_name(name_or_regex: &str) -> &str {
+    Kind::of(name_or_regex).name().unwrap_or(name_or_regex)
+}
+
 /// A pre-tokenization pattern, ready to run.
 #[derive(Debug)]
 pub struct Pattern {
     kind: Kind,
     source: String,
-    regex: fancy_regex::Regex,
+    /// None where a hand-written scanner does the work.
+    regex: Option<fancy_regex::Regex>,
 }
 
 impl Pattern {
     /// A pattern by name (`gpt2`, `cl100k`, `o200k`) or as a regular expression of the fancy-regex dialect.
-    ///
-    /// The text of a named pattern is recognised as that pattern.
     pub fn new(name_or_regex: &str) -> Result<Self> {
-        let (kind, source) = match name_or_regex {
-            "gpt2" | GPT2 | GPT2_LONG => (Kind::Gpt2, GPT2),
-            "cl100k" | CL100K => (Kind::Cl100k, CL100K),
-            "o200k" | O200K => (Kind::O200k, O200K),
-            "" => {
-                return Err(Error::Config(
-                    "pattern: found an empty one; expected gpt2, cl100k, o200k or a regular expression".into(),
-                ));
-            }
-            other => (Kind::Custom, other),
+        if name_or_regex.is_empty() {
+            let what = "pattern: found an empty one; expected gpt2, cl100k, o200k or a regular expression";
+            return Err(Error::Config(what.into()));
+        }
+        let kind = Kind::of(name_or_regex);
+        let source = match kind {
+            Kind::Gpt2 => GPT2,
+            Kind::Cl100k => CL100K,
+            Kind::O200k => O200K,
+            Kind::Custom => name_or_regex,
         };
-        let regex = fancy_regex::Regex::new(source).map_err(|e| {
-            Error::Config(format!("pattern {source:?}: {e}; expected gpt2, cl100k, o200k or a regular expression"))
-        })?;
+        let compile = || {
+            fancy_regex::Regex::new(source).map_err(|e| {
+                Error::Config(format!("pattern {source:?}: {e}; expected gpt2, cl100k, o200k or a regular expression"))
+            })
+        };
+        let regex = if kind == Kind::Gpt2 { None } else { Some(compile()?) };
         Ok(Self { kind, source: source.into(), regex })
     }
 
     /// `gpt2`, `cl100k`, `o200k`, or the regular expression itself.
     pub fn name(&self) -> &str {
-        match self.kind {
-            Kind::Gpt2 => "gpt2",
-            Kind::Cl100k => "cl100k",
-            Kind::O200k => "o200k",
-            Kind::Custom => &self.source,
-        }
+        canonical_name(&self.source)
     }
 
     /// The regular expression.
@@ -120,35 +143,10 @@ impl Pattern {
 
     /// Calls `f` with the end of each pre-token of `text`, ascending; the last end is `text.len()`.
     fn for_each_end(&self, text: &str, f: impl FnMut(usize)) -> Result<()> {
-        if self.kind == Kind::Gpt2 {
-            gpt2_ends(text.as_bytes(), f);
-            Ok(())
-        } else {
-            self.regex_ends(text, f)
+        if let Some(regex) = &self.regex {
+            return regex_ends(regex, text, f);
         }
-    }
-
-    /// The same through fancy-regex, whatever the pattern: the reference of the scanner's tests.
-    fn regex_ends(&self, text: &str, mut f: impl FnMut(usize)) -> Result<()> {
-        let mut end = 0;
-        for found in self.regex.find_iter(text) {
-            let found = found.map_err(|e| {
-                Error::Text(format!(
-                    "pattern {:?}: {e}; expected a pattern that can be matched on this text",
-                    self.source
-                ))
-            })?;
-            if found.start() > end {
-                f(found.start());
-            }
-            if found.end() > found.start() {
-                end = found.end();
-                f(end);
-            }
-        }
-        if end < text.len() {
-            f(text.len());
-        }
+        gpt2_ends(text.as_bytes(), f);
         Ok(())
     }
 
@@ -167,12 +165,35 @@ impl Pattern {
         };
         let before = class_before(bytes, at);
         match self.kind {
-            Kind::Gpt2 => before != SPACE,
             Kind::Cl100k | Kind::O200k if breaks_line => before == LETTER || before == NUMBER,
-            Kind::Cl100k | Kind::O200k => before != SPACE,
+            Kind::Gpt2 | Kind::Cl100k | Kind::O200k => before != SPACE,
             Kind::Custom => false,
         }
     }
+}
+
+/// Ends of the pieces that a regular expression makes: its matches, and what lies between them.
+fn regex_ends(regex: &fancy_regex::Regex, text: &str, mut f: impl FnMut(usize)) -> Result<()> {
+    let mut end = 0;
+    for found in regex.find_iter(text) {
+        let found = found.map_err(|e| {
+            Error::Text(format!(
+                "pattern {:?}: {e}; expected a pattern that can be matched on this text",
+                regex.as_str()
+            ))
+        })?;
+        if found.start() > end {
+            f(found.start());
+        }
+        if found.end() > found.start() {
+            end = found.end();
+            f(end);
+        }
+    }
+    if end < text.len() {
+        f(text.len());
+    }
+    Ok(())
 }
 
 /// A pattern together with the special tokens that cut the text before it runs.
@@ -495,9 +516,9 @@ mod tests {
         out
     }
 
-    fn reference(pattern: &Pattern, text: &str) -> Vec<usize> {
+    fn reference(regex: &fancy_regex::Regex, text: &str) -> Vec<usize> {
         let mut out = vec![];
-        pattern.regex_ends(text, |e| out.push(e)).unwrap();
+        regex_ends(regex, text, |e| out.push(e)).unwrap();
         out
     }
 
@@ -541,10 +562,10 @@ mod tests {
 
     #[test]
     fn scanner_equals_the_pattern_on_every_code_point_in_context() {
-        let pattern = Pattern::new("gpt2").unwrap();
+        let (pattern, regex) = (Pattern::new("gpt2").unwrap(), fancy_regex::Regex::new(GPT2_LONG).unwrap());
         for c in (0..=0x10_ffffu32).filter_map(char::from_u32) {
             let text = format!("a{c}b {c}1{c} {c}{c}\n{c} '{c}s  {c}");
-            assert_eq!(ends(&pattern, &text), reference(&pattern, &text), "{c:?}");
+            assert_eq!(ends(&pattern, &text), reference(&regex, &text), "{c:?}");
         }
     }
 
@@ -587,8 +608,8 @@ mod tests {
 
         #[test]
         fn scanner_equals_the_pattern(text in tricky()) {
-            let pattern = Pattern::new("gpt2").unwrap();
-            prop_assert_eq!(ends(&pattern, &text), reference(&pattern, &text));
+            let (pattern, regex) = (Pattern::new("gpt2").unwrap(), fancy_regex::Regex::new(GPT2).unwrap());
+            prop_assert_eq!(ends(&pattern, &text), reference(&regex, &text));
         }
 
         #[test]

@@ -8,6 +8,7 @@ use foldhash::fast::FixedState;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
+use crate::pretokenize::canonical_name;
 use crate::train::{Merges, Pair, TokenId};
 
 /// A merge: what is joined, what comes out, and its priority (smallest first).
@@ -108,7 +109,15 @@ impl Vocab {
                 )));
             }
         }
-        Ok(Self { tokens, merges, specials, byte_ids, by_bytes, pattern: pattern.into(), ignore_merges })
+        Ok(Self {
+            tokens,
+            merges,
+            specials,
+            byte_ids,
+            by_bytes,
+            pattern: canonical_name(pattern).into(),
+            ignore_merges,
+        })
     }
 
     /// The vocabulary of freshly trained merges; the special tokens get the ids after the last merge.
