@@ -30,6 +30,8 @@ PILE_BYTES = 825e9
 """The Pile (Gao et al. 2020), the usual yardstick for "how long would a large corpus take?"."""
 MEASURE_S = 0.5
 """`bpe-inspect` repeats a short text until it has measured this long (five times at most)."""
+SHORT_BYTES = 1_000_000
+"""Below this the speed is mostly that of starting up."""
 
 
 class Dataset(NamedTuple):
@@ -488,13 +490,14 @@ def _inspected(
 
 def _inspection_summary(f: dict[str, Any]) -> str:
     kinds = ", ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in f["vocabulary"].items() if n)
+    caution = f" (a short text: start-up counts; measure on {human_bytes(SHORT_BYTES)} or more)"
     rows = [
         ("compression", f"{f['bytes_per_token']:.3f} bytes a token ({f['bytes']:,} bytes, {f['tokens']:,} tokens)"),
         ("vocabulary", f"{f['vocab_size']:,} tokens: {kinds}"),
         ("used here", f"{f['tokens_used']:,} different tokens"),
         ("pattern", f["pattern"]),
         ("longest tokens", "  ".join(f"'{t}'" for t in f["longest_tokens"])),
-        ("speed", f"{human_bytes(f['bytes_per_second'])}/s, file to token file"),
+        ("speed", f"{human_bytes(f['bytes_per_second'])}/s, file to token file" + caution * (f["bytes"] < SHORT_BYTES)),
         ("the Pile (825 GB)", f"{f['pile_hours']:.1f} h at this speed"),
     ]
     return f"{f['tokenizer']} on {', '.join(f['text'])}\n{table(rows)}"
