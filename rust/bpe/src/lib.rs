@@ -2,8 +2,8 @@
 //! chunk sizes and the splits of the input.
 //!
 //! Floors: `error` < `pretokenize` < `input` < `count` < `train` < `vocab` < `encode` < `corpus`; `atomic` <
-//! `tokens` < `corpus`; `formats` reads and writes a `vocab`; `naive` is the specification that tests hold all
-//! of it to.
+//! `tokens` < `corpus`; `trainer` joins `count`, `train` and `vocab`; `formats` reads and writes a `vocab`;
+//! `naive` is the specification that tests hold all of it to.
 
 pub mod atomic;
 pub mod corpus;
@@ -17,6 +17,7 @@ pub mod pretokenize;
 pub mod progress;
 pub mod tokens;
 pub mod train;
+pub mod trainer;
 pub mod vocab;
 
 pub use error::{Error, Result};

@@ -597,7 +597,7 @@ mod tests {
                 out.push(match p {
                     Piece::Word(w) => w.to_vec(),
                     Piece::Special(_) => b"!".to_vec(),
-                })
+                });
             })
             .unwrap();
         assert_eq!(out, [b"ab".as_slice(), b"\xff\xfe", b" c", b"!", b"\xe2\x82", b" d", b"\xc3"]);

@@ -1,33 +1,36 @@
 //! Python binding of `bytekiln-bpe`: conversions only. The GIL is released round every long job, signals are
 //! checked twenty times a second, errors change language in `error.rs`.
 
+#![allow(clippy::needless_pass_by_value, reason = "arguments arrive converted, by value")]
+
 mod error;
 mod tokenizer;
 
 use std::path::PathBuf;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytekiln_bpe::corpus::{self, EncodeOptions};
-use bytekiln_bpe::count::{WordCounts, count_files, count_text};
 use bytekiln_bpe::input::{DEFAULT_CHUNK_BYTES, Inputs};
-use bytekiln_bpe::pretokenize::{Pattern, Splitter, TextPolicy, UNICODE_VERSION};
+use bytekiln_bpe::pretokenize::{TextPolicy, UNICODE_VERSION};
 use bytekiln_bpe::progress::Progress;
 use bytekiln_bpe::tokens::{Dtype, checksum_of_file};
-use bytekiln_bpe::train::{self, TieBreak};
-use bytekiln_bpe::vocab::{Vocab, room_for_merges};
+use bytekiln_bpe::train::TieBreak;
+use bytekiln_bpe::trainer::{TrainStats, Trainer};
+use bytekiln_bpe::vocab::Vocab;
 use bytekiln_bpe::{Error, Result};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyIterator, PyString};
+use pyo3::types::{PyBytes, PyIterator, PyString};
 
 use crate::error::{OrRaise, to_python};
 use crate::tokenizer::{TokenIterator, Tokenizer, text_of};
 
 /// How often a running job is looked at: signals and the progress call.
 const LOOK: Duration = Duration::from_millis(50);
-/// Text gathered from an iterator before it is counted with the GIL released.
-const BATCH_BYTES: usize = 1 << 20;
+/// Documents of an iterator between two looks at signals.
+const LOOK_EVERY: usize = 64;
 
 /// A stated number of threads, or one a core.
 pub fn threads_or_default(py: Python<'_>, threads: Option<usize>) -> PyResult<usize> {
@@ -74,80 +77,35 @@ fn watched<R: Send>(
             }
         }
         let result = py.detach(|| worker.join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        match failure {
-            Some(failure) => Err(failure),
-            None => {
-                look()?;
-                result.or_raise(py)
-            }
+        if let Some(failure) = failure {
+            return Err(failure);
         }
+        look()?;
+        result.or_raise(py)
     })
 }
 
-/// What training needs besides text, checked before any text is read.
-struct Plan {
-    merges: usize,
+fn trainer(
+    py: Python<'_>,
+    size: i64,
     specials: Vec<String>,
-    splitter: Splitter,
-    rule: TieBreak,
-    policy: TextPolicy,
+    pattern: &str,
+    tie_break: &str,
+    errors: &str,
+) -> PyResult<Trainer> {
+    let size = usize::try_from(size).unwrap_or(0);
+    let made = TieBreak::from_name(tie_break).and_then(|rule| {
+        let policy = TextPolicy::from_name(errors)?;
+        Trainer::new(size, specials, pattern, rule, policy)
+    });
+    made.or_raise(py)
 }
 
-impl Plan {
-    fn new(vocab_size: i64, specials: Vec<String>, pattern: &str, tie_break: &str, errors: &str) -> Result<Self> {
-        let vocab_size = usize::try_from(vocab_size).unwrap_or(0);
-        Ok(Self {
-            merges: room_for_merges(vocab_size, &specials)?,
-            splitter: Splitter::new(Pattern::new(pattern)?.into(), &specials)?,
-            rule: TieBreak::from_name(tie_break)?,
-            policy: TextPolicy::from_name(errors)?,
-            specials,
-        })
-    }
-
-    fn train(&self, counted: Counted, progress: &Progress) -> Result<Trained> {
-        let start = Instant::now();
-        let words = counted.words.into_sorted();
-        let merges = train::train(&words, self.merges, self.rule, progress)?;
-        let vocab = Vocab::from_training(merges, &self.specials, self.splitter.pattern().name())?;
-        let pretokens = words.iter().map(|word| word.1).sum();
-        let merge_time = start.elapsed();
-        let (bytes, count_time) = (counted.bytes, counted.time);
-        Ok(Trained { vocab, bytes, pretokens, distinct: words.len(), count_time, merge_time })
-    }
-}
-
-struct Counted {
-    words: WordCounts,
-    bytes: u64,
-    time: Duration,
-}
-
-struct Trained {
-    vocab: Vocab,
-    bytes: u64,
-    pretokens: u64,
-    distinct: usize,
-    count_time: Duration,
-    merge_time: Duration,
-}
-
-impl Trained {
-    fn into_python(self, py: Python<'_>, plan: &Plan, threads: usize) -> PyResult<(Tokenizer, Py<PyDict>)> {
-        let stats = PyDict::new(py);
-        stats.set_item("bytes", self.bytes)?;
-        stats.set_item("pretokens", self.pretokens)?;
-        stats.set_item("distinct_pretokens", self.distinct)?;
-        stats.set_item("merges", self.vocab.merges().len())?;
-        stats.set_item("requested_merges", plan.merges)?;
-        stats.set_item("count_s", self.count_time.as_secs_f64())?;
-        stats.set_item("merge_s", self.merge_time.as_secs_f64())?;
-        stats.set_item("threads", threads)?;
-        let longest = (0..self.vocab.len() as u32).filter(|&id| !self.vocab.is_special(id));
-        let longest = longest.filter_map(|id| self.vocab.token(id)).max_by_key(|token| token.len());
-        stats.set_item("longest_token", pyo3::types::PyBytes::new(py, longest.unwrap_or_default()))?;
-        Ok((Tokenizer::from_vocab(py, Ok(self.vocab))?, stats.unbind()))
-    }
+fn trained(py: Python<'_>, (vocab, stats): (Vocab, TrainStats)) -> PyResult<(Tokenizer, Py<PyAny>)> {
+    let json = serde_json::to_string(&stats).map_err(|e| PyValueError::new_err(e.to_string()))?;
+    let dict = py.import("json")?.call_method1("loads", (json,))?;
+    dict.set_item("longest_token", PyBytes::new(py, &stats.longest_token))?;
+    Ok((Tokenizer::from_vocab(py, Ok(vocab))?, dict.unbind()))
 }
 
 #[pyfunction]
@@ -164,17 +122,14 @@ fn train_bpe(
     threads: Option<usize>,
     chunk_bytes: Option<usize>,
     progress: Option<Bound<'_, PyAny>>,
-) -> PyResult<(Tokenizer, Py<PyDict>)> {
-    let plan = Plan::new(vocab_size, special_tokens, pattern, tie_break, errors).or_raise(py)?;
+) -> PyResult<(Tokenizer, Py<PyAny>)> {
+    let mut trainer = trainer(py, vocab_size, special_tokens, pattern, tie_break, errors)?;
     let threads = threads_or_default(py, threads)?;
-    let trained = watched(py, progress, |progress| {
-        let start = Instant::now();
-        let inputs = Inputs::open(&files)?;
-        let chunk_bytes = chunk_bytes.unwrap_or(DEFAULT_CHUNK_BYTES);
-        let words = count_files(&inputs, &plan.splitter, plan.policy, threads, chunk_bytes, progress)?;
-        plan.train(Counted { words, bytes: inputs.total_bytes(), time: start.elapsed() }, progress)
+    let done = watched(py, progress, |progress| {
+        trainer.add_files(&files, threads, chunk_bytes.unwrap_or(DEFAULT_CHUNK_BYTES), progress)?;
+        trainer.finish(progress)
     })?;
-    trained.into_python(py, &plan, threads)
+    trained(py, done)
 }
 
 #[pyfunction]
@@ -189,41 +144,26 @@ fn train_bpe_from_iterator(
     tie_break: &str,
     errors: &str,
     progress: Option<Bound<'_, PyAny>>,
-) -> PyResult<(Tokenizer, Py<PyDict>)> {
-    let plan = Plan::new(vocab_size, special_tokens, pattern, tie_break, errors).or_raise(py)?;
-    let (mut words, mut bytes, start) = (WordCounts::default(), 0, Instant::now());
-    let mut batch: Vec<(usize, Vec<u8>)> = Vec::new();
-    let mut batch_bytes = 0;
-    let mut count = |batch: &mut Vec<(usize, Vec<u8>)>| {
-        py.check_signals()?;
-        let counted = py.detach(|| {
-            batch.drain(..).try_for_each(|(index, text)| {
-                count_text(&text, &plan.splitter, plan.policy, &mut words).map_err(|error| match error {
-                    Error::Text(what) => Error::Text(format!("texts[{index}]: {what}")),
-                    other => other,
-                })
-            })
-        });
-        counted.or_raise(py)
-    };
+) -> PyResult<(Tokenizer, Py<PyAny>)> {
+    let mut trainer = trainer(py, vocab_size, special_tokens, pattern, tie_break, errors)?;
     for (index, text) in PyIterator::from_object(texts)?.enumerate() {
-        let text = text?;
-        let text = match text.cast::<PyString>() {
-            Ok(text) => text_of(text)?.as_bytes().to_vec(),
-            Err(_) => text.extract::<&[u8]>()?.to_vec(),
-        };
-        bytes += text.len() as u64;
-        batch_bytes += text.len();
-        batch.push((index, text));
-        if batch_bytes > BATCH_BYTES {
-            count(&mut batch)?;
-            batch_bytes = 0;
+        if index % LOOK_EVERY == 0 {
+            py.check_signals()?;
         }
+        let text = text?;
+        let added = if let Ok(text) = text.cast::<PyString>() {
+            trainer.add_document(text_of(text)?.as_bytes())
+        } else {
+            trainer.add_document(text.extract::<&[u8]>()?)
+        };
+        let located = added.map_err(|error| match error {
+            Error::Text(what) => Error::Text(format!("texts[{index}]: {what}")),
+            other => other,
+        });
+        located.or_raise(py)?;
     }
-    count(&mut batch)?;
-    let counted = Counted { words, bytes, time: start.elapsed() };
-    let trained = watched(py, progress, |progress| plan.train(counted, progress))?;
-    trained.into_python(py, &plan, 1)
+    let done = watched(py, progress, |progress| trainer.finish(progress))?;
+    trained(py, done)
 }
 
 #[pyfunction]

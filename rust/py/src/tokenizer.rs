@@ -56,7 +56,7 @@ impl<'py> FromPyObject<'_, 'py> for SpecialSet {
                 Err(to_python(value.py(), &Error::Config(what)))
             }
             Err(_) => {
-                let names = PyIterator::from_object(&value)?.map(|name| name?.extract::<String>().map_err(Into::into));
+                let names = PyIterator::from_object(&value)?.map(|name| name?.extract::<String>());
                 let mut names = names.collect::<PyResult<Vec<_>>>()?;
                 names.sort_unstable();
                 names.dedup();
@@ -420,15 +420,12 @@ impl TokenIterator {
             }
             let Some(chunks) = &self.chunks else { return Ok(None) };
             let mut ids = Vec::new();
-            match chunks.bind(py).clone().next() {
-                Some(chunk) => {
-                    let chunk = chunk?.cast_into::<PyString>()?;
-                    self.stream.push(text_of(&chunk)?, &mut ids).or_raise(py)?;
-                }
-                None => {
-                    self.chunks = None;
-                    self.stream.finish(&mut ids).or_raise(py)?;
-                }
+            if let Some(chunk) = chunks.bind(py).clone().next() {
+                let chunk = chunk?.cast_into::<PyString>()?;
+                self.stream.push(text_of(&chunk)?, &mut ids).or_raise(py)?;
+            } else {
+                self.chunks = None;
+                self.stream.finish(&mut ids).or_raise(py)?;
             }
             self.ready = ids.into_iter();
         }
