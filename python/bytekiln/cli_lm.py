@@ -243,7 +243,8 @@ def _dataset_files(dataset: str, given: dict[str, Any]) -> None:
             path = folder / f"{dataset}_{split}.npy"
             if not path.exists():
                 raise FileError(
-                    f"{path}: no such file; make it with: bpe-train --dataset {dataset} && bpe-encode --dataset {dataset}"
+                    f"{path}: no such file; make it with: "
+                    f"bpe-train --dataset {dataset} && bpe-encode --dataset {dataset}"
                 )
             given[field] = str(path)
 

@@ -35,7 +35,8 @@ class TokenData:
         """
         if len(file) < context_length + 1:
             raise FormatError(
-                f"{file.path}: found {len(file)} tokens; expected at least {context_length + 1}, context_length and one target"
+                f"{file.path}: found {len(file)} tokens; expected at least {context_length + 1}, "
+                "a window of context_length and one target"
             )
         self.file, self.context_length = file, context_length
 
@@ -137,7 +138,8 @@ def open_data(config: RunConfig, tokenizer: Tokenizer | None) -> tuple[TokenData
         )
     if tokenizer is not None and tokenizer.n_vocab > vocab_size:
         raise MismatchError(
-            f"vocab_size: found {vocab_size}; expected at least {tokenizer.n_vocab}, the size of {config.data.tokenizer or config.data.vocab_path}"
+            f"vocab_size: found {vocab_size}; expected at least {tokenizer.n_vocab}, "
+            f"the size of {config.data.tokenizer or config.data.vocab_path}"
         )
     for f in files:
         f.check(vocab_size)

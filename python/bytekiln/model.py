@@ -104,7 +104,7 @@ class RotaryEmbedding(nn.Module):
         """Turn the vectors at positions start … start+T-1."""
         T = x_BxHxTxK.shape[-2]
         cos_TxK2, sin_TxK2 = self.cos_PxK2[start : start + T], self.sin_PxK2[start : start + T]
-        even, odd = x_BxHxTxK.float().unflatten(-1, (-1, 2)).unbind(-1)
+        even, odd = x_BxHxTxK.float().reshape(*x_BxHxTxK.shape[:-1], -1, 2).unbind(-1)
         turned = torch.stack((even * cos_TxK2 - odd * sin_TxK2, even * sin_TxK2 + odd * cos_TxK2), dim=-1)
         return turned.flatten(-2).type_as(x_BxHxTxK)
 
@@ -136,7 +136,9 @@ class LayerNorm(nn.Module):
 
 
 def _norm(config: ModelConfig) -> nn.Module:
-    return {"rms": RMSNorm, "layer": LayerNorm, "none": lambda _: nn.Identity()}[config.norm](config.d_model)
+    if config.norm == "none":
+        return nn.Identity()
+    return RMSNorm(config.d_model) if config.norm == "rms" else LayerNorm(config.d_model)
 
 
 class Attention(nn.Module):
@@ -301,7 +303,7 @@ class TransformerLM(nn.Module):
 def parameter_count(config: ModelConfig) -> int:
     """Parameters of the model, exactly, without building it.
 
-    >>> parameter_count(ModelConfig(vocab_size=10_000, d_model=512, num_layers=4, num_heads=16, d_ff=1344, context_length=256))
+    >>> parameter_count(ModelConfig(vocab_size=10_000, d_model=512, num_layers=4, num_heads=16, d_ff=1344))
     22696448
     """
     V, D, width = config.vocab_size, config.d_model, config.d_ff

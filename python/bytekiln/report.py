@@ -167,7 +167,7 @@ def _draw_losses(axes: Axes, run: Run, colour: str, *, alone: bool) -> None:
         validation = COLOURS[1] if alone else colour
         axes.plot(
             [r.step for r in evaluations],
-            [r.val_loss for r in evaluations],
+            [r.val_loss or 0.0 for r in evaluations],
             color=validation,
             linewidth=1.8,
             marker="o",
@@ -177,7 +177,7 @@ def _draw_losses(axes: Axes, run: Run, colour: str, *, alone: bool) -> None:
 
 
 def _limits(runs: Sequence[Run]) -> tuple[float, float]:
-    """From just below the lowest loss to just above the highest at the start: a diverged end does not flatten the rest."""
+    """From below the lowest loss to above the highest at the start: a diverged end does not flatten the rest."""
     every = [x for run in runs for r in run.rows for x in (r.loss, r.val_loss) if x is not None and math.isfinite(x)]
     first = max(x for run in runs for r in run.rows[:2] for x in (r.loss, r.val_loss) if x is not None)
     low, high = min(every), min(max(every), first * 1.5)
@@ -198,7 +198,8 @@ def _title(runs: Sequence[Run]) -> str:
 def _subtitle(run: Run) -> str:
     m, result = run.config.model, run.result
     parts = [
-        f"{m.num_layers} layers × {m.d_model}, {m.num_heads} heads, context {m.context_length}, vocabulary {m.vocab_size:,}"
+        f"{m.num_layers} layers × {m.d_model}, {m.num_heads} heads, context {m.context_length}, "
+        f"vocabulary {m.vocab_size:,}"
     ]
     if "parameters" in result:
         parts.append(f"{result['parameters'] / 1e6:.2f} M parameters")

@@ -159,7 +159,8 @@ def tokenizer_for(model: TransformerLM, given: str | None, stored: str | None, r
         )
     if tokenizer.n_vocab > model.config.vocab_size:
         raise MismatchError(
-            f"{given or run}: found {tokenizer.n_vocab} tokens; expected at most {model.config.vocab_size}, the model's vocabulary"
+            f"{given or run}: found {tokenizer.n_vocab} tokens; "
+            f"expected at most {model.config.vocab_size}, the model's vocabulary"
         )
     return tokenizer
 

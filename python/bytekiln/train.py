@@ -13,47 +13,31 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import shutil
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bytekiln.checkpoint import (
-    Checkpoint,
-    checkpoints_in,
-    load_checkpoint,
-    newest_whole,
-    remove_old,
-    resolve,
-    save_checkpoint,
-)
-from bytekiln.config import RunConfig, Value, changed_mathematics
+from bytekiln.checkpoint import Checkpoint, remove_old, save_checkpoint
+from bytekiln.config import RunConfig
 from bytekiln.console import Progress
 from bytekiln.data import TokenData, load_tokenizer, open_data, to_device
-from bytekiln.errors import ConfigError, DivergedError, FileError, MismatchError, OutputExistsError
+from bytekiln.errors import DivergedError, MismatchError
 from bytekiln.evaluate import bits_per_byte, evaluate
 from bytekiln.loss import real_targets, summed_cross_entropy
 from bytekiln.metrics import MetricsFile, Row, write_atomically
 from bytekiln.model import TransformerLM, parameter_count
 from bytekiln.optim import clip_gradients, load_state_tensors, make_optimizer, set_learning_rate, state_tensors
+from bytekiln.prepare import Say, find_checkpoint, find_device, prepare_folder, resolved
 from bytekiln.schedule import learning_rate
+from bytekiln.signals import Interrupted, Signals
 
-Say = Callable[[str], object]
-OWN_FILES = ("config.toml", "metrics.csv", "result.json", "tokenizer.json", "checkpoints")
 HIGH_ROWS, HIGH_FACTOR = 3, 2.0
 """A run has diverged when this many rows in succession lie above this multiple of the loss at the start."""
-COMPILE_COST_S, COMPILE_GAIN, CPU_FLOPS_PER_THREAD = 30.0, 0.2, 5e10
-"""What torch.compile costs and brings on a CPU (measured: 27 s cold, 1.25 times as fast), to decide `auto`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,53 +68,6 @@ class Result:
     """The signal that interrupted it."""
 
 
-class Interrupted(BaseException):
-    """SIGTERM or Ctrl-C arrived at a place where the step can be abandoned."""
-
-
-class Signals:
-    """Turns the first SIGTERM or Ctrl-C into `Interrupted`, at once or where `hold` ends; a second Ctrl-C is Python's."""
-
-    def __init__(self) -> None:
-        """Nothing arrived yet."""
-        self.number: int | None = None
-        self._holding = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        """Take over the handlers; only the main thread may, elsewhere the process's own rules stay."""
-        if threading.current_thread() is threading.main_thread():
-            self._before = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Give them back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None:
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt
-            return
-        self.number = number
-        if not self._holding:
-            raise Interrupted
-
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """No interruption in here: what began is finished."""
-        outer, self._holding = self._holding, True
-        try:
-            yield
-        finally:
-            self._holding = outer
-        if self.number is not None and not outer:
-            raise Interrupted
-
-
 def train(
     config: RunConfig,
     *,
@@ -158,9 +95,9 @@ def train(
     """
     checkpoint = None
     if resume is not None:
-        config, checkpoint = _find_checkpoint(config, str(resume), given or {}, notice)
+        config, checkpoint = find_checkpoint(config, str(resume), given or {}, notice)
     with Signals() as signals:
-        device = _device(config.training.device)
+        device = find_device(config.training.device)
         say(f"Using device: {device}")
         say("Loading tokenizer...")
         tokenizer = load_tokenizer(config.data)
@@ -172,22 +109,16 @@ def train(
                 notice(data.file.notice)
         if tokenizer is not None and tokenizer.n_vocab < vocab_size and checkpoint is None:
             notice(f"vocab_size: the model has {vocab_size} tokens, the tokenizer uses {tokenizer.n_vocab} of them")
-        config = _resolved(config, vocab_size, device, say)
+        config = resolved(config, vocab_size, device, say)
         tokenizer_json = tokenizer.to_json() if tokenizer else checkpoint.tokenizer_json if checkpoint else None
-        _prepare_folder(config, overwrite, resuming=resume is not None)
+        prepare_folder(config, overwrite, resuming=resume is not None)
         run = _Run(config, device, signals, train_data, val_data, tokenizer_json, say, notice)
         if checkpoint is not None:
             run.restore(checkpoint)
             if run.step >= config.training.max_steps and run.owed is None:
-                notice(
-                    f"{config.output.folder}: the run is complete at step {run.step}; a greater --max-steps continues it"
-                )
-                done = config.output.folder / "result.json"
-                return (
-                    run.result("completed", "all steps done")
-                    if done.is_file()
-                    else run.finish("completed", "all steps done")
-                )
+                notice(f"{config.output.folder}: complete at step {run.step}; a greater --max-steps continues it")
+                written = (config.output.folder / "result.json").is_file()
+                return (run.result if written else run.finish)("completed", "all steps done")
         return run.go()
 
 
@@ -223,7 +154,7 @@ class _Run:
         self.best_val_loss: float | None = None
         self.best_step: int | None = None
         self.elapsed_before, self.began = 0.0, time.perf_counter()
-        self.tokens_here, self.seconds_here = 0, 0.0
+        self.training_s = 0.0
         self.metrics: MetricsFile | None = None
 
     # --- the loop -------------------------------------------------------------------------------------------
@@ -285,8 +216,7 @@ class _Run:
             seconds = time.perf_counter() - began
             self.step += 1
             self.tokens += count
-            self.tokens_here += count
-            self.seconds_here += seconds
+            self.training_s += seconds
             self.owed = Row(
                 self.step,
                 self.tokens,
@@ -346,7 +276,8 @@ class _Run:
             self.say(f"Loss at the start: {train_loss:.4f} (ln {self.config.model.vocab_size:,} = {uniform:.4f})")
         if not all(math.isfinite(x) for x in (train_loss, val_loss) if x is not None):
             raise DivergedError(
-                f"step {self.step}: found validation loss {val_loss} and training loss {train_loss}; expected finite numbers"
+                f"step {self.step}: found validation loss {val_loss} and training loss {train_loss}; "
+                "expected finite numbers"
             )
         self.val_loss = val_loss
         bits = None
@@ -384,8 +315,8 @@ class _Run:
         self.high_rows = self.high_rows + 1 if row.loss > HIGH_FACTOR * self.initial_loss else 0
         if self.high_rows >= HIGH_ROWS:
             raise DivergedError(
-                f"step {self.step}: found {HIGH_ROWS} losses in succession above {HIGH_FACTOR:g} times the loss at the start, "
-                f"{self.initial_loss:.4f}, the last {row.loss:.4f}; expected them to fall"
+                f"step {self.step}: found {HIGH_ROWS} losses in succession above {HIGH_FACTOR:g} times the loss at the "
+                f"start, {self.initial_loss:.4f}, the last {row.loss:.4f}; expected them to fall"
             )
 
     def _interrupted(self) -> Result:
@@ -415,6 +346,7 @@ class _Run:
                 state={
                     "tokens": self.tokens,
                     "elapsed_s": round(self._elapsed(), 6),
+                    "training_s": round(self.training_s, 6),
                     "owed": dataclasses.asdict(self.owed) if self.owed else None,
                     "last_row": dataclasses.asdict(self.last_row) if self.last_row else None,
                     "initial_loss": self.initial_loss,
@@ -444,7 +376,8 @@ class _Run:
             )
         self.model.load_state_dict(checkpoint.model)
         load_state_tensors(self.model, self.optimizer, checkpoint.training, checkpoint.step, where)
-        self.step, self.tokens, self.elapsed_before = checkpoint.step, s["tokens"], s["elapsed_s"]
+        self.step, self.tokens = checkpoint.step, s["tokens"]
+        self.elapsed_before, self.training_s = s["elapsed_s"], s["training_s"]
         self.owed, self.last_row = (Row(**s[k]) if s[k] else None for k in ("owed", "last_row"))
         self.initial_loss, self.val_loss, self.high_rows = s["initial_loss"], s["val_loss"], s["high_rows"]
         self.best_val_loss, self.best_step = s["best_val_loss"], s["best_step"]
@@ -477,7 +410,7 @@ class _Run:
             final_bits_per_byte=bits_per_byte(self.val_loss, bytes_per_token) if self.val_loss is not None else None,
             best_val_loss=self.best_val_loss,
             best_step=self.best_step,
-            tokens_per_s=round(self.tokens_here / self.seconds_here, 1) if self.seconds_here else None,
+            tokens_per_s=round(self.tokens / self.training_s, 1) if self.training_s else None,
             wall_time_s=round(self._elapsed(), 3),
             device=str(self.device),
             precision=c.training.precision,
@@ -494,8 +427,8 @@ class _Run:
             fields["loss"] = round(self.last_row.loss, 4)
         if self.val_loss is not None:
             fields["val_loss"] = round(self.val_loss, 4)
-        if self.seconds_here:
-            fields["tokens/s"] = f"{self.tokens_here / self.seconds_here:,.0f}"
+        if self.training_s:
+            fields["tokens/s"] = f"{self.tokens / self.training_s:,.0f}"
         return fields
 
     def _say_row(self, row: Row, evaluated: bool) -> None:
@@ -508,126 +441,6 @@ class _Run:
         if row.val_loss is not None:
             bits = f" | {row.bits_per_byte:.4f} bits/byte" if row.bits_per_byte is not None else ""
             self.say(f"Iter {self.step:6d} | Val Loss: {row.val_loss:.4f}{bits}")
-
-
-# --- before the loop ----------------------------------------------------------------------------------------------
-
-
-def _find_checkpoint(
-    config: RunConfig, resume: str, given: Mapping[str, object], notice: Say
-) -> tuple[RunConfig, Checkpoint | None]:
-    """The checkpoint to go on from, and the run's own config with what was given on top."""
-    if resume == "auto":
-        found = newest_whole(config.output.checkpoints, notice)
-        if found is None:
-            if next(checkpoints_in(config.output.checkpoints), None) is not None:
-                raise FileError(
-                    f"{config.output.checkpoints}: found damaged checkpoints only; expected a whole one (--overwrite starts anew)"
-                )
-            notice(f"{config.output.folder}: no checkpoint to resume from; starting at step 0")
-            return config, None
-        path, checkpoint = found
-    else:
-        path = resolve(resume)
-        checkpoint = load_checkpoint(path)
-    stored, values = checkpoint.config, dict(given)
-    if "out_dir" not in values and (path.parent.parent / "config.toml").is_file():
-        values["out_dir"] = str(path.parent.parent)
-    wanted = stored.with_(**values)  # type: ignore[arg-type]
-    for name, was, now in changed_mathematics(stored, wanted, values):
-        raise MismatchError(f"{name}: found {now}; expected {was}, with which the run in {path} was started")
-    if (
-        wanted.training.max_steps > stored.training.max_steps
-        and stored.optimizer.decay_lr
-        and not stored.optimizer.decay_steps
-    ):
-        notice(
-            f"max_steps rises from {stored.training.max_steps} to {wanted.training.max_steps}; the decay now ends there too"
-        )
-    return wanted, checkpoint
-
-
-def _resolved(config: RunConfig, vocab_size: int, device: torch.device, say: Say) -> RunConfig:
-    """Every choice made, every path absolute: what is stored."""
-    t, o = config.training, config.output
-    chosen: dict[str, Value] = {"vocab_size": vocab_size, "out_dir": os.path.abspath(o.folder)}
-    for name in ("train_data", "val_data", "tokenizer", "vocab_path", "merges_path", "checkpoint_dir", "metrics_path"):
-        if value := config.flat().get(name):
-            chosen[name] = os.path.abspath(str(value))
-    if t.precision == "auto":
-        chosen["precision"] = "bf16" if _bf16_is_fast(device) else "fp32"
-    if t.compile == "auto":
-        chosen["compile"], why = _worth_compiling(config.with_(vocab_size=vocab_size), device)
-        say(f"torch.compile: {'on' if chosen['compile'] else 'off'} ({why})")
-    return config.with_(**chosen)
-
-
-def _worth_compiling(config: RunConfig, device: torch.device) -> tuple[bool, str]:
-    t = config.training
-    if device.type == "cuda":
-        return (True, "a GPU, and more than 200 steps") if t.max_steps > 200 else (False, "200 steps or fewer")
-    if device.type != "cpu":
-        return False, f"not tried on {device.type}"
-    tokens = t.max_steps * t.batch_size * t.grad_accum_steps * config.model.context_length
-    seconds = 6 * parameter_count(config.model) * tokens / (CPU_FLOPS_PER_THREAD * torch.get_num_threads())
-    gain = seconds * COMPILE_GAIN
-    pays = gain > 2 * COMPILE_COST_S
-    return pays, f"would save about {gain:.0f} s of {seconds:.0f} s and costs about {COMPILE_COST_S:.0f} s"
-
-
-def _bf16_is_fast(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    # Without these instructions bf16 products are emulated, dozens of times slower than fp32.
-    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise ConfigError(f"device: found {name}; expected auto, cpu, cuda, cuda:N or mps")
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
-    if (device.index or 0) >= count:
-        raise ConfigError(f"device: found {name}; expected one of the {count} {device.type} devices of this machine")
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    return device
-
-
-def _prepare_folder(config: RunConfig, overwrite: bool, *, resuming: bool) -> None:
-    """Make the run folder, or refuse one that holds a run already."""
-    folder = config.output.folder
-    own = [folder / name for name in OWN_FILES] + [config.output.checkpoints, config.output.metrics]
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise FileError(f"{folder}: found a file; expected a folder for the run")
-        there = [p for p in own if p.exists() and not (p.is_dir() and not any(p.iterdir()))]
-        if there and not resuming:
-            if not overwrite:
-                raise OutputExistsError(
-                    f"{there[0]}: found an existing run; expected a free folder: --resume auto goes on with it, "
-                    "--overwrite replaces it, --out-dir takes another name"
-                )
-            for path in there:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for parent in (folder, config.output.metrics.parent, config.output.checkpoints):
-            parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise FileError(f"{folder}: no permission to write; expected a writable folder")
-    except OSError as exc:
-        if isinstance(exc, FileError | OutputExistsError):
-            raise
-        raise FileError(
-            f"{exc.filename or folder}: {(exc.strerror or str(exc)).lower()}; expected a writable folder for the run"
-        ) from None
-    remove_old(config.output.checkpoints, 0)
 
 
 def _step_seed(seed: int, step: int) -> int:
