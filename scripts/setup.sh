@@ -39,6 +39,6 @@ key=$(find rust Cargo.toml Cargo.lock pyproject.toml \
 if ! fresh core "$key" || ! ls python/bytekiln/_core.*.so >/dev/null 2>&1; then
     echo "set-up: building the Rust core (a minute or two the first time)"
     case $venv in /*) there=$venv ;; *) there=$PWD/$venv ;; esac
-    VIRTUAL_ENV=$there "$venv/bin/maturin" develop --release --quiet
+    PIP_QUIET=1 VIRTUAL_ENV=$there "$venv/bin/maturin" develop --release --quiet
     stamp core "$key"
 fi
