@@ -14,15 +14,15 @@ import bytekiln
 PACKAGE = Path(bytekiln.__file__).parent
 
 FLOORS = [
-    ["errors"],
+    ["errors", "signals"],
     ["_core"],
     ["console"],
-    ["config", "tokenfile"],
-    ["tokenizer"],
+    ["fields", "tokenfile"],
+    ["config", "tokenizer"],
     ["__init__"],
-    ["data", "model", "loss", "optim", "schedule", "metrics"],
+    ["data", "model", "loss", "optim", "schedule", "metrics", "inspection"],
     ["checkpoint"],
-    ["sample", "evaluate"],
+    ["sample", "evaluate", "prepare"],
     ["train"],
     ["report", "demo_text"],
     ["cli_bpe", "cli_lm", "demo"],

@@ -1,7 +1,7 @@
 """The tokenizer's commands: `bpe-train`, `bpe-encode`, `bpe-inspect`.
 
 In: command-line arguments. Out: files, a short summary on stdout, an exit status. Called by `cli`, which
-turns every error into one line. Nothing here imports torch; numpy is imported by `bpe-inspect` alone.
+turns every error into one line. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -12,24 +12,21 @@ import resource
 import sys
 import time
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from bytekiln import _core
 from bytekiln.console import Parser, Progress, human_bytes, human_time, notice, table
 from bytekiln.errors import FileError, OutputExistsError
+from bytekiln.inspection import measure, show_token
 from bytekiln.tokenizer import Tokenizer
 
 EOT = "<|endoftext|>"
 DATA = Path("data")
 VOCAB_SIZES = {"tinystories": 10_000, "owt": 32_000}
 """The vocabularies that `--dataset` trains when `--vocab-size` does not say otherwise."""
-PILE_BYTES = 825e9
-"""The Pile (Gao et al. 2020), the usual yardstick for "how long would a large corpus take?"."""
-MEASURE_S = 0.5
-"""`bpe-inspect` repeats a short text until it has measured this long (five times at most)."""
 SHORT_BYTES = 1_000_000
 """Below this the speed is mostly that of starting up."""
 
@@ -259,20 +256,6 @@ def _training_summary(out: Path, tokenizer: Tokenizer, stats: dict[str, Any], se
     return f"wrote {out}\n{table(rows)}"
 
 
-def show_token(token: bytes) -> str:
-    r"""A token on one line, quoted.
-
-    >>> print(show_token(b" accomplishment"), show_token(b"\xff"), show_token(b"\n"))
-    ' accomplishment' '\xff' '\n'
-    """
-    text = token.decode("utf-8", "surrogateescape")
-    return "'" + "".join(c if c.isprintable() else _escaped(c) for c in text) + "'"
-
-
-def _escaped(char: str) -> str:
-    return repr(char.encode("utf-8", "surrogateescape"))[2:-1]
-
-
 def encode(argv: Sequence[str]) -> int:
     """`bpe-encode`."""
     parser = Parser(
@@ -398,94 +381,24 @@ def inspect(argv: Sequence[str]) -> int:
     if not args.text:
         parser.error("--text is missing; expected a text file to measure on")
 
-    found = [
-        _inspected(path, args.text, longest=args.longest, errors=args.errors, threads=args.threads)
-        for path in args.tokenizers
-    ]
+    found = []
+    for path in args.tokenizers:
+        with ExitStack() as bars:
+            found.append(
+                measure(
+                    path,
+                    args.text,
+                    longest=args.longest,
+                    errors=args.errors,
+                    threads=args.threads,
+                    progress=StageProgress(bars),
+                )
+            )
     if args.json:
         print(json.dumps(found if len(found) > 1 else found[0]))
     else:
         print("\n\n".join(_inspection_summary(f) for f in found))
     return 0
-
-
-TOKEN_KINDS: dict[str, Callable[[str], bool]] = {
-    "words": str.isalpha,
-    "numbers": str.isnumeric,
-    "white_space": lambda s: not s,
-    "mixed": str.isalnum,
-}
-
-
-def vocabulary_kinds(tokenizer: Tokenizer) -> dict[str, int]:
-    """How many tokens are single bytes, special, words (with or without a space before), numbers, and so on."""
-    kinds = dict.fromkeys(["bytes", "special", *TOKEN_KINDS, "punctuation", "parts_of_characters"], 0)
-    special = set(tokenizer.special_tokens.values())
-    for id, token in tokenizer.vocab.items():
-        kinds[_kind(token) if id not in special else "special"] += 1
-    return kinds
-
-
-def _kind(token: bytes) -> str:
-    if len(token) == 1:
-        return "bytes"
-    try:
-        text = token.decode().strip()
-    except UnicodeDecodeError:
-        return "parts_of_characters"
-    return next((name for name, holds in TOKEN_KINDS.items() if holds(text)), "punctuation")
-
-
-def _inspected(
-    path: Path,
-    texts: Sequence[Path],
-    *,
-    longest: int,
-    errors: Literal["error", "replace", "bytes"],
-    threads: int | None,
-) -> dict[str, Any]:
-    """Encode the texts as `bpe-encode` does, into a temporary folder, and look at what came out."""
-    import tempfile
-
-    import numpy as np
-
-    tokenizer = Tokenizer.from_file(path)
-    seconds: list[float] = []
-    with tempfile.TemporaryDirectory(prefix="bpe-inspect-") as folder, ExitStack() as bars:
-        out = Path(folder) / "tokens.npy"
-        while not seconds or (sum(seconds) < MEASURE_S and len(seconds) < 5):
-            start = time.perf_counter()
-            manifest = _core.encode_files(
-                tokenizer,
-                texts,
-                out,
-                append_eot=False,
-                errors=errors,
-                overwrite=True,
-                threads=threads,
-                progress=StageProgress(bars),
-            )
-            seconds.append(time.perf_counter() - start)
-        used = int(np.count_nonzero(np.bincount(np.load(out, mmap_mode="r"), minlength=tokenizer.n_vocab)))
-    special = set(tokenizer.special_tokens.values())
-    ordinary = [t for id, t in tokenizer.vocab.items() if id not in special]
-    speed = manifest["text_bytes"] / min(seconds)
-    return {
-        "tokenizer": str(path),
-        "hash": tokenizer.hash,
-        "pattern": tokenizer.pattern,
-        "vocab_size": tokenizer.n_vocab,
-        "vocabulary": vocabulary_kinds(tokenizer),
-        "longest_tokens": [show_token(t)[1:-1] for t in sorted(ordinary, key=lambda t: (-len(t), t))[:longest]],
-        "text": [str(t) for t in texts],
-        "bytes": manifest["text_bytes"],
-        "tokens": manifest["tokens"],
-        "bytes_per_token": manifest["text_bytes"] / max(manifest["tokens"], 1),
-        "tokens_used": used,
-        "seconds": min(seconds),
-        "bytes_per_second": speed,
-        "pile_hours": PILE_BYTES / speed / 3600,
-    }
 
 
 def _inspection_summary(f: dict[str, Any]) -> str:

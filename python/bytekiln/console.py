@@ -11,6 +11,7 @@ import difflib
 import os
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
@@ -237,7 +238,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=prog,
             usage=usage,
-            description=description,
+            description=textwrap.fill(description, 100),
             epilog="examples:\n" + "\n".join(f"  {e}" for e in examples) if examples else None,
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=100),
             allow_abbrev=False,
