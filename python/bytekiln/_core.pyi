@@ -83,6 +83,7 @@ class Tokenizer:
     def encode_iter(
         self, chunks: Iterable[str], *, allowed_special: Literal["all"] | Iterable[str] = ()
     ) -> Iterator[int]: ...
+    def pretokenize(self, text: str) -> list[str]: ...
     def decode(
         self,
         ids: Sequence[int] | NDArray[Any],

@@ -453,6 +453,17 @@ impl Encoder {
         }
     }
 
+    /// The pieces of `text` inside which merges happen; special tokens count as text.
+    pub fn pretokenize(&self, text: &str) -> Result<Vec<String>> {
+        let mut pieces = Vec::new();
+        self.ordinary.split(text, |piece| {
+            if let Piece::Word(word) = piece {
+                pieces.push(String::from_utf8_lossy(word).into_owned());
+            }
+        })?;
+        Ok(pieces)
+    }
+
     /// Appends the bytes of `ids`.
     ///
     /// # Errors

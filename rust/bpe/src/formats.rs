@@ -66,7 +66,8 @@ pub fn read(path: &Path, specials: Option<SpecialNames>, pattern: Option<&str>) 
     }
     let value: Value =
         serde_json::from_slice(&bytes).map_err(|e| Error::format(&place, format!("{e}; expected a JSON tokenizer")))?;
-    if value.get("model").is_some() {
+    // A plain vocabulary may well hold a token "model"; its value is an id.
+    if value["model"].is_object() {
         return from_tokenizer_value(&value, &place, specials, pattern);
     }
     let merges = path.with_file_name("merges.txt");
@@ -333,9 +334,8 @@ pub fn to_json(vocab: &Vocab) -> Result<String> {
     }
     let text = |id: TokenId| alphabet.text(vocab.token(id).unwrap_or_default());
     let merges: Vec<Value> = vocab.merges().iter().map(|m| json!([text(m.pair.0), text(m.pair.1)])).collect();
-    let mut specials: Vec<_> = vocab.specials().to_vec();
-    specials.sort_by_key(|special| special.1);
-    let added: Vec<Value> = specials
+    let added: Vec<Value> = vocab
+        .specials()
         .iter()
         .map(|(text, id)| {
             json!({"id": id, "content": text, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true})

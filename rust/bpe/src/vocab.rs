@@ -2,7 +2,7 @@
 //!
 //! In: what `train` learnt or `formats` read. Out: [`Vocab`]. Called by `encode` and `formats`.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use foldhash::fast::FixedState;
 use sha2::{Digest, Sha256};
@@ -28,6 +28,7 @@ pub struct Vocab {
     /// Bytes of each token by id; empty where an id is a special token's.
     tokens: Vec<Vec<u8>>,
     merges: Vec<Merge>,
+    /// In the order of their ids.
     specials: Vec<(String, TokenId)>,
     byte_ids: [TokenId; 256],
     by_bytes: HashMap<Vec<u8>, TokenId, FixedState>,
@@ -47,10 +48,11 @@ impl Vocab {
     pub fn new(
         tokens: Vec<(Vec<u8>, TokenId)>,
         merges: Vec<Merge>,
-        specials: Vec<(String, TokenId)>,
+        mut specials: Vec<(String, TokenId)>,
         pattern: &str,
         ignore_merges: bool,
     ) -> Result<Self> {
+        specials.sort_unstable_by_key(|special| special.1);
         check_specials(specials.iter().map(|(text, _)| text.as_str()))?;
         let size = tokens.len() + specials.len();
         let mut table: Vec<Option<Vec<u8>>> = vec![None; size];
@@ -145,7 +147,8 @@ impl Vocab {
         if !bytes.is_empty() {
             return Some(bytes);
         }
-        self.specials.iter().find(|special| special.1 == id).map(|special| special.0.as_bytes())
+        let at = self.specials.binary_search_by_key(&id, |special| special.1).ok()?;
+        Some(self.specials[at].0.as_bytes())
     }
 
     /// Id of an ordinary token by its bytes.
@@ -210,9 +213,7 @@ impl Vocab {
             let (a, b) = merge.pair;
             put(&[a, b, merge.id, merge.rank].map(u32::to_le_bytes).concat());
         }
-        let mut specials: Vec<_> = self.specials.iter().collect();
-        specials.sort_unstable();
-        for (text, id) in specials {
+        for (text, id) in &self.specials {
             put(text.as_bytes());
             put(&id.to_le_bytes());
         }
@@ -223,15 +224,14 @@ impl Vocab {
 
 /// Refuses an empty or a repeated special token.
 pub fn check_specials<'a>(specials: impl Iterator<Item = &'a str>) -> Result<()> {
-    let mut seen: Vec<&str> = Vec::new();
+    let mut seen: HashSet<&str, FixedState> = HashSet::default();
     for special in specials {
         if special.is_empty() {
             return Err(Error::Config("special token: found an empty one; expected at least one character".into()));
         }
-        if seen.contains(&special) {
+        if !seen.insert(special) {
             return Err(Error::Config(format!("special token {special:?}: given twice; expected each once")));
         }
-        seen.push(special);
     }
     Ok(())
 }

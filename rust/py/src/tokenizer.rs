@@ -294,6 +294,11 @@ impl Tokenizer {
         Ok(TokenIterator { chunks, stream, ready: Vec::new().into_iter() })
     }
 
+    fn pretokenize(&self, text: &Bound<'_, PyString>) -> PyResult<Vec<String>> {
+        let (py, text) = (text.py(), text_of(text)?);
+        self.encoder.pretokenize(text).or_raise(py)
+    }
+
     #[pyo3(signature = (ids, *, errors="replace", skip_special_tokens=false))]
     fn decode(
         &self,
