@@ -108,6 +108,7 @@ fn trained(py: Python<'_>, (vocab, stats): (Vocab, TrainStats)) -> PyResult<(Tok
     Ok((Tokenizer::from_vocab(py, Ok(vocab))?, dict.unbind()))
 }
 
+/// `bytekiln.train_bpe`, with the statistics of the run and the size of the chunks.
 #[pyfunction]
 #[pyo3(signature = (files, *, vocab_size, special_tokens=Vec::new(), pattern="gpt2", tie_break="lexicographic", errors="error", threads=None, chunk_bytes=None, progress=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword-only options of the Python function")]
@@ -132,6 +133,7 @@ fn train_bpe(
     trained(py, done)
 }
 
+/// `bytekiln.train_bpe_from_iterator`, with the statistics of the run.
 #[pyfunction]
 #[pyo3(signature = (texts, *, vocab_size, special_tokens=Vec::new(), pattern="gpt2", tie_break="lexicographic", errors="error", progress=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword-only options of the Python function")]
@@ -166,6 +168,7 @@ fn train_bpe_from_iterator(
     trained(py, done)
 }
 
+/// `bytekiln.encode_files`, with the size of the chunks; returns the manifest.
 #[pyfunction]
 #[pyo3(signature = (tokenizer, inputs, out, *, dtype=None, append_eot=None, errors="error", overwrite=false, threads=None, chunk_bytes=None, progress=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword-only options of the Python function")]

@@ -122,6 +122,13 @@ impl Tokenizer {
 
 #[pymethods]
 impl Tokenizer {
+    /// Read a tokenizer: `tokenizer.json`, `vocab.json` beside its `merges.txt`, a `.tiktoken` file, or a folder.
+    ///
+    /// The kind is told by the content. `special_tokens` (texts, or texts with ids) adds to those of the file;
+    /// `pattern` overrides the file's and is required for `.tiktoken`, which names none.
+    ///
+    /// Raises:
+    ///     FileError, FormatError, ConfigError.
     #[staticmethod]
     #[pyo3(signature = (path, *, special_tokens=None, pattern=None))]
     fn from_file(
@@ -134,6 +141,12 @@ impl Tokenizer {
         Self::from_vocab(py, formats::read(&path, specials, pattern))
     }
 
+    /// Build a tokenizer from GPT-2's pair of files, or from `{id: bytes}` and `[(bytes, bytes), …]`.
+    ///
+    /// Tokens that are neither a byte nor a merge's result are special tokens.
+    ///
+    /// Raises:
+    ///     FileError, FormatError, ConfigError.
     #[staticmethod]
     #[pyo3(signature = (vocab, merges, *, special_tokens=None, pattern="gpt2"))]
     fn from_vocab_and_merges(
@@ -157,21 +170,30 @@ impl Tokenizer {
         Self::from_vocab(py, vocab)
     }
 
+    /// Read the text of a `tokenizer.json`.
     #[staticmethod]
     fn from_json(py: Python<'_>, text: &str) -> PyResult<Self> {
         Self::from_vocab(py, formats::from_json(text))
     }
 
+    /// The text of the `tokenizer.json` that `save` writes; equal tokenizers give equal text.
     fn to_json(&self, py: Python<'_>) -> PyResult<String> {
         formats::to_json(self.encoder.vocab()).or_raise(py)
     }
 
+    /// Write it, atomically: `tokenizer.json` (Hugging Face's, loaded by their library as it is), `vocab+merges`
+    /// (a folder with GPT-2's `vocab.json` and `merges.txt`) or `tiktoken` (ranks; no pattern, no special tokens).
+    ///
+    /// Raises:
+    ///     OutputExistsError: it exists and `overwrite` is false.
+    ///     FileError: the folder is missing or cannot be written.
     #[pyo3(signature = (path, *, format="tokenizer.json", overwrite=false))]
     fn save(&self, py: Python<'_>, path: PathBuf, format: &str, overwrite: bool) -> PyResult<()> {
         let saved = Format::from_name(format).and_then(|f| formats::write(self.encoder.vocab(), &path, f, overwrite));
         saved.or_raise(py)
     }
 
+    /// Every token's bytes by id; a special token's are those of its text.
     #[getter]
     fn vocab<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let dict = PyDict::new(py);
@@ -181,6 +203,7 @@ impl Tokenizer {
         Ok(dict)
     }
 
+    /// The merges as pairs of bytes, in order of priority.
     #[getter]
     fn merges<'py>(&self, py: Python<'py>) -> Vec<(Bound<'py, PyBytes>, Bound<'py, PyBytes>)> {
         let vocab = self.encoder.vocab();
@@ -188,6 +211,7 @@ impl Tokenizer {
         vocab.merges().iter().map(|m| (bytes(m.pair.0), bytes(m.pair.1))).collect()
     }
 
+    /// Special tokens and their ids.
     #[getter]
     fn special_tokens<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let dict = PyDict::new(py);
@@ -197,26 +221,39 @@ impl Tokenizer {
         Ok(dict)
     }
 
+    /// The pre-tokenization pattern: gpt2, cl100k, o200k or a regular expression.
     #[getter]
     fn pattern(&self) -> &str {
         self.encoder.splitter().pattern().name()
     }
 
+    /// Number of tokens, special ones included; ids are 0 up to this.
     #[getter]
     fn n_vocab(&self) -> usize {
         self.encoder.vocab().len()
     }
 
+    /// Id of `<|endoftext|>`, else of the only special token, else None.
     #[getter]
     fn eot_id(&self) -> Option<TokenId> {
         self.encoder.vocab().eot()
     }
 
+    /// SHA-256 over all that decides ids; token files and checkpoints carry it.
     #[getter]
     fn hash(&self) -> &str {
         self.encoder.hash()
     }
 
+    /// Ids of `text`.
+    ///
+    /// Args:
+    ///     text: any string without lone surrogates.
+    ///     allowed_special: special tokens to recognise, or "all"; the others are ordinary text.
+    ///     disallowed_special: special tokens whose text is an error unless allowed, or "all" (tiktoken's default).
+    ///
+    /// Raises:
+    ///     TextError: a disallowed special token, with its byte offset.
     #[pyo3(signature = (text, *, allowed_special=SpecialSet::NONE, disallowed_special=SpecialSet::NONE))]
     fn encode(
         &self,
@@ -227,10 +264,12 @@ impl Tokenizer {
         self.ids(text, &allowed_special, &disallowed_special)
     }
 
+    /// `encode` with every special token taken as text.
     fn encode_ordinary(&self, text: &Bound<'_, PyString>) -> PyResult<Vec<TokenId>> {
         self.ids(text, &SpecialSet::NONE, &SpecialSet::NONE)
     }
 
+    /// `encode` as an array of uint16, or of uint32 where the vocabulary has more than 65,536 tokens.
     #[pyo3(signature = (text, *, allowed_special=SpecialSet::NONE, disallowed_special=SpecialSet::NONE))]
     fn encode_to_numpy<'py>(
         &self,
@@ -247,6 +286,13 @@ impl Tokenizer {
         py.import("numpy")?.call_method1("frombuffer", (PyByteArray::new(py, &packed), name))
     }
 
+    /// Ids of bytes that need not be UTF-8.
+    ///
+    /// Args:
+    ///     data: the bytes.
+    ///     errors: "error" refuses invalid UTF-8 with its offset, "replace" encodes U+FFFD, "bytes" keeps the bytes
+    ///         (so that `decode_bytes` brings them back).
+    ///     allowed_special: as in `encode`.
     #[pyo3(signature = (data, *, errors="error", allowed_special=SpecialSet::NONE))]
     fn encode_bytes(
         &self,
@@ -261,6 +307,7 @@ impl Tokenizer {
         encoded.or_raise(py).map(|()| ids)
     }
 
+    /// `encode` of every text, on several threads where that pays.
     #[pyo3(signature = (texts, *, allowed_special=SpecialSet::NONE, disallowed_special=SpecialSet::NONE, threads=None))]
     fn encode_batch(
         &self,
@@ -282,6 +329,10 @@ impl Tokenizer {
         py.detach(batch).or_raise(py)
     }
 
+    /// Ids of a text that arrives in parts, equal to `encode` of the parts joined; lazy, in bounded memory.
+    ///
+    /// What cannot be decided yet is held back: text behind the last certain border between pre-tokens. With a
+    /// pattern of the user's no border is certain but the ends of allowed special tokens.
     #[pyo3(signature = (chunks, *, allowed_special=SpecialSet::NONE))]
     fn encode_iter(
         &self,
@@ -294,11 +345,21 @@ impl Tokenizer {
         Ok(TokenIterator { chunks, stream, ready: Vec::new().into_iter() })
     }
 
+    /// The pieces of `text` inside which merges happen; special tokens count as text.
     fn pretokenize(&self, text: &Bound<'_, PyString>) -> PyResult<Vec<String>> {
         let (py, text) = (text.py(), text_of(text)?);
         self.encoder.pretokenize(text).or_raise(py)
     }
 
+    /// Text of `ids` (a sequence, or an array of integers).
+    ///
+    /// Args:
+    ///     ids: token ids.
+    ///     errors: bytes that are not UTF-8: "replace" by U+FFFD, "ignore", or "strict" (TextError).
+    ///     skip_special_tokens: leave special tokens out.
+    ///
+    /// Raises:
+    ///     ConfigError: an id that is not in the vocabulary, with its place.
     #[pyo3(signature = (ids, *, errors="replace", skip_special_tokens=false))]
     fn decode(
         &self,
@@ -324,11 +385,13 @@ impl Tokenizer {
         }
     }
 
+    /// Bytes of `ids`; `decode_bytes(encode(text)) == text.encode()`.
     #[pyo3(signature = (ids, *, skip_special_tokens=false))]
     fn decode_bytes<'py>(&self, ids: &Bound<'py, PyAny>, skip_special_tokens: bool) -> PyResult<Bound<'py, PyBytes>> {
         Ok(PyBytes::new(ids.py(), &self.bytes_of(ids, skip_special_tokens)?))
     }
 
+    /// Id of a token by its bytes or text, a special token by its text; None if there is none.
     fn token_to_id(&self, token: &Bound<'_, PyAny>) -> PyResult<Option<TokenId>> {
         let vocab = self.encoder.vocab();
         if let Ok(bytes) = token.extract::<&[u8]>() {
@@ -339,6 +402,7 @@ impl Tokenizer {
         Ok(special.or_else(|| vocab.id_of(text.as_bytes())))
     }
 
+    /// Bytes of a token.
     fn id_to_token<'py>(&self, py: Python<'py>, id: i64) -> PyResult<Bound<'py, PyBytes>> {
         let bytes = TokenId::try_from(id).ok().and_then(|id| self.encoder.vocab().token(id));
         let size = self.n_vocab();
