@@ -2,6 +2,7 @@
 //! checked twenty times a second, errors change language in `error.rs`.
 
 #![allow(clippy::needless_pass_by_value, reason = "arguments arrive converted, by value")]
+#![allow(clippy::doc_markdown, reason = "these texts are shown by Python's help")]
 
 mod error;
 mod tokenizer;
