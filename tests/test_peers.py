@@ -82,7 +82,9 @@ def test_ids_equal_tiktoken_on_real_text(
     assert gpt2.encode(text, allowed_special="all") == tiktoken_gpt2.encode(text, allowed_special="all")
 
 
-def test_ids_equal_hugging_face_on_real_text(gpt2: Tokenizer, shared_bytes: Callable[..., bytes], tmp_path: Path) -> None:
+def test_ids_equal_hugging_face_on_real_text(
+    gpt2: Tokenizer, shared_bytes: Callable[..., bytes], tmp_path: Path
+) -> None:
     gpt2.save(tmp_path / "tokenizer.json")
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert theirs.get_vocab_size() == gpt2.n_vocab
@@ -92,7 +94,27 @@ def test_ids_equal_hugging_face_on_real_text(gpt2: Tokenizer, shared_bytes: Call
 
 
 strings = st.text(st.characters(exclude_categories=["Cs"]), max_size=40) | st.lists(
-    st.sampled_from([" ", "  ", "\n", "\t", "'s", "'LL", "don't", "x", "Ab", "12", "½", "é", "日本", "!?", "\u3000", "\u200d🚀", EOT]),
+    st.sampled_from(
+        [
+            " ",
+            "  ",
+            "\n",
+            "\t",
+            "'s",
+            "'LL",
+            "don't",
+            "x",
+            "Ab",
+            "12",
+            "½",
+            "é",
+            "日本",
+            "!?",
+            "\u3000",
+            "\u200d🚀",
+            EOT,
+        ]
+    ),
     max_size=16,
 ).map("".join)
 
@@ -200,3 +222,52 @@ def test_tiktoken_files_give_tiktokens_ids(tmp_path: Path) -> None:
         assert ours.encode(text) == theirs.encode(text)
 
     same()
+
+
+@pytest.mark.parametrize("pre_tokenizer", ["ByteLevel", "Split"])
+def test_a_tokenizer_that_hugging_face_saved_is_read(pre_tokenizer: str, tmp_path: Path) -> None:
+    text = "the kiln isn't warm 1234 naïve 日本 " * 20
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre_tokenizer == "ByteLevel")
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\w+|\s+|[^\w\s]+"), "isolated")
+    steps = [level] if pre_tokenizer == "ByteLevel" else [split, level]
+    theirs.pre_tokenizer = level if len(steps) == 1 else tokenizers.pre_tokenizers.Sequence(steps)
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    theirs.post_processor = tokenizers.processors.ByteLevel(trim_offsets=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=[EOT],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    theirs.train_from_iterator([text], trainer)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer.from_file(tmp_path)
+    assert ours.n_vocab == theirs.get_vocab_size() and ours.eot_id == theirs.token_to_id(EOT)
+    for sample in (text, f"a{EOT}{EOT} b", "\n\n  x\u3000 y"):
+        assert ours.encode(sample, allowed_special="all") == theirs.encode(sample).ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["books/books_64mb.txt.xz", *FILES])
+def test_ids_equal_tiktoken_on_whole_files(
+    name: str, gpt2: Tokenizer, tiktoken_gpt2: tiktoken.Encoding, shared_bytes: Callable[..., bytes]
+) -> None:
+    text = shared_bytes(name).decode(errors="replace")
+    assert gpt2.encode(text, allowed_special="all") == tiktoken_gpt2.encode(text, allowed_special="all")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["books/books_64mb.txt.xz", "mixed/mixed_24mb.txt.xz"])
+def test_32k_merges_equal_hugging_face_on_whole_files(name: str, shared_bytes: Callable[..., bytes]) -> None:
+    documents = shared_bytes(name).decode(errors="ignore").split(EOT)
+    theirs = tokenizers.ByteLevelBPETokenizer()
+    theirs.train_from_iterator(documents, vocab_size=32_000, min_frequency=1, show_progress=False)
+    alphabet = {c: bytes([b]) for b, c in transcription().items()}
+    expected = [
+        tuple(b"".join(alphabet[c] for c in half) for half in merge)
+        for merge in json.loads(theirs.to_str())["model"]["merges"]
+    ]
+    ours = bytekiln.train_bpe_from_iterator(documents, vocab_size=32_000, tie_break="huggingface")
+    shared = min(len(expected), len(ours.merges))
+    assert shared >= 31_744 and ours.merges[:shared] == expected[:shared]

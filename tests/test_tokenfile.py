@@ -21,7 +21,9 @@ EOT = "<|endoftext|>"
 
 @pytest.fixture(scope="module")
 def kiln() -> Tokenizer:
-    return bytekiln.train_bpe_from_iterator(["the kiln is warm and the clay is wet " * 9], vocab_size=300, special_tokens=[EOT])
+    return bytekiln.train_bpe_from_iterator(
+        ["the kiln is warm and the clay is wet " * 9], vocab_size=300, special_tokens=[EOT]
+    )
 
 
 @pytest.fixture
@@ -64,7 +66,9 @@ def test_bytes_do_not_depend_on_threads_or_chunks(kiln: Tokenizer, text: Path, t
     found = set()
     for threads in (1, 2, 3, 8):
         for chunk in (1, 7, 1000, None):
-            _core.encode_files(kiln, [text, text], tmp_path / "o.npy", threads=threads, chunk_bytes=chunk, overwrite=True)
+            _core.encode_files(
+                kiln, [text, text], tmp_path / "o.npy", threads=threads, chunk_bytes=chunk, overwrite=True
+            )
             found.add((tmp_path / "o.npy").read_bytes())
     assert len(found) == 1
 
@@ -105,7 +109,9 @@ def test_outputs_are_refused_replaced_and_never_half_written(kiln: Tokenizer, te
     with pytest.raises(FileError, match="no such folder"):
         bytekiln.encode_files(kiln, text, tmp_path / "no" / "o.npy")
     with pytest.raises(ConfigError, match="no end-of-text token"):
-        bytekiln.encode_files(bytekiln.train_bpe_from_iterator([], vocab_size=256), text, tmp_path / "new.npy", append_eot=True)
+        bytekiln.encode_files(
+            bytekiln.train_bpe_from_iterator([], vocab_size=256), text, tmp_path / "new.npy", append_eot=True
+        )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.txt", "out.npy", "out.npy.json", "text.txt"]
 
 
@@ -221,7 +227,9 @@ def test_what_is_no_token_file_is_refused_by_name(tmp_path: Path) -> None:
 def test_ids_beyond_the_vocabulary_are_named(tmp_path: Path) -> None:
     np.save(tmp_path / "high.npy", np.array([1, 2, 60_000, 5], dtype=np.uint16))
     tokens = TokenFile.open(tmp_path / "high.npy")
-    with pytest.raises(FormatError, match=r"high\.npy: token 2 is id 60000; expected ids below the vocabulary size 700"):
+    with pytest.raises(
+        FormatError, match=r"high\.npy: token 2 is id 60000; expected ids below the vocabulary size 700"
+    ):
         tokens.check(700)
     tokens.check(60_001)
 
@@ -238,7 +246,11 @@ def test_a_file_that_does_not_fit_its_manifest_is_refused(kiln: Tokenizer, text:
     with pytest.raises(MismatchError, match="holds tokens 7; expected"):
         TokenFile.open(out)
     side = tmp_path / "out.npy.json"
-    for content, message in (("{", "expected a JSON manifest"), ("[]", "not a manifest"), ('{"format": "bytekiln-tokens", "version": 9}', "version 9; expected 1")):
+    for content, message in (
+        ("{", "expected a JSON manifest"),
+        ("[]", "not a manifest"),
+        ('{"format": "bytekiln-tokens", "version": 9}', "version 9; expected 1"),
+    ):
         side.write_text(content)
         with pytest.raises(FormatError, match=message):
             TokenFile.open(out)
