@@ -20,6 +20,7 @@ TINY: dict[str, object] = {
     "max_steps": 6,
     "lr": 1e-2,
     "warmup_steps": 2,
+    "decay_lr": True,
     "eval_interval": 4,
     "num_eval_batches": 2,
     "log_interval": 2,

@@ -116,7 +116,7 @@ def find_device(name: str) -> torch.device:
 def prepare_folder(config: RunConfig, overwrite: bool, *, resuming: bool) -> None:
     """Make the run folder, or refuse one that holds a run already."""
     folder = config.output.folder
-    own = [folder / name for name in OWN_FILES] + [config.output.checkpoints, config.output.metrics]
+    own = dict.fromkeys([*(folder / name for name in OWN_FILES), config.output.checkpoints, config.output.metrics])
     try:
         if folder.exists() and not folder.is_dir():
             raise FileError(f"{folder}: found a file; expected a folder for the run")

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bytekiln.checkpoint import Checkpoint, remove_old, save_checkpoint
+from bytekiln.checkpoint import Checkpoint, checkpoints_in, remove_old, save_checkpoint
 from bytekiln.config import RunConfig
 from bytekiln.console import Progress
 from bytekiln.data import TokenData, load_tokenizer, open_data, to_device
@@ -115,10 +115,9 @@ def train(
         run = _Run(config, device, signals, train_data, val_data, tokenizer_json, say, notice)
         if checkpoint is not None:
             run.restore(checkpoint)
-            if run.step >= config.training.max_steps and run.owed is None:
+            if run.is_complete():
                 notice(f"{config.output.folder}: complete at step {run.step}; a greater --max-steps continues it")
-                written = (config.output.folder / "result.json").is_file()
-                return (run.result if written else run.finish)("completed", "all steps done")
+                return run.result("completed", "all steps done")
         return run.go()
 
 
@@ -175,12 +174,15 @@ class _Run:
             with Progress("training", c.max_steps, "steps") as bar:
                 training_loss = self._compiled_loss()
                 self._finish_row()
+                if not (self.config.output.checkpoints / f"checkpoint_{self.step}").exists():
+                    self._save_numbered()  # this run was killed between checkpoint_best and this one
                 while self.step < c.max_steps:
                     self._take_step(training_loss)
                     self._finish_row()
                     bar.update(self.step, **self._bar_fields())
             with self.signals.hold():
                 self._save("checkpoint_final")
+                remove_old(self.config.output.checkpoints, c.keep_checkpoints)
             return self.finish("completed", "all steps done")
         except Interrupted:
             return self._interrupted()
@@ -246,9 +248,7 @@ class _Run:
             if improved and self.step > 0:
                 self.best_val_loss, self.best_step = row.val_loss, self.step
                 self._save("checkpoint_best")
-            if c.checkpoint_interval and self.step > 0 and self.step % c.checkpoint_interval == 0:
-                self._save(f"checkpoint_{self.step}")
-                remove_old(self.config.output.checkpoints, c.keep_checkpoints)
+            self._save_numbered()
         self._say_row(row, due)
 
     def _evaluation_due(self) -> bool:
@@ -382,6 +382,19 @@ class _Run:
         self.initial_loss, self.val_loss, self.high_rows = s["initial_loss"], s["val_loss"], s["high_rows"]
         self.best_val_loss, self.best_step = s["best_val_loss"], s["best_step"]
         self.say(f"Resuming from step {self.step}")
+
+    def _save_numbered(self) -> None:
+        c = self.config.training
+        if c.checkpoint_interval and self.step > 0 and self.step % c.checkpoint_interval == 0:
+            self._save(f"checkpoint_{self.step}")
+            remove_old(self.config.output.checkpoints, c.keep_checkpoints)
+
+    def is_complete(self) -> bool:
+        """Whether nothing is left to do or to write."""
+        saved = checkpoints_in(self.config.output.checkpoints)
+        final = any(p.name == "checkpoint_final" and step == self.step for step, p in saved)
+        written = (self.config.output.folder / "result.json").is_file()
+        return self.step >= self.config.training.max_steps and self.owed is None and final and written
 
     def finish(self, status: str, why: str) -> Result:
         """Write `result.json` and return what it says."""

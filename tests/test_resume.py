@@ -1,0 +1,200 @@
+"""A run that is killed anywhere ends where the unbroken one ends, bit for bit; and what a resume refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from bytekiln.checkpoint import load_checkpoint
+from bytekiln.config import from_flat
+from bytekiln.errors import FileError, MismatchError, OutputExistsError
+from bytekiln.metrics import read_metrics
+from bytekiln.train import train
+from lm_runs import TIMES, tiny, tokens
+
+MOMENTS = 20
+
+
+def rows(run: Path) -> list[dict[str, object]]:
+    return [{k: v for k, v in vars(r).items() if k not in TIMES} for r in read_metrics(run / "metrics.csv")]
+
+
+def weights(run: Path) -> bytes:
+    return (run / "checkpoints/checkpoint_final/model.safetensors").read_bytes()
+
+
+def test_bit_identical_after_kill_at_twenty_moments(tmp_path: Path) -> None:
+    driver = Path(__file__).with_name("kill_driver.py")
+    ran = subprocess.run(
+        [sys.executable, driver, tmp_path, "17", str(MOMENTS)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    told = json.loads(ran.stdout)
+    assert told["kinds"] == ["evaluate", "fsync", "micro", "rename", "rmtree", "row"]
+    results = told["results"]
+    assert len(results) == MOMENTS
+    for result in results:
+        assert result["killed"] == -signal.SIGKILL, result
+        assert result["again"] in (-signal.SIGKILL, 0), result
+        assert result["ended"] == 0, result
+        assert result["different"] == [], result
+    assert set(Counter(r["kind"] for r in results)) == set(told["kinds"])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    train(tiny(folder, dropout=0.2))
+    return folder
+
+
+def test_raised_max_steps_goes_on(tmp_path: Path, whole: Path) -> None:
+    fixed = {"dropout": 0.2, "decay_steps": 6}
+    train(tiny(tmp_path, **fixed, max_steps=3))
+    said: list[str] = []
+    result = train(tiny(tmp_path, **fixed), resume="auto", given={"max_steps": 6}, notice=said.append)
+    assert (result.status, result.steps) == ("completed", 6)
+    assert said == []
+    assert weights(tmp_path / "run") == weights(whole / "run")
+
+
+def test_rising_end_moves_an_open_decay_and_says_so(tmp_path: Path) -> None:
+    train(tiny(tmp_path, max_steps=2))
+    said: list[str] = []
+    train(tiny(tmp_path, max_steps=4), resume="auto", given={"max_steps": 4}, notice=said.append)
+    assert said == ["max_steps rises from 2 to 4; the decay now ends there too"]
+
+
+def test_complete_run_stays_as_it_is(tmp_path: Path) -> None:
+    train(tiny(tmp_path))
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    said: list[str] = []
+    assert train(tiny(tmp_path), resume="auto", notice=said.append).status == "completed"
+    assert "complete at step 6" in said[0]
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_existing_run_is_refused_with_the_three_ways(tmp_path: Path) -> None:
+    train(tiny(tmp_path))
+    before = (tmp_path / "run/metrics.csv").read_bytes()
+    with pytest.raises(OutputExistsError, match=r"--resume auto.*--overwrite.*--out-dir"):
+        train(tiny(tmp_path))
+    assert (tmp_path / "run/metrics.csv").read_bytes() == before
+    assert train(tiny(tmp_path, max_steps=2), overwrite=True).steps == 2
+    assert len(rows(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"lr": 0.5}, "lr: found 0.5; expected 0.01"),
+        ({"n_layer": 3}, "num_layers: found 3; expected 2"),
+        ({"batch_size": 4}, "batch_size"),
+        ({"seed": 1}, "seed"),
+        ({"dropout": 0.3}, "dropout"),
+    ],
+)
+def test_changed_mathematics_is_refused_by_name(whole: Path, given: dict[str, object], words: str) -> None:
+    with pytest.raises(MismatchError, match=words):
+        train(tiny(whole), resume="auto", given={**given, "max_steps": 8})
+
+
+def test_fields_that_change_nothing_may_change(tmp_path: Path) -> None:
+    train(tiny(tmp_path, max_steps=2))
+    given = {"max_steps": 3, "lr": 1e-2, "eval_interval": 1, "checkpoint_interval": 1, "precision": "fp32", "d_ff": 0}
+    assert train(tiny(tmp_path), resume="auto", given=given).steps == 3
+
+
+def test_other_data_is_refused(tmp_path: Path) -> None:
+    train(tiny(tmp_path, max_steps=2))
+    tokens(tmp_path / "train.npy", seed=9)
+    with pytest.raises(MismatchError, match="train.npy: found data"):
+        train(tiny(tmp_path), resume="auto", given={"max_steps": 4})
+
+
+def damage(folder: Path, name: str = "model.safetensors") -> None:
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / name).write_bytes(data)
+
+
+def test_auto_falls_back_from_a_damaged_checkpoint(tmp_path: Path, whole: Path) -> None:
+    train(tiny(tmp_path, dropout=0.2))
+    saved = tmp_path / "run/checkpoints"
+    for name in ("checkpoint_final", "checkpoint_6", "checkpoint_best"):
+        if (saved / name).exists():
+            damage(saved / name)
+    said: list[str] = []
+    train(tiny(tmp_path), resume="auto", notice=said.append)
+    assert any("checkpoint_final/model.safetensors: found other bytes" in s for s in said)
+    assert weights(tmp_path / "run") == weights(whole / "run")
+    assert rows(tmp_path / "run") == rows(whole / "run")
+
+
+def test_damaged_path_is_refused_and_damage_everywhere_too(tmp_path: Path) -> None:
+    train(tiny(tmp_path))
+    saved = tmp_path / "run/checkpoints"
+    for folder in saved.iterdir():
+        damage(folder)
+    with pytest.raises(MismatchError, match=r"checkpoint_4/model.safetensors: found other bytes"):
+        train(tiny(tmp_path), resume=saved / "checkpoint_4")
+    with pytest.raises(FileError, match="damaged checkpoints only"):
+        train(tiny(tmp_path), resume="auto")
+
+
+def test_path_goes_back_to_that_step(tmp_path: Path, whole: Path) -> None:
+    train(tiny(tmp_path, dropout=0.2))
+    result = train(from_flat({}), resume=tmp_path / "run/checkpoints/checkpoint_2.pt")
+    assert result.steps == 6, "the run folder is found from the checkpoint"
+    assert weights(tmp_path / "run") == weights(whole / "run")
+    assert rows(tmp_path / "run") == rows(whole / "run")
+
+
+def test_auto_without_a_checkpoint_starts(tmp_path: Path, whole: Path) -> None:
+    said: list[str] = []
+    train(tiny(tmp_path, dropout=0.2), resume="auto", notice=said.append)
+    assert "no checkpoint to resume from; starting at step 0" in said[0]
+    assert rows(tmp_path / "run") == rows(whole / "run")
+
+
+LONG = {"dropout": 0.1, "max_steps": 100_000, "eval_interval": 50, "checkpoint_interval": 0, "decay_steps": 400}
+
+
+def command(folder: Path, *flags: str) -> list[str]:
+    (folder / "config.toml").write_text(tiny(folder, **LONG).to_toml(), encoding="utf-8")
+    return [sys.executable, "-m", "bytekiln.cli", "lm-train", str(folder / "config.toml"), *flags]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_leaves_a_checkpoint_and_the_run_goes_on(tmp_path: Path, number: int, status: int) -> None:
+    run = tmp_path / "run"
+    process = subprocess.Popen(command(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not (
+        (run / "metrics.csv").exists() and (run / "metrics.csv").stat().st_size > 900
+    ):
+        time.sleep(0.01)
+    asked = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == status, err
+    assert time.monotonic() - asked < 5
+    result = json.loads((run / "result.json").read_text())
+    assert (result["status"], result["signal"]) == ("interrupted", int(number))
+    step = result["steps"]
+    assert load_checkpoint(run / f"checkpoints/checkpoint_{step}").step == step
+    assert read_metrics(run / "metrics.csv")[-1].step == step
+    train(tiny(tmp_path, **LONG), resume="auto", given={"max_steps": step + 3})
+    train(tiny(tmp_path, **{**LONG, "max_steps": step + 3}, out_dir=str(tmp_path / "other")))
+    assert [r["loss"] for r in rows(run)] == [r["loss"] for r in rows(tmp_path / "other")]
