@@ -8,6 +8,7 @@ Called by users, `tokenizer.encode_files` and `data`.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,8 @@ class TokenFile:
             for field, found in (("tokens", len(array)), ("dtype", str(array.dtype))):
                 if manifest.get(field, found) != found:
                     raise MismatchError(
-                        f"{path}: holds {field} {found}; expected {manifest[field]}, as its manifest {path.name}.json says"
+                        f"{path}: holds {field} {found}; expected {manifest[field]}, "
+                        f"as its manifest {path.name}.json says"
                     )
         return cls(path, array, manifest, notice, path.stat().st_size - array.nbytes)
 
@@ -112,7 +114,7 @@ class TokenFile:
         """Id that ends documents, if the manifest names one."""
         return self._of_manifest("eot_id")
 
-    def _of_manifest(self, field: str) -> Any:
+    def _of_manifest(self, field: str) -> Any:  # noqa: ANN401 - what JSON holds; `open` has checked the manifest
         return None if self.manifest is None else self.manifest.get(field)
 
     @cached_property
@@ -120,7 +122,7 @@ class TokenFile:
         """Greatest id, found by reading the whole file once."""
         return max(int(part.max()) for _, part in self._parts())
 
-    def _parts(self) -> Any:
+    def _parts(self) -> Iterator[tuple[int, NDArray[Any]]]:
         for begin in range(0, len(self), _SCAN_IDS):
             yield begin, self.array[begin : begin + _SCAN_IDS]
 
@@ -137,7 +139,8 @@ class TokenFile:
                 continue
             place = int(((part >= vocab_size) | (part < 0)).argmax())
             raise FormatError(
-                f"{self.path}: token {begin + place} is id {int(part[place])}; expected ids below the vocabulary size {vocab_size}"
+                f"{self.path}: token {begin + place} is id {int(part[place])}; "
+                f"expected ids below the vocabulary size {vocab_size}"
             )
 
     def verify(self) -> None:
@@ -170,7 +173,7 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise FormatError(f"{side}: {error}; expected a JSON manifest") from None
     if not isinstance(manifest, dict) or manifest.get("format") != "bytekiln-tokens":
-        raise FormatError(f"{side}: not a manifest of a token file; expected format \"bytekiln-tokens\"")
+        raise FormatError(f'{side}: not a manifest of a token file; expected format "bytekiln-tokens"')
     if manifest.get("version") != 1:
         raise FormatError(f"{side}: manifest version {manifest.get('version')}; expected 1")
     return manifest
@@ -230,11 +233,11 @@ def _map_raw(path: Path, manifest: dict[str, Any] | None, dtype: str | None) -> 
         raise FormatError(f"{path}: {size} bytes; expected a multiple of {kind.itemsize} for {name} ids")
     array = np.memmap(path, dtype=kind, mode="r")
     # Two zero bytes in every second place: what int32 ids look like when read as uint16.
-    if notice is not None and len(array) >= 4 and len(array) % 2 == 0 and not array[1 : 2 * 4096 : 2].any():
-        if not array[1::2].any() and array[::2].any():
-            raise FormatError(
-                f"{path}: every second value is 0, as in int32 ids; expected uint16, or the type by --data-dtype (dtype=)"
-            )
+    assumed_even = notice is not None and len(array) >= 4 and len(array) % 2 == 0
+    if assumed_even and not array[1:8192:2].any() and not array[1::2].any() and array[::2].any():
+        raise FormatError(
+            f"{path}: every second value is 0, as in int32 ids; expected uint16, or the type by --data-dtype (dtype=)"
+        )
     if name.startswith("int"):
         _check_not_negative(path, array)
     return array, notice
