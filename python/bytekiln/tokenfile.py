@@ -97,22 +97,26 @@ class TokenFile:
     @property
     def tokenizer_hash(self) -> str | None:
         """Hash of the tokenizer that made it, if the manifest names one."""
-        return self._of_manifest("tokenizer_hash")
+        found: str | None = self._of_manifest("tokenizer_hash")
+        return found
 
     @property
     def vocab_size(self) -> int | None:
         """Size of the vocabulary that made it, if the manifest names one."""
-        return self._of_manifest("vocab_size")
+        found: int | None = self._of_manifest("vocab_size")
+        return found
 
     @property
     def text_bytes(self) -> int | None:
         """Bytes of text behind the ids, special tokens left out; bits per byte need it."""
-        return self._of_manifest("text_bytes")
+        found: int | None = self._of_manifest("text_bytes")
+        return found
 
     @property
     def eot_id(self) -> int | None:
         """Id that ends documents, if the manifest names one."""
-        return self._of_manifest("eot_id")
+        found: int | None = self._of_manifest("eot_id")
+        return found
 
     def _of_manifest(self, field: str) -> Any:  # noqa: ANN401 - what JSON holds; `open` has checked the manifest
         return None if self.manifest is None else self.manifest.get(field)
@@ -183,7 +187,7 @@ def _map_npy(path: Path) -> NDArray[Any]:
     import numpy as np
 
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise FormatError(f"{path}: {_npy_fault(path, error)}") from None
     if array.ndim != 1:
