@@ -1,7 +1,7 @@
 #!/bin/sh
 # Proves that the wheel works without the source tree: builds it, installs it into an empty environment in a
-# temporary folder and runs the commands there. The bpe-* commands run with nothing else installed but numpy
-# and rich; only then are the other packages of the development environment lent (not downloaded again), for
+# temporary folder and runs the commands there: bpe-train and bpe-encode with nothing else installed, bpe-inspect
+# with numpy alone; only then are the packages of the development environment lent (not downloaded again), for
 # `lm-train --help`.
 set -eu
 
@@ -20,7 +20,6 @@ say "building the wheel"
 say "installing it into an empty environment"
 "$venv/bin/python" -m venv "$work/env"
 "$work/env/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "$work"/dist/*.whl
-"$work/env/bin/python" -m pip install --quiet --disable-pip-version-check numpy rich
 
 cd "$work"
 unset PYTHONPATH
@@ -29,25 +28,23 @@ for i in 1 2 3 4 5 6 7 8; do
 done >text.txt
 env/bin/bpe-train text.txt --vocab-size 300 --special-token "<|endoftext|>" --out tokenizer.json
 env/bin/bpe-encode text.txt --tokenizer tokenizer.json --out text.npy
+say "bpe-train and bpe-encode work with nothing else installed; now numpy, for bpe-inspect and the Python interface"
+rm -rf env
+"$venv/bin/python" -m venv env
+env/bin/python -m pip install --quiet --disable-pip-version-check numpy
+env/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dist/*.whl
 env/bin/bpe-inspect tokenizer.json --text text.txt
 env/bin/python -c '
 import sys, bytekiln
-assert not bytekiln.__file__.startswith(sys.argv[1]), bytekiln.__file__
+assert bytekiln.__file__.startswith(sys.argv[1]), bytekiln.__file__
 t = bytekiln.Tokenizer.from_file("tokenizer.json")
 ids = bytekiln.TokenFile.open("text.npy").array.tolist()
 assert t.decode(ids) == open("text.txt").read(), "the text does not come back"
-' "$venv"
-if env/bin/lm-train --version && ! env/bin/python -c 'import torch' 2>/dev/null; then
-    say "the bpe commands work without torch"
-fi
+' "$work"
 
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 lent=$(env/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 printf '%s\n' "$site" >"$lent/lent.pth"
 env/bin/lm-train --help >help.txt
 grep -q 'lm-train' help.txt
-env/bin/python -c '
-import sys, bytekiln
-assert bytekiln.__file__.startswith(sys.argv[1]), bytekiln.__file__
-' "$work"
 say "passed"
