@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch._dynamo  # imported by the first optimizer step otherwise: two seconds in every child
+
 from bytekiln import metrics, train
 from lm_runs import tiny
 

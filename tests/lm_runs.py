@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from bytekiln.config import RunConfig, load_config
 
+torch.set_num_threads(1)  # models this small gain nothing from more, and several test runs share the cores
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""For child processes whose numbers are compared with ours: bit-identical means the same thread count."""
 VOCAB = 61
 TINY: dict[str, object] = {
     "vocab_size": VOCAB,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from bytekiln.checkpoint import (
     Checkpoint,
     checkpoints_in,
@@ -85,7 +86,9 @@ def test_every_flipped_bit_is_noticed(saved: Path) -> None:
     assert load_checkpoint(saved).step == 3
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "config.toml", "state.json", "checksums.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "training.safetensors", "config.toml", "state.json", "checksums.json"]
+)
 def test_a_missing_file_and_a_cut_one_are_named(saved: Path, name: str) -> None:
     file = saved / name
     whole = file.read_bytes()

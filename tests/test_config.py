@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
 from bytekiln import config as cfg
 from bytekiln.config import ALIASES, FIELDS, RunConfig, extra_of, from_flat, load_config, presets
 from bytekiln.errors import ConfigError, FileError, FormatError

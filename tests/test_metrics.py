@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from bytekiln.errors import FileError, FormatError
-from bytekiln.metrics import COLUMNS, MetricsFile, Row, read_metrics
 from hypothesis import given
 from hypothesis import strategies as st
+
+from bytekiln.errors import FileError, FormatError
+from bytekiln.metrics import COLUMNS, MetricsFile, Row, read_metrics
 
 
 def write(path: Path, steps: range) -> None:
@@ -20,7 +21,7 @@ def write(path: Path, steps: range) -> None:
 
 def test_columns_are_the_format() -> None:
     said = "step,tokens,elapsed_s,loss,lr,grad_norm,step_time_s,tokens_per_s,val_loss,train_eval_loss,bits_per_byte"
-    assert COLUMNS == said.split(",")
+    assert said.split(",") == COLUMNS
 
 
 @given(loss=st.floats(allow_nan=False), norm=st.none() | st.floats(allow_nan=False))

@@ -12,12 +12,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from bytekiln.checkpoint import load_checkpoint
 from bytekiln.config import from_flat
 from bytekiln.errors import FileError, MismatchError, OutputExistsError
 from bytekiln.metrics import read_metrics
 from bytekiln.train import train
-from lm_runs import TIMES, tiny, tokens
+from lm_runs import ONE_THREAD, TIMES, tiny, tokens
 
 MOMENTS = 20
 
@@ -37,7 +38,7 @@ def test_bit_identical_after_kill_at_twenty_moments(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         timeout=280,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **ONE_THREAD},
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     told = json.loads(ran.stdout)
@@ -179,7 +180,9 @@ def command(folder: Path, *flags: str) -> list[str]:
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_leaves_a_checkpoint_and_the_run_goes_on(tmp_path: Path, number: int, status: int) -> None:
     run = tmp_path / "run"
-    process = subprocess.Popen(command(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **ONE_THREAD}
+    )
     end = time.monotonic() + 60
     while time.monotonic() < end and not (
         (run / "metrics.csv").exists() and (run / "metrics.csv").stat().st_size > 900

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from bytekiln import train as train_module
 from bytekiln.checkpoint import load_checkpoint
 from bytekiln.config import load_config
@@ -39,7 +40,9 @@ def test_run_folder(run: tuple[Path, Result, list[str]]) -> None:
     assert told["status"] == result.status == "completed"
     assert told["steps"] == told["max_steps"] == 6
     assert told["tokens"] == 6 * 3 * 8
-    assert told["parameters"] == sum(t.numel() for t in load_checkpoint(folder / "checkpoints/checkpoint_final").model.values())
+    assert told["parameters"] == sum(
+        t.numel() for t in load_checkpoint(folder / "checkpoints/checkpoint_final").model.values()
+    )
     assert told["best_val_loss"] <= told["final_val_loss"]
     assert told["final_bits_per_byte"] == pytest.approx(told["final_val_loss"] / math.log(2) / 3)
     assert told["uniform_loss"] == pytest.approx(math.log(VOCAB))

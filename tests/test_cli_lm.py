@@ -1,0 +1,255 @@
+"""`lm-train`, `lm-sample`, `lm-report` as a user types them, and the published command lines."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bytekiln import Tokenizer, cli_lm, encode_files, train_bpe
+from bytekiln.config import load_config
+from bytekiln.console import flag
+from bytekiln.errors import BytekilnError, ConfigError
+from lm_runs import tokens
+
+SMALL = (
+    "--num-layers 1 --num-heads 2 --d-model 16 --d-ff 16 --context-length 8 --max-seq-len 8 --batch-size 2 "
+    "--max-steps 2 --num-eval-batches 1 --device cpu --precision fp32 --compile=false"
+).split()
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder with token files where the commands of the documents look for them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/processed").mkdir(parents=True)
+    for name in ("data/processed/tinystories_train.npy", "data/processed/tinystories_valid.npy"):
+        tokens(tmp_path / name)
+    for name in ("train_data.npy", "val_data.npy"):
+        tokens(tmp_path / name, vocab=61)
+    return tmp_path
+
+
+@pytest.fixture
+def text(here: Path) -> Path:
+    (here / "text.txt").write_text("the kiln is warm and the clay is wet\n" * 40 + "<|endoftext|>", encoding="utf-8")
+    tokenizer = train_bpe(here / "text.txt", vocab_size=280, special_tokens=["<|endoftext|>"])
+    tokenizer.save(here / "tokenizer.json")
+    encode_files(tokenizer, here / "text.txt", here / "text.npy")
+    return here / "text.npy"
+
+
+def rows(folder: Path | str) -> list[dict[str, str]]:
+    with (Path(folder) / "metrics.csv").open() as f:
+        return list(csv.DictReader(f))
+
+
+# --- the command lines of the documents that this project answers, the program's name changed --------------------------
+
+PUBLISHED = [
+    # the training script's guide
+    "--train_data train_data.npy --val_data val_data.npy --vocab_size 10000 --d_model 768 --n_layers 12 --n_heads 12 "
+    "--batch_size 32 --context_length 512 --learning_rate 3e-4 --max_iters 100000 --checkpoint_dir ./checkpoints",
+    "--vocab_size 1000 --d_model 256 --n_layers 4 --n_heads 4 --batch_size 16 --max_iters 10000",
+    "--vocab_size 10000 --d_model 768 --n_layers 12 --n_heads 12 --batch_size 32 --max_iters 100000",
+    "--vocab_size 50000 --d_model 1024 --n_layers 24 --n_heads 16 --batch_size 64 --max_iters 500000",
+    "--max_seq_len 1024 --rope_theta 10000.0 --d_ff 3072 --weight_decay 0.01 --beta1 0.9 --beta2 0.999 "
+    "--max_grad_norm 1.0 --log_interval 100 --eval_interval 1000 --save_interval 5000 --num_eval_batches 100 "
+    "--device auto",
+    # the experiments of the assignment
+    "--dataset tinystories --train-path data/processed/tinystories_train.npy "
+    "--valid-path data/processed/tinystories_valid.npy --batch-size 64 --context-length 256 --max-steps 20000 "
+    "--lr 3e-4 --warmup-iters 1000 --cosine-iters 20000 --save-dir artifacts/checkpoints --run-name base",
+    "--dataset tinystories --lr 1e1",
+    "--dataset tinystories --lr 1e3",
+    "--dataset tinystories --batch-size 128",
+    "--dataset tinystories --no-rmsnorm",
+    "--dataset tinystories --post-norm",
+    "--dataset tinystories --no-rope",
+    "--dataset tinystories --ffn-type silu",
+    "--dataset tinystories --ffn-type swiglu",
+    # nanoGPT's experiments
+    *(
+        f"config/train_shakespeare_char.py {rest}"
+        for rest in (
+            "--max_iters=1000 --out_dir=exp1_baseline",
+            "--max_iters=1000 --learning_rate=5e-3 --out_dir=exp1_large_lr",
+            "--max_iters=1000 --learning_rate=1e-4 --out_dir=exp1_small_lr",
+            "--max_iters=1000 --batch_size=16 --out_dir=exp1_small_batch",
+            "--batch_size=64 --gradient_accumulation_steps=1 --max_iters=500 --out_dir=exp2_large_batch",
+            "--batch_size=16 --gradient_accumulation_steps=4 --max_iters=500 --out_dir=exp2_grad_accum",
+            "--max_iters=5000 --dropout=0.0 --weight_decay=0.0 --out_dir=exp3_overfit",
+            "--max_iters=5000 --dropout=0.2 --weight_decay=0.1 --out_dir=exp3_both",
+            "--max_iters=2000 --warmup_iters=0 --decay_lr=False --out_dir=exp4_no_schedule",
+            "--max_iters=2000 --warmup_iters=100 --decay_lr=False --out_dir=exp4_warmup_only",
+            "--max_iters=2000 --warmup_iters=0 --decay_lr=True --lr_decay_iters=2000 --out_dir=exp4_decay_only",
+            "--n_layer=2 --n_head=2 --n_embd=128 --max_iters=3000 --out_dir=exp5_tiny",
+            "--n_layer=4 --n_head=4 --n_embd=256 --max_iters=3000 --out_dir=exp5_small",
+            "--n_layer=8 --n_head=8 --n_embd=512 --max_iters=3000 --out_dir=exp5_large",
+        )
+    ),
+    "shakespeare-char --dropout=0 --dtype=fp32 --compile=False",
+]
+
+
+@pytest.mark.parametrize("line", PUBLISHED)
+def test_published_command_lines(here: Path, line: str) -> None:
+    """Full width as far as the config goes; then scaled down by appended flags and really run."""
+    given = shlex.split(line)
+    files = [] if "--dataset" in line or "--train_data" in line else ["--train-data", "train_data.npy"]
+    status = cli_lm.train([*given, *files, "--out-dir", "run", *SMALL])
+    assert status == 0 if "1e3" not in line and "1e1" not in line else status in (0, 3)
+    stored = load_config(here / "run/config.toml").flat()
+    options = vars(cli_lm._train_parser(everything=False).parse_args(cli_lm._spell_switches(given)))
+    overridden = {flag(f).removeprefix("--").replace("-", "_").partition("=")[0] for f in SMALL if f.startswith("--")}
+    paths = {"out_dir", "checkpoint_dir", "train_data", "val_data"}
+    for name, value in options.items():
+        if name in stored and value is not None and name not in overridden | paths:
+            assert str(stored[name]) == str(value) or float(stored[name]) == float(value), name
+
+
+def test_resume_of_the_guide(here: Path) -> None:
+    base = ["--train_data", "train_data.npy", *SMALL, "--vocab_size", "100"]
+    assert cli_lm.train([*base, "--out-dir", "r", "--checkpoint_dir", "checkpoints", "--save_interval", "1"]) == 0
+    line = "--train_data train_data.npy --load_checkpoint ./checkpoints/checkpoint_1.pt --max_iters 4"
+    assert cli_lm.train(shlex.split(line)) == 0
+    assert [r["step"] for r in rows("r")] == ["0", "1", "2", "3", "4"]
+
+
+def test_width_that_heads_do_not_divide(here: Path) -> None:
+    line = "config/train_shakespeare_char.py --max_iters=1000 --n_layer=8 --n_embd=512 --out_dir=exp1_large_model"
+    with pytest.raises(ConfigError, match=r"found 6 for d_model 512.*4, 8, 16"):
+        cli_lm.train([*shlex.split(line), "--train-data", "train_data.npy"])
+    assert not (here / "exp1_large_model").exists()
+
+
+def test_dataset_without_files_says_how_to_make_them(here: Path) -> None:
+    with pytest.raises(BytekilnError, match=r"owt_train.npy: no such file.*bpe-encode --dataset owt"):
+        cli_lm.train(["--dataset", "owt"])
+
+
+def test_run_folder_goes_on_and_its_config_repeats(here: Path) -> None:
+    assert cli_lm.train(["demo", "--train-data", "train_data.npy", "--out-dir", "runs/a", *SMALL]) == 0
+    assert cli_lm.train(["runs/a", "--max-steps", "4"]) == 0
+    assert [r["step"] for r in rows("runs/a")] == ["0", "1", "2", "3", "4"]
+    assert cli_lm.train(["runs/a/config.toml", "--seed", "7"]) == 0
+    assert cli_lm.train(["runs/a/config.toml"]) == 0
+    losses = [[r["loss"] for r in rows(f"runs/{n}")] for n in ("a", "a-2", "a-3")]
+    assert losses[0] != losses[1]
+    assert losses[2] == losses[0], "the stored config has the raised max_steps, and the warm-up hides the decay"
+
+
+def test_another_preset_cannot_resume_a_run(here: Path) -> None:
+    flags = ["--train-data", "train_data.npy", "--out-dir", "a", *SMALL]
+    assert cli_lm.train(["demo", *flags]) == 0
+    with pytest.raises(BytekilnError, match="preset: found tinystories; expected demo"):
+        cli_lm.train(["tinystories", "--train-data", "train_data.npy", "--out-dir", "a", "--resume", "auto"])
+    assert cli_lm.train(["demo", *flags, "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--compile"], ["--compile=true"]),
+        (["--compile", "demo"], ["--compile=true", "demo"]),
+        (["--no-compile", "x"], ["--compile=false", "x"]),
+        (["--no_decay_lr"], ["--decay-lr=false"]),
+        (["--no-decay-lr=false"], ["--decay-lr=true"]),
+        (["--decay_lr", "False", "--lr", "1"], ["--decay-lr=False", "--lr", "1"]),
+        (["--compile=auto"], ["--compile=auto"]),
+        (["--no-rope"], ["--no-rope"]),
+    ],
+)
+def test_switches(argv: list[str], expected: list[str]) -> None:
+    assert cli_lm._spell_switches(argv) == expected
+
+
+def test_sampling_commands(here: Path, text: Path, command: Callable[..., object]) -> None:
+    flags = ["--train-data", text, "--tokenizer", "tokenizer.json", "--out-dir", "r", *SMALL]
+    assert cli_lm.train(["demo", *map(str, flags)]) == 0
+    assert Tokenizer.from_file(here / "r/tokenizer.json").hash == Tokenizer.from_file(here / "tokenizer.json").hash
+    ask = ["--max-new-tokens", "12", "--seed", "3", "--temperature", "1"]
+    first = command("lm-sample", "r", "--prompt", "the kiln", *ask)
+    assert first.stdout.startswith("the kiln")
+    assert command("lm-sample", "r", "--prompt", "the kiln", *ask).stdout == first.stdout
+    assert "longer than the context" in first.stderr
+    generated = command("lm-train", "demo", "--generate", "--out-dir", "r", "--start", "the kiln", *ask)
+    assert generated.stdout == first.stdout
+    (here / "p.txt").write_text("the clay")
+    several = command("lm-sample", "r", "--start", "FILE:p.txt", "--num-samples", "2", *ask).stdout
+    assert several.count("the clay") == 2
+    assert "--- sample 2 ---" in several
+    assert "num_samples: found 0" in command("lm-sample", "r", "--num-samples", "0", status=2).stderr
+    assert "none" in command("lm-sample", "none", status=2).stderr
+
+
+def test_report_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli_lm.train(["demo", "--train-data", "train_data.npy", "--out-dir", "r", *SMALL]) == 0
+    assert cli_lm.report(["r", "--png"]) == 0
+    assert cli_lm.report(["r", "--png"]) == 0, "the run's own picture is drawn anew"
+    assert (here / "r/loss.png").stat().st_size > 10_000
+    assert "status" in capsys.readouterr().out
+    assert cli_lm.report(["r", "r", "--png", "--out", "both.png"]) == 0
+    with pytest.raises(BytekilnError, match="--overwrite"):
+        cli_lm.report(["r", "--png", "--out", "both.png"])
+    with pytest.raises(ConfigError, match="without --out"):
+        cli_lm.report(["r", "r", "--png"])
+    with pytest.raises(BytekilnError, match="no such folder"):
+        cli_lm.report(["r", "--png", "--out", "none/x.png"])
+
+
+def test_errors_are_one_line(here: Path, command: Callable[..., object]) -> None:
+    np.save(here / "high.npy", np.array([1, 2, 60_000] * 200, dtype=np.uint16))
+    (here / "odd.bin").write_bytes(b"\x01\x00" * 200 + b"\x01")
+    (here / "cut.npy").write_bytes((here / "train_data.npy").read_bytes()[:300])
+    np.save(here / "float.npy", np.zeros(600, dtype=np.float32))
+    for name in ("high.npy", "odd.bin", "cut.npy", "float.npy", "none.npy"):
+        ended = command(
+            "lm-train", "demo", "--train-data", name, "--vocab-size", 700, "--out-dir", "x", *SMALL, status=2
+        )
+        assert name in ended.stderr
+    for flags, words in (
+        (["--warmup-step=3"], "--warmup-steps"),
+        (["--lr", "fast"], "lr: found 'fast'"),
+        (["--config", "a.toml"], "two configurations"),
+        (["--device", "tpu", "--train-data", "train_data.npy"], "device: found tpu"),
+    ):
+        assert words in command("lm-train", "demo", *flags, status=2).stderr
+    assert not (here / "x").exists()
+
+
+def test_divergence_is_exit_status_3(here: Path) -> None:
+    flags = [*SMALL, "--max-steps", "60", "--lr", "1e3", "--warmup-steps", "0", "--norm", "none", "--grad-clip", "0"]
+    assert cli_lm.train(["demo", "--train-data", "train_data.npy", "--out-dir", "r", *flags]) == 3
+    assert json.loads((here / "r/result.json").read_text())["status"] == "diverged"
+
+
+@pytest.mark.parametrize("name", ["lm-train", "lm-sample", "lm-report"])
+def test_help_is_short_shows_an_example_and_needs_no_torch(name: str) -> None:
+    code = (
+        "import sys\nfrom bytekiln import cli\n"
+        f"try:\n    cli.main([{name!r}, '--help'])\n"
+        "finally:\n    assert not {'torch', 'matplotlib', 'numpy'} & set(sys.modules), 'heavy'\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(ran.stdout.splitlines()) <= 110
+    assert "examples:" in ran.stdout
+    assert name in ran.stdout
+
+
+def test_help_all_has_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli_lm.train(["--help-all"])
+    out = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for name, field in cli_lm.FIELDS.items():
+        if name != "preset":
+            assert f"--{name.replace('_', '-')} " in out, name
+            assert field.description in out, name
