@@ -22,6 +22,8 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 NO_SHARED = "../shared/data is not beside the repository"
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the commands do; before any test loads torch
+
 hypothesis.settings.register_profile("bytekiln", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("bytekiln")
 

@@ -49,6 +49,10 @@ def run(command: str, argv: list[str] | None = None) -> int:
     """
     module, function, _ = COMMANDS[command]
     args = sys.argv[1:] if argv is None else argv
+    if command.startswith("lm-"):
+        # Before torch loads OpenMP: its threads otherwise spin while they wait, and on a machine that has other
+        # work a training step takes eight times as long (docs/performance.md).
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         signal.signal(signal.SIGTERM, _on_sigterm)
         status = int(getattr(import_module(module), function)(args))
