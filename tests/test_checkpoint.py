@@ -101,7 +101,7 @@ def test_a_missing_file_and_a_cut_one_are_named(saved: Path, name: str) -> None:
 
 def test_an_added_file_is_noticed(saved: Path) -> None:
     (saved / "extra.bin").write_bytes(b"x")
-    with pytest.raises(MismatchError, match="extra.bin"):
+    with pytest.raises(MismatchError, match=r"extra\.bin"):
         load_checkpoint(saved)
     (saved / "extra.bin").unlink()
 
@@ -113,7 +113,7 @@ def test_what_a_path_means(tmp_path: Path) -> None:
     for given in (saved, f"{saved}.pt", tmp_path / "run", tmp_path / "run/checkpoints"):
         assert resolve(given) == saved
     assert resolve(saved.with_name("checkpoint_9")).name == "checkpoint_9"
-    with pytest.raises(FileError, match="checkpoint_7.pt: found nothing"):
+    with pytest.raises(FileError, match=r"checkpoint_7\.pt: found nothing"):
         resolve(saved.with_name("checkpoint_7.pt"))
     with pytest.raises(FileError, match="folder without checkpoint"):
         resolve(tmp_path)

@@ -52,7 +52,7 @@ def rows(folder: Path | str) -> list[dict[str, str]]:
         return list(csv.DictReader(f))
 
 
-# --- the command lines of the documents that this project answers, the program's name changed --------------------------
+# --- published command lines, the program's name changed ---
 
 PUBLISHED = [
     # the training script's guide

@@ -151,10 +151,10 @@ def test_refusals(values: dict[str, object], words: str) -> None:
 def test_refused_sources(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean tinystories"):
         load_config("tinystorys")
-    with pytest.raises(ConfigError, match="folder without config.toml"):
+    with pytest.raises(ConfigError, match=r"folder without config\.toml"):
         load_config(tmp_path)
     (tmp_path / "bad.toml").write_text("lr = = 3")
-    with pytest.raises(FormatError, match="bad.toml"):
+    with pytest.raises(FormatError, match=r"bad\.toml"):
         load_config(tmp_path / "bad.toml")
     (tmp_path / "bad.json").write_bytes(b"{\xff")
     with pytest.raises(FormatError, match="invalid UTF-8 at byte 1"):

@@ -73,5 +73,5 @@ def test_state_goes_out_and_in() -> None:
     step(1, 2)
     assert all(torch.equal(a, b) for a, b in zip(runs[0].parameters(), runs[1].parameters(), strict=True))
     del tensors["exp_avg/ln_final.weight"]
-    with pytest.raises(FormatError, match="here: found nothing for exp_avg/ln_final.weight"):
+    with pytest.raises(FormatError, match=r"here: found nothing for exp_avg/ln_final\.weight"):
         load_state_tensors(runs[1], optimizers[1], tensors, 1, "here")

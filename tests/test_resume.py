@@ -120,7 +120,7 @@ def test_fields_that_change_nothing_may_change(tmp_path: Path) -> None:
 def test_other_data_is_refused(tmp_path: Path) -> None:
     train(tiny(tmp_path, max_steps=2))
     tokens(tmp_path / "train.npy", seed=9)
-    with pytest.raises(MismatchError, match="train.npy: found data"):
+    with pytest.raises(MismatchError, match=r"train\.npy: found data"):
         train(tiny(tmp_path), resume="auto", given={"max_steps": 4})
 
 
@@ -190,7 +190,7 @@ def test_signal_leaves_a_checkpoint_and_the_run_goes_on(tmp_path: Path, number: 
         time.sleep(0.01)
     asked = time.monotonic()
     process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=30)
     assert process.returncode == status, err
     assert time.monotonic() - asked < 5
     result = json.loads((run / "result.json").read_text())

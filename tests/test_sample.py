@@ -125,7 +125,7 @@ def test_prompts(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert prompt_ids(tokenizer, f"FILE:{tmp_path / 'p.txt'}") == tokenizer.encode("the kiln")
     assert prompt_ids(tokenizer, "") == [tokenizer.eot_id]
     assert prompt_ids(tokenizer, "a<|endoftext|>")[-1] == tokenizer.eot_id
-    with pytest.raises(FileError, match="none.txt: no such file"):
+    with pytest.raises(FileError, match=r"none\.txt: no such file"):
         prompt_ids(tokenizer, f"FILE:{tmp_path / 'none.txt'}")
     with pytest.raises(ConfigError, match="prompt: found nothing"):
         prompt_ids(train_bpe_from_iterator(["x"], vocab_size=256), "")
