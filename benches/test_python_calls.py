@@ -74,7 +74,7 @@ def test_one_training_step(benchmark: Benchmark) -> None:
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        (summed_cross_entropy(model(inputs), targets) / targets.numel()).backward()
+        (summed_cross_entropy(model(inputs), targets) / targets.numel()).backward()  # type: ignore[no-untyped-call]
         clip_gradients(model, 1.0)
         optimizer.step()
 
