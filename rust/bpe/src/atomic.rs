@@ -26,21 +26,23 @@ impl AtomicFile {
         check_output(path, overwrite)?;
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let partial = path.with_file_name(format!(".{name}.partial"));
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&partial)
-            .map_err(|e| Error::io(path, &e))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let what =
-                    format!("another process is writing it ({}); expected to be its only writer", partial.display());
-                return Err(Error::File { path: path.into(), what });
+        let file = loop {
+            let opened = OpenOptions::new().write(true).create(true).truncate(false).open(&partial);
+            let file = opened.map_err(|e| Error::io(path, &e))?;
+            match file.try_lock() {
+                // Another writer may have finished in between: then what was opened bears the output's name by now.
+                Ok(()) if is_at(&file, &partial) => break file,
+                Ok(()) => check_output(path, overwrite)?,
+                Err(TryLockError::WouldBlock) => {
+                    let what = format!(
+                        "another process is writing it ({}); expected to be its only writer",
+                        partial.display()
+                    );
+                    return Err(Error::File { path: path.into(), what });
+                }
+                Err(TryLockError::Error(e)) => return Err(Error::io(path, &e)),
             }
-            Err(TryLockError::Error(e)) => return Err(Error::io(path, &e)),
-        }
+        };
         let this = Self { path: path.into(), partial, file, committed: false };
         // What a killed writer left behind.
         this.file.set_len(0).map_err(|e| Error::io(path, &e))?;
@@ -103,6 +105,20 @@ pub fn write_file(path: &Path, bytes: &[u8], overwrite: bool) -> Result<()> {
     let mut file = AtomicFile::create(path, overwrite)?;
     file.write(bytes)?;
     file.commit()
+}
+
+/// Whether an open file is still the one at `path`.
+#[cfg(unix)]
+fn is_at(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let identity = |m: &fs::Metadata| (m.dev(), m.ino());
+    matches!((file.metadata(), fs::metadata(path)), (Ok(ref a), Ok(ref b)) if identity(a) == identity(b))
+}
+
+/// Elsewhere an open file cannot be renamed.
+#[cfg(not(unix))]
+fn is_at(_file: &File, _path: &Path) -> bool {
+    true
 }
 
 fn folder_of(path: &Path) -> &Path {

@@ -118,16 +118,10 @@ pub fn encode_files(
         }
         Ok(())
     };
-    // Whoever fails tells those who wait for its turn.
+    // Whoever fails, by a panic even, tells those who wait for its turn.
     let work = || {
-        let result = work();
-        if result.is_err() {
-            if let Ok(mut output) = output.lock() {
-                output.failed = true;
-            }
-            turn_changed.notify_all();
-        }
-        result
+        let abandon = Abandon { output: &output, turn_changed: &turn_changed };
+        work().inspect(|()| std::mem::forget(abandon))
     };
     thread::scope(|scope| {
         let others: Vec<_> = (1..options.threads.max(1)).map(|_| scope.spawn(work)).collect();
@@ -158,6 +152,21 @@ pub fn encode_files(
         sources: output.sources,
         created_by: concat!("bytekiln ", env!("CARGO_PKG_VERSION")).into(),
     })
+}
+
+/// Dropped by a thread that did not finish: nobody need wait for it any longer.
+struct Abandon<'a> {
+    output: &'a Mutex<Output>,
+    turn_changed: &'a Condvar,
+}
+
+impl Drop for Abandon<'_> {
+    fn drop(&mut self) {
+        if let Ok(mut output) = self.output.lock() {
+            output.failed = true;
+        }
+        self.turn_changed.notify_all();
+    }
 }
 
 struct Job<'a> {
