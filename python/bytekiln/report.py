@@ -114,7 +114,7 @@ def draw(runs: Sequence[Run], out: Path, *, overwrite: bool = False) -> None:
                 linestyle=(0, (4, 3)),
                 label=f"uniform guess, ln {vocabularies.pop():,}",
             )
-        losses.legend(loc="upper right", frameon=False, labelcolor=INK)
+        losses.legend(loc="upper right", facecolor="white", edgecolor="none", framealpha=1, labelcolor=INK)
         losses.set_title(_title(runs), loc="left", fontsize=12.5, fontweight="bold")
         if len(runs) == 1:
             losses.annotate(

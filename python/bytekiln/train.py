@@ -32,7 +32,7 @@ from bytekiln.loss import real_targets, summed_cross_entropy
 from bytekiln.metrics import MetricsFile, Row, write_atomically
 from bytekiln.model import TransformerLM, parameter_count
 from bytekiln.optim import clip_gradients, load_state_tensors, make_optimizer, set_learning_rate, state_tensors
-from bytekiln.prepare import Say, find_checkpoint, find_device, prepare_folder, resolved
+from bytekiln.prepare import Say, find_checkpoint, find_device, keep_freed_memory, prepare_folder, resolved
 from bytekiln.schedule import learning_rate
 from bytekiln.signals import Interrupted, Signals
 
@@ -98,6 +98,8 @@ def train(
         config, checkpoint = find_checkpoint(config, str(resume), given or {}, notice)
     with Signals() as signals:
         device = find_device(config.training.device)
+        if device.type == "cpu":
+            keep_freed_memory()
         say(f"Using device: {device}")
         say("Loading tokenizer...")
         tokenizer = load_tokenizer(config.data)
@@ -235,7 +237,7 @@ class _Run:
         checkpoint says has happened is on the disk before it."""
         if self.owed is None:
             return
-        c, row = self.config.training, self.owed
+        row = self.owed
         due = self._evaluation_due()
         if due:
             row = self._evaluated(row)
