@@ -199,6 +199,7 @@ impl Job<'_> {
             self.encoder.piece(piece, special_ids, scratch, ids);
         });
         split.map_err(|e| self.inputs.locate(chunk, e))?;
+        self.encoder.flush(scratch, ids);
         *max_id = ids.iter().copied().max();
         self.dtype.pack(ids, packed);
         Ok(())

@@ -48,7 +48,12 @@ pub(crate) fn pack(word: &[u8]) -> Option<u128> {
 
 /// The bytes of a packed word.
 fn unpack(key: u128) -> Vec<u8> {
-    key.to_le_bytes()[..(key >> 120) as usize].to_vec()
+    key.to_le_bytes()[..packed_len(key)].to_vec()
+}
+
+/// Bytes of a packed word.
+pub(crate) fn packed_len(key: u128) -> usize {
+    (key >> 120) as usize
 }
 
 /// A hash of a packed word: one multiplication of its two halves, folded.

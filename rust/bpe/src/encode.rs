@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use crate::count::{hash_packed, pack};
+use crate::count::{hash_packed, pack, packed_len};
 use crate::error::{Error, Result};
 use crate::pretokenize::{Pattern, Piece, SplitStream, Splitter, TextPolicy};
 use crate::train::{Pair, TokenId};
@@ -23,6 +23,8 @@ use crate::vocab::Vocab;
 const SHORT: usize = 48;
 /// Ids that fit into a slot of the word table.
 const INLINE: usize = 3;
+/// Slots of a new word table: few, since the first short text makes one, too.
+const FIRST_SLOTS: usize = 1 << 10;
 /// Slots of a word table that is full; it is emptied then, so its memory stays bounded.
 const MOST_SLOTS: usize = 1 << 19;
 /// Ids kept for words with more than [`INLINE`] of them, before the table is emptied.
@@ -30,6 +32,9 @@ const MOST_SPILLED: usize = 1 << 21;
 
 /// Bytes of text that make another thread worth starting.
 const BATCH_BYTES_A_THREAD: usize = 1 << 16;
+
+/// Words that are looked up together.
+const BATCH: usize = 32;
 
 const NO_RANK: u32 = u32::MAX;
 
@@ -114,6 +119,8 @@ pub struct Scratch {
     slots: Vec<Slot>,
     used: usize,
     spilled: Vec<TokenId>,
+    /// Packed words whose ids are still to come.
+    waiting: Vec<u128>,
     parts: Parts,
 }
 
@@ -128,16 +135,28 @@ struct Parts {
 
 impl Default for Scratch {
     fn default() -> Self {
-        Self { slots: vec![FREE; 1 << 10], used: 0, spilled: Vec::new(), parts: Parts::default() }
+        Self {
+            slots: vec![FREE; FIRST_SLOTS],
+            used: 0,
+            spilled: Vec::new(),
+            waiting: Vec::new(),
+            parts: Parts::default(),
+        }
     }
 }
 
 impl Scratch {
+    /// Where the search for a word begins.
+    #[inline]
+    fn home(&self, key: u128) -> usize {
+        hash_packed(key) as usize & (self.slots.len() - 1)
+    }
+
     /// The slot of a word, or the free one where it belongs.
     #[inline]
     fn find(&self, key: u128) -> usize {
         let mask = self.slots.len() - 1;
-        let mut at = hash_packed(key) as usize & mask;
+        let mut at = self.home(key);
         while self.slots[at].key != key && self.slots[at].key != 0 {
             at = (at + 1) & mask;
         }
@@ -151,7 +170,7 @@ impl Scratch {
                 self.spilled.clear();
                 self.used = 0;
             } else {
-                let bigger = vec![FREE; self.slots.len() * 4];
+                let bigger = vec![FREE; self.slots.len() * 8];
                 let old = std::mem::replace(&mut self.slots, bigger);
                 for slot in old.into_iter().filter(|slot| slot.key != 0) {
                     let at = self.find(slot.key);
@@ -223,6 +242,8 @@ impl Encoder {
         let idle = self.idle.lock().ok().and_then(|mut idle| idle.pop());
         let mut scratch = idle.unwrap_or_default();
         let result = f(&mut scratch);
+        // What an error left waiting is nobody's.
+        scratch.waiting.clear();
         if let Ok(mut idle) = self.idle.lock() {
             idle.push(scratch);
         }
@@ -236,7 +257,10 @@ impl Encoder {
     /// the user's cannot be matched.
     pub fn encode(&self, text: &str, allowed: Allowed<'_>, out: &mut Vec<TokenId>) -> Result<()> {
         let (splitter, ids) = self.splitter_for(allowed)?;
-        self.with_scratch(|scratch| splitter.split(text, |piece| self.piece(piece, &ids, scratch, out)))
+        self.with_scratch(|scratch| {
+            let split = splitter.split(text, |piece| self.piece(piece, &ids, scratch, out));
+            split.map(|()| self.flush(scratch, out))
+        })
     }
 
     /// Appends the ids of bytes that need not be UTF-8.
@@ -248,7 +272,10 @@ impl Encoder {
         out: &mut Vec<TokenId>,
     ) -> Result<()> {
         let (splitter, ids) = self.splitter_for(allowed)?;
-        self.with_scratch(|scratch| splitter.split_bytes(bytes, policy, |piece| self.piece(piece, &ids, scratch, out)))
+        self.with_scratch(|scratch| {
+            let split = splitter.split_bytes(bytes, policy, |piece| self.piece(piece, &ids, scratch, out));
+            split.map(|()| self.flush(scratch, out))
+        })
     }
 
     /// Ids of each text, on up to `threads` threads; small batches stay on this one.
@@ -312,7 +339,7 @@ impl Encoder {
         Ok(EncodeStream { encoder: self, splitter, special_ids, parts: SplitStream::default() })
     }
 
-    /// Ids of one piece, appended; the ids of special tokens in the order of the splitter's.
+    /// Takes the next piece; its ids are appended now or, with those of its neighbours, by [`Self::flush`].
     #[inline]
     pub(crate) fn piece(
         &self,
@@ -323,23 +350,56 @@ impl Encoder {
     ) {
         let word = match piece {
             Piece::Word(word) => word,
-            Piece::Special(index) => return out.push(special_ids[index]),
+            Piece::Special(index) => {
+                self.flush(scratch, out);
+                return out.push(special_ids[index]);
+            }
         };
-        let Some(key) = pack(word) else { return self.merge(word, &mut scratch.parts, out) };
-        let slot = &scratch.slots[scratch.find(key)];
-        if slot.key == key {
+        if let Some(key) = pack(word) {
+            scratch.waiting.push(key);
+            if scratch.waiting.len() == BATCH {
+                self.flush(scratch, out);
+            }
+        } else {
+            self.flush(scratch, out);
+            self.merge(word, &mut scratch.parts, out);
+        }
+    }
+
+    /// Appends the ids of the words that wait.
+    ///
+    /// The table is far larger than the caches, so a look-up waits for memory. Looking at the slots of all the
+    /// words first lets those waits overlap.
+    pub(crate) fn flush(&self, scratch: &mut Scratch, out: &mut Vec<TokenId>) {
+        let waiting = std::mem::take(&mut scratch.waiting);
+        let mut homes = [(0, false); BATCH];
+        for (home, &key) in homes.iter_mut().zip(&waiting) {
+            let at = scratch.home(key);
+            *home = (at, scratch.slots[at].key == key);
+        }
+        for (&(home, seen), &key) in homes.iter().zip(&waiting) {
+            // The table may have grown since: look again.
+            let at = if seen && scratch.slots[home].key == key { home } else { scratch.find(key) };
+            let slot = &scratch.slots[at];
             let len = slot.len as usize;
-            if len <= INLINE {
-                out.extend_from_slice(&slot.ids[..len]);
+            if slot.key != key {
+                let begin = out.len();
+                let bytes = key.to_le_bytes();
+                self.merge(&bytes[..packed_len(key)], &mut scratch.parts, out);
+                scratch.remember(key, &out[begin..]);
+            } else if len <= INLINE {
+                // All the room of the slot, then cut: a copy of fixed length is two stores, one of variable
+                // length a call.
+                let end = out.len() + len;
+                out.extend_from_slice(&slot.ids);
+                out.truncate(end);
             } else {
                 let begin = slot.ids[0] as usize;
                 out.extend_from_slice(&scratch.spilled[begin..begin + len]);
             }
-            return;
         }
-        let begin = out.len();
-        self.merge(word, &mut scratch.parts, out);
-        scratch.remember(key, &out[begin..]);
+        scratch.waiting = waiting;
+        scratch.waiting.clear();
     }
 
     pub(crate) fn special_ids(&self) -> &[TokenId] {
@@ -497,14 +557,19 @@ impl EncodeStream {
     /// Takes a part; appends the ids that it completes.
     pub fn push(&mut self, part: &str, out: &mut Vec<TokenId>) -> Result<()> {
         let Self { encoder, splitter, special_ids, parts } = self;
-        encoder
-            .with_scratch(|scratch| parts.push(splitter, part, |piece| encoder.piece(piece, special_ids, scratch, out)))
+        encoder.with_scratch(|scratch| {
+            let pushed = parts.push(splitter, part, |piece| encoder.piece(piece, special_ids, scratch, out));
+            pushed.map(|()| encoder.flush(scratch, out))
+        })
     }
 
     /// The text has ended: appends what was held back.
     pub fn finish(&mut self, out: &mut Vec<TokenId>) -> Result<()> {
         let Self { encoder, splitter, special_ids, parts } = self;
         let parts = std::mem::take(parts);
-        encoder.with_scratch(|scratch| parts.finish(splitter, |piece| encoder.piece(piece, special_ids, scratch, out)))
+        encoder.with_scratch(|scratch| {
+            let finished = parts.finish(splitter, |piece| encoder.piece(piece, special_ids, scratch, out));
+            finished.map(|()| encoder.flush(scratch, out))
+        })
     }
 }

@@ -491,10 +491,10 @@ fn gpt2_end(table: &[u8], b: &[u8], at: usize) -> usize {
             end += len;
         }
     }
-    // [class]+ ; `last` is where the last character of the run begins
+    // [class]+ ; `last` is where the last character of the run begins. ASCII, nearly always, needs no decoding.
     let mut last = end - len;
-    while end < b.len() {
-        let (next, len) = class_at(table, b, end);
+    while let Some(&byte) = b.get(end) {
+        let (next, len) = if byte < 0x80 { (ASCII_CLASS[byte as usize], 1) } else { class_at(table, b, end) };
         if next != class {
             break;
         }

@@ -54,10 +54,21 @@ impl Dtype {
 
     /// Appends ids as bytes.
     pub fn pack(self, ids: &[TokenId], out: &mut Vec<u8>) {
+        let begin = out.len();
+        out.resize(begin + ids.len() * self.size(), 0);
+        let room = &mut out[begin..];
         match self {
             // Narrowing is exact: `from_name` and `for_vocab` hold ids below 65,536 here.
-            Self::Uint16 => out.extend(ids.iter().flat_map(|&id| (id as u16).to_le_bytes())),
-            Self::Uint32 => out.extend(ids.iter().flat_map(|&id| id.to_le_bytes())),
+            Self::Uint16 => {
+                for (bytes, &id) in room.as_chunks_mut().0.iter_mut().zip(ids) {
+                    *bytes = (id as u16).to_le_bytes();
+                }
+            }
+            Self::Uint32 => {
+                for (bytes, &id) in room.as_chunks_mut().0.iter_mut().zip(ids) {
+                    *bytes = id.to_le_bytes();
+                }
+            }
         }
     }
 }
