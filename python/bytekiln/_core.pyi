@@ -7,6 +7,17 @@ from typing import Any, Literal, TypeAlias, final
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = [
+    "UNICODE_VERSION",
+    "TokenIterator",
+    "Tokenizer",
+    "__version__",
+    "encode_files",
+    "payload_checksum",
+    "train_bpe",
+    "train_bpe_from_iterator",
+]
+
 __version__: str
 UNICODE_VERSION: str
 
@@ -70,7 +81,11 @@ class Tokenizer:
         disallowed_special: Literal["all"] | Iterable[str] = (),
     ) -> NDArray[np.uint16] | NDArray[np.uint32]: ...
     def encode_bytes(
-        self, data: bytes, *, errors: Literal["error", "replace", "bytes"] = "error", allowed_special: Literal["all"] | Iterable[str] = ()
+        self,
+        data: bytes,
+        *,
+        errors: Literal["error", "replace", "bytes"] = "error",
+        allowed_special: Literal["all"] | Iterable[str] = (),
     ) -> list[int]: ...
     def encode_batch(
         self,
@@ -82,7 +97,7 @@ class Tokenizer:
     ) -> list[list[int]]: ...
     def encode_iter(
         self, chunks: Iterable[str], *, allowed_special: Literal["all"] | Iterable[str] = ()
-    ) -> Iterator[int]: ...
+    ) -> TokenIterator: ...
     def pretokenize(self, text: str) -> list[str]: ...
     def decode(
         self,
@@ -98,6 +113,10 @@ class Tokenizer:
     def __reduce__(self) -> tuple[Callable[[str], Tokenizer], tuple[str]]: ...
     def __copy__(self) -> Tokenizer: ...
     def __deepcopy__(self, memo: object) -> Tokenizer: ...
+
+@final
+class TokenIterator(Iterator[int]):
+    def __next__(self) -> int: ...
 
 def train_bpe(
     files: Sequence[_StrPath],

@@ -111,7 +111,7 @@ fn trained(py: Python<'_>, (vocab, stats): (Vocab, TrainStats)) -> PyResult<(Tok
 
 /// `bytekiln.train_bpe`, with the statistics of the run and the size of the chunks.
 #[pyfunction]
-#[pyo3(signature = (files, *, vocab_size, special_tokens=Vec::new(), pattern="gpt2", tie_break="lexicographic", errors="error", threads=None, chunk_bytes=None, progress=None))]
+#[pyo3(signature = (files, *, vocab_size, special_tokens=Vec::new(), pattern="gpt2", tie_break="lexicographic", errors="error", threads=None, chunk_bytes=None, progress=None), text_signature = "(files, *, vocab_size, special_tokens=(), pattern='gpt2', tie_break='lexicographic', errors='error', threads=None, chunk_bytes=None, progress=None)")]
 #[expect(clippy::too_many_arguments, reason = "keyword-only options of the Python function")]
 fn train_bpe(
     py: Python<'_>,
@@ -136,7 +136,7 @@ fn train_bpe(
 
 /// `bytekiln.train_bpe_from_iterator`, with the statistics of the run.
 #[pyfunction]
-#[pyo3(signature = (texts, *, vocab_size, special_tokens=Vec::new(), pattern="gpt2", tie_break="lexicographic", errors="error", progress=None))]
+#[pyo3(signature = (texts, *, vocab_size, special_tokens=Vec::new(), pattern="gpt2", tie_break="lexicographic", errors="error", progress=None), text_signature = "(texts, *, vocab_size, special_tokens=(), pattern='gpt2', tie_break='lexicographic', errors='error', progress=None)")]
 #[expect(clippy::too_many_arguments, reason = "keyword-only options of the Python function")]
 fn train_bpe_from_iterator(
     py: Python<'_>,

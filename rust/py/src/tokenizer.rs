@@ -254,7 +254,7 @@ impl Tokenizer {
     ///
     /// Raises:
     ///     TextError: a disallowed special token, with its byte offset.
-    #[pyo3(signature = (text, *, allowed_special=SpecialSet::NONE, disallowed_special=SpecialSet::NONE))]
+    #[pyo3(signature = (text, *, allowed_special=SpecialSet::NONE, disallowed_special=SpecialSet::NONE), text_signature = "($self, text, *, allowed_special=(), disallowed_special=())")]
     fn encode(
         &self,
         text: &Bound<'_, PyString>,
@@ -270,7 +270,7 @@ impl Tokenizer {
     }
 
     /// `encode` as an array of uint16, or of uint32 where the vocabulary has more than 65,536 tokens.
-    #[pyo3(signature = (text, *, allowed_special=SpecialSet::NONE, disallowed_special=SpecialSet::NONE))]
+    #[pyo3(signature = (text, *, allowed_special=SpecialSet::NONE, disallowed_special=SpecialSet::NONE), text_signature = "($self, text, *, allowed_special=(), disallowed_special=())")]
     fn encode_to_numpy<'py>(
         &self,
         text: &Bound<'py, PyString>,
@@ -293,7 +293,7 @@ impl Tokenizer {
     ///     errors: "error" refuses invalid UTF-8 with its offset, "replace" encodes U+FFFD, "bytes" keeps the bytes
     ///         (so that `decode_bytes` brings them back).
     ///     allowed_special: as in `encode`.
-    #[pyo3(signature = (data, *, errors="error", allowed_special=SpecialSet::NONE))]
+    #[pyo3(signature = (data, *, errors="error", allowed_special=SpecialSet::NONE), text_signature = "($self, data, *, errors='error', allowed_special=())")]
     fn encode_bytes(
         &self,
         py: Python<'_>,
@@ -308,7 +308,7 @@ impl Tokenizer {
     }
 
     /// `encode` of every text, on several threads where that pays.
-    #[pyo3(signature = (texts, *, allowed_special=SpecialSet::NONE, disallowed_special=SpecialSet::NONE, threads=None))]
+    #[pyo3(signature = (texts, *, allowed_special=SpecialSet::NONE, disallowed_special=SpecialSet::NONE, threads=None), text_signature = "($self, texts, *, allowed_special=(), disallowed_special=(), threads=None)")]
     fn encode_batch(
         &self,
         py: Python<'_>,
@@ -333,7 +333,7 @@ impl Tokenizer {
     ///
     /// What cannot be decided yet is held back: text behind the last certain border between pre-tokens. With a
     /// pattern of the user's no border is certain but the ends of allowed special tokens.
-    #[pyo3(signature = (chunks, *, allowed_special=SpecialSet::NONE))]
+    #[pyo3(signature = (chunks, *, allowed_special=SpecialSet::NONE), text_signature = "($self, chunks, *, allowed_special=())")]
     fn encode_iter(
         &self,
         py: Python<'_>,
