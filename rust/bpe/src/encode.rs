@@ -127,7 +127,8 @@ pub struct Scratch {
 #[derive(Debug, Default)]
 struct Parts {
     ids: Vec<TokenId>,
-    ranks: Vec<u32>,
+    /// Rank and result of each part with the next.
+    joins: Vec<(u32, TokenId)>,
     next: Vec<u32>,
     previous: Vec<u32>,
     heap: BinaryHeap<Reverse<(u32, u32)>>,
@@ -440,70 +441,69 @@ impl Encoder {
     }
 
     fn merge_by_scanning(&self, parts: &mut Parts, out: &mut Vec<TokenId>) {
-        let Parts { ids, ranks, .. } = parts;
-        ranks.clear();
-        ranks.extend(ids.windows(2).map(|w| self.pairs.get((w[0], w[1])).0));
+        let Parts { ids, joins, .. } = parts;
+        joins.clear();
+        joins.extend(ids.windows(2).map(|w| self.pairs.get((w[0], w[1]))));
         loop {
             let mut best = (NO_RANK, 0);
-            for (at, &rank) in ranks.iter().enumerate() {
-                if rank < best.0 {
-                    best = (rank, at);
+            for (at, join) in joins.iter().enumerate() {
+                if join.0 < best.0 {
+                    best = (join.0, at);
                 }
             }
             let (rank, at) = best;
             if rank == NO_RANK {
                 return out.extend_from_slice(ids);
             }
-            ids[at] = self.pairs.get((ids[at], ids[at + 1])).1;
+            ids[at] = joins[at].1;
             ids.remove(at + 1);
-            ranks.remove(at);
+            joins.remove(at);
             if at > 0 {
-                ranks[at - 1] = self.pairs.get((ids[at - 1], ids[at])).0;
+                joins[at - 1] = self.pairs.get((ids[at - 1], ids[at]));
             }
             if at + 1 < ids.len() {
-                ranks[at] = self.pairs.get((ids[at], ids[at + 1])).0;
+                joins[at] = self.pairs.get((ids[at], ids[at + 1]));
             }
         }
     }
 
     /// The same for long words: a linked list of parts and a heap of (rank, place). An entry is stale when
-    /// its place has another rank by now; ranks of dead places are [`NO_RANK`].
+    /// its place has another rank by now; dead places have [`NO_RANK`].
     fn merge_by_heap(&self, parts: &mut Parts, out: &mut Vec<TokenId>) {
-        let Parts { ids, ranks, next, previous, heap } = parts;
+        let Parts { ids, joins, next, previous, heap } = parts;
         let n = ids.len();
-        heap.clear();
-        ranks.clear();
-        ranks.extend(ids.windows(2).map(|w| self.pairs.get((w[0], w[1])).0));
-        ranks.push(NO_RANK);
+        joins.clear();
+        joins.extend(ids.windows(2).map(|w| self.pairs.get((w[0], w[1]))));
+        joins.push((NO_RANK, 0));
         next.clear();
         next.extend(1..=n as u32);
         previous.clear();
         previous.extend((0..n as u32).map(|i| i.wrapping_sub(1)));
-        heap.extend((0u32..).zip(ranks.iter()).filter(|r| *r.1 != NO_RANK).map(|(at, &rank)| Reverse((rank, at))));
+        heap.clear();
+        heap.extend((0u32..).zip(&*joins).filter(|(_, j)| j.0 != NO_RANK).map(|(at, j)| Reverse((j.0, at))));
         while let Some(Reverse((rank, place))) = heap.pop() {
             let at = place as usize;
-            if ranks[at] != rank {
+            if joins[at].0 != rank {
                 continue;
             }
             let gone = next[at] as usize;
-            ids[at] = self.pairs.get((ids[at], ids[gone])).1;
+            ids[at] = joins[at].1;
             next[at] = next[gone];
-            ranks[gone] = NO_RANK;
+            joins[at] = (NO_RANK, 0);
+            joins[gone] = (NO_RANK, 0);
+            let mut join = |left: usize, right: usize| {
+                joins[left] = self.pairs.get((ids[left], ids[right]));
+                if joins[left].0 != NO_RANK {
+                    heap.push(Reverse((joins[left].0, left as u32)));
+                }
+            };
             let after = next[at] as usize;
-            ranks[at] = NO_RANK;
             if after < n {
                 previous[after] = place;
-                ranks[at] = self.pairs.get((ids[at], ids[after])).0;
-                if ranks[at] != NO_RANK {
-                    heap.push(Reverse((ranks[at], place)));
-                }
+                join(at, after);
             }
-            if let Some(before) = previous.get(at).copied().filter(|&b| b != u32::MAX) {
-                let rank = self.pairs.get((ids[before as usize], ids[at])).0;
-                ranks[before as usize] = rank;
-                if rank != NO_RANK {
-                    heap.push(Reverse((rank, before)));
-                }
+            if at > 0 {
+                join(previous[at] as usize, at);
             }
         }
         let mut at = 0;

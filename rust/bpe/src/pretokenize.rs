@@ -491,8 +491,12 @@ fn gpt2_end(table: &[u8], b: &[u8], at: usize) -> usize {
             end += len;
         }
     }
-    // [class]+ ; `last` is where the last character of the run begins. ASCII, nearly always, needs no decoding.
+    // [class]+ ; `last` is where the last character of the run begins (white space alone asks for it). ASCII,
+    // nearly always, needs no decoding.
     let mut last = end - len;
+    if class == LETTER {
+        end += ascii_letters(&b[end..]);
+    }
     while let Some(&byte) = b.get(end) {
         let (next, len) = if byte < 0x80 { (ASCII_CLASS[byte as usize], 1) } else { class_at(table, b, end) };
         if next != class {
@@ -505,10 +509,43 @@ fn gpt2_end(table: &[u8], b: &[u8], at: usize) -> usize {
     if class == SPACE && end < b.len() && last > at { last } else { end }
 }
 
+/// Number of ASCII letters at the beginning of `b`, eight bytes at a time: one jump a word instead of one a letter.
+#[inline]
+fn ascii_letters(b: &[u8]) -> usize {
+    const EACH: u64 = 0x0101_0101_0101_0101;
+    const TOP: u64 = 0x80 * EACH;
+    let mut run = 0;
+    for chunk in b.as_chunks().0 {
+        let x = u64::from_le_bytes(*chunk);
+        // Lower case, top bits cleared, so that no sum below carries into the next byte.
+        let lower = (x | 0x20 * EACH) & !TOP;
+        let from_a = lower + (0x80 - 0x61) * EACH;
+        let past_z = lower + (0x80 - 0x7b) * EACH;
+        let others = !(from_a & !past_z & !x) & TOP;
+        if others != 0 {
+            return run + others.trailing_zeros() as usize / 8;
+        }
+        run += 8;
+    }
+    run + b[run..].iter().take_while(|c| c.is_ascii_alphabetic()).count()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn letters_are_counted_as_one_by_one() {
+        for byte in 0..=255u8 {
+            for at in 0..20 {
+                let mut b = *b"abcxyzABCXYZmnopqrst";
+                b[at] = byte;
+                let expected = b.iter().take_while(|c| c.is_ascii_alphabetic()).count();
+                assert_eq!(ascii_letters(&b), expected, "{byte:#x} at {at}");
+            }
+        }
+    }
 
     fn ends(pattern: &Pattern, text: &str) -> Vec<usize> {
         let mut out = vec![];
