@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ import pytest
 
 import bytekiln
 from bytekiln import cli_bpe
+from conftest import Result
 
 EOT = "<|endoftext|>"
 
@@ -395,3 +396,40 @@ def test_interrupted_within_a_moment(tmp_path: Path, sign: signal.Signals, statu
     assert p.returncode == status and "Traceback" not in err
     assert time.monotonic() - start < 2
     assert not leftovers(tmp_path, "big.txt")
+
+
+def test_text_that_is_not_utf8_on_the_command_line(command: Callable[..., Result], corpus: Path) -> None:
+    for flag in ("--special-token", "--pattern"):
+        line = [corpus, "--vocab-size", "300", "--out", "x.json", flag, b"\xff".decode(errors="surrogateescape")]
+        assert "expected UTF-8" in command("bpe-train", *line, status=2).stderr
+
+
+@pytest.mark.parametrize("size", ["inf", "nan", "1e30", "9999999999999999999", "4.5"])
+def test_sizes_that_are_none(size: str, command: Callable[..., Result], corpus: Path) -> None:
+    found = command("bpe-train", corpus, "--vocab-size", size, "--out", "x.json", status=2)
+    assert "--vocab-size" in found.stderr and size in found.stderr
+
+
+def test_inputs_and_the_tokenizer_are_never_overwritten(
+    command: Callable[..., Result], corpus: Path, tmp_path: Path
+) -> None:
+    before = corpus.read_bytes()
+    line = [corpus, "--vocab-size", "300", "--special-token", "<|endoftext|>"]
+    assert "is one of the inputs" in command("bpe-train", *line, "--out", corpus, "--overwrite", status=2).stderr
+    command("bpe-train", *line, "--out", "tok.json")
+    tokenizer = (tmp_path / "tok.json").read_bytes()
+    encode = ["bpe-encode", corpus, "--tokenizer", "tok.json", "--overwrite", "--out"]
+    for out in (corpus, "tok", "tok.json"):
+        assert "is one of the inputs" in command(*encode, out, status=2).stderr
+    assert corpus.read_bytes() == before and (tmp_path / "tok.json").read_bytes() == tokenizer
+
+
+def test_a_terminal_that_lacks_characters_is_no_reason_to_fail(command: Callable[..., Result]) -> None:
+    assert "bpe-train" in command("bpe-train", "--help", env={"PYTHONIOENCODING": "ascii"}).stdout
+
+
+def test_inspecting_ranks_needs_their_pattern(command: Callable[..., Result], corpus: Path, tmp_path: Path) -> None:
+    bytekiln.train_bpe(corpus, vocab_size=300).save(tmp_path / "t.tiktoken", format="tiktoken")
+    assert "--pattern" in command("bpe-inspect", "--help").stdout
+    command("bpe-inspect", "t.tiktoken", "--text", corpus, status=2)
+    assert "bytes a token" in command("bpe-inspect", "t.tiktoken", "--pattern", "gpt2", "--text", corpus).stdout

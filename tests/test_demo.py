@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+import bytekiln
 from bytekiln import demo, demo_text
 from bytekiln.errors import FileError, FormatError
 
@@ -107,15 +108,17 @@ def test_own_text_takes_files_and_folders(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "a.txt").write_text("one<|endoftext|>two<|endoftext|>\n")
     (tmp_path / "b" / "c.md").write_text("three")
     (tmp_path / "b" / "d.png").write_bytes(b"\xff\xfe")
-    assert demo_text.own_text([tmp_path]).documents == ["one", "two", "three"]
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "train.txt").write_text("what an earlier demo wrote")
+    assert demo_text.own_text([tmp_path], tmp_path / "demo").documents == ["one", "two", "three"]
     assert "d.png is not UTF-8" in capsys.readouterr().err
     with pytest.raises(FormatError, match=r"d\.png: byte 0: invalid UTF-8"):
-        demo_text.own_text([tmp_path / "b" / "d.png"])
+        demo_text.own_text([tmp_path / "b" / "d.png"], tmp_path / "demo")
     with pytest.raises(FileError, match="missing"):
-        demo_text.own_text([tmp_path / "missing"])
+        demo_text.own_text([tmp_path / "missing"], tmp_path / "demo")
     (tmp_path / "empty.txt").touch()
     with pytest.raises(FileError, match="no text in it"):
-        demo_text.own_text([tmp_path / "empty.txt"])
+        demo_text.own_text([tmp_path / "empty.txt"], tmp_path / "demo")
 
 
 def test_own_text_is_bounded(
@@ -123,7 +126,7 @@ def test_own_text_is_bounded(
 ) -> None:
     monkeypatch.setattr(demo_text, "LIMIT_BYTES", 5)
     (tmp_path / "a.txt").write_text("ab€€€")
-    assert demo_text.own_text([tmp_path / "a.txt"]).documents == ["ab€"]
+    assert demo_text.own_text([tmp_path / "a.txt"], tmp_path / "demo").documents == ["ab€"]
     assert "first 5 B only" in capsys.readouterr().err
 
 
@@ -258,3 +261,18 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         signal.signal(signal.SIGTERM, before)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith("error: ") and "missing" in said
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"version": null}', "VERSION_AND_RUBBISH", "{"])
+def test_a_state_that_says_nothing_is_begun_anew(text: str, tmp_path: Path) -> None:
+    first = demo.Demo(tmp_path / "demo", 300, [])
+    first.enter()
+    rubbish = {"version": bytekiln.__version__, "corpus": {"asked": []}, "stages": {"tokenizer": 3}}
+    first.state_file.write_text(json.dumps(rubbish) if text == "VERSION_AND_RUBBISH" else text)
+    os.close(first.lock)
+    again = demo.Demo(tmp_path / "demo", 300, [])
+    again.enter()
+    (tmp_path / "own.txt").write_text("one<|endoftext|>two<|endoftext|>three")
+    again.prepare([tmp_path / "own.txt"])
+    assert again.state["version"] == bytekiln.__version__ and again.state["corpus"]["documents"] == [2, 1]
+    os.close(again.lock)

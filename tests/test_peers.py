@@ -282,3 +282,25 @@ def test_32k_merges_equal_hugging_face_on_whole_files(name: str, shared_bytes: C
     ours = bytekiln.train_bpe_from_iterator(documents, vocab_size=32_000, tie_break="huggingface")
     shared = min(len(expected), len(ours.merges))
     assert shared >= 31_744 and ours.merges[:shared] == expected[:shared]
+
+
+@settings(max_examples=600)
+@given(known_strings, st.sampled_from(["cl100k", "o200k"]))
+def test_named_patterns_give_hugging_faces_ids(
+    named: dict[str, tuple[Tokenizer, object]], text: str, name: str
+) -> None:
+    ours, theirs = named[name]
+    assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+
+
+@pytest.fixture(scope="module")
+def named() -> dict[str, tuple[Tokenizer, object]]:
+    """A tokenizer with long numbers and spaces in its vocabulary, ours and as Hugging Face loads it."""
+    text = "121 234 567 1212 345 the Kiln's  clay\n\n   wet!!\n 12 !?/\n" * 20
+    found = {}
+    for name in ("cl100k", "o200k"):
+        ours = bytekiln.train_bpe_from_iterator([text], vocab_size=340, pattern=name)
+        found[name] = (ours, tokenizers.Tokenizer.from_str(ours.to_json()))
+        numbers = "121234567 1234567890 12345"
+        assert ours.encode(numbers) == found[name][1].encode(numbers).ids
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -254,3 +255,33 @@ def test_a_file_that_does_not_fit_its_manifest_is_refused(kiln: Tokenizer, text:
         side.write_text(content)
         with pytest.raises(FormatError, match=message):
             TokenFile.open(out)
+
+
+def test_a_manifest_that_a_killed_writer_left_alone_is_replaced(kiln: Tokenizer, text: Path, tmp_path: Path) -> None:
+    out, side = tmp_path / "out.npy", tmp_path / "out.npy.json"
+    bytekiln.encode_files(kiln, text, out)
+    out.unlink()
+    bytekiln.encode_files(kiln, text, out).verify()
+    out.unlink()
+    side.write_text('{"mine": 1}')
+    with pytest.raises(OutputExistsError, match=r"out\.npy\.json: exists already"):
+        bytekiln.encode_files(kiln, text, out)
+    assert side.read_text() == '{"mine": 1}'
+
+
+def test_outputs_never_follow_links_nor_replace_devices_or_inputs(kiln: Tokenizer, text: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("keep")
+    (tmp_path / ".out.npy.partial").symlink_to(precious)
+    with pytest.raises(FileError, match="is no ordinary file"):
+        bytekiln.encode_files(kiln, text, tmp_path / "out.npy")
+    assert precious.read_text() == "keep"
+    os.mkfifo(tmp_path / "pipe.npy")
+    with pytest.raises(FileError, match="is a pipe or a device"):
+        bytekiln.encode_files(kiln, text, tmp_path / "pipe.npy", overwrite=True)
+    with pytest.raises(FileError, match="is one of the inputs"):
+        bytekiln.encode_files(kiln, text, text, overwrite=True)
+    side = text.with_name("x.npy.json")
+    text.rename(side)
+    with pytest.raises(FileError, match="is one of the inputs"):
+        bytekiln.encode_files(kiln, side, text.with_name("x.npy"), overwrite=True)

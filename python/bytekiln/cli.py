@@ -53,6 +53,10 @@ def run(command: str, argv: list[str] | None = None) -> int:
         # Before torch loads OpenMP: its threads otherwise spin while they wait, and on a machine that has other
         # work a training step takes eight times as long (docs/performance.md).
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # noqa: SIM115, PTH123
     try:
         signal.signal(signal.SIGTERM, _on_sigterm)
         status = int(getattr(import_module(module), function)(args))

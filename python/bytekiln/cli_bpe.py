@@ -70,9 +70,18 @@ def size(text: str) -> int:
         factor = 1000 if number[-1] in "kK" else 1_000_000
         number = number[:-1]
     value = float(number) * factor
-    if value != int(value):
-        raise ValueError(text)
+    if not value.is_integer() or not 0 <= value < 2**32:
+        raise ArgumentTypeError(f"found {text}; expected a whole number below 2^32, such as 4096 or 32k")
     return int(value)
+
+
+def text(argument: str) -> str:
+    """Text from the command line, where bytes that are not UTF-8 arrive as lone surrogates."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        raise ArgumentTypeError(f"found {argument!a}; expected UTF-8") from None
+    return argument
 
 
 def threads(text: str) -> int:
@@ -83,6 +92,7 @@ def threads(text: str) -> int:
     return value
 
 
+PATTERN_HELP = "word pattern of a vocabulary that does not name its own: .tiktoken needs it, vocab.json means gpt2"
 STAGES = {"count": "counting words", "merge": "merging pairs", "encode": "encoding"}
 
 
@@ -105,14 +115,22 @@ class StageProgress:
         self._bar.update(done)
 
 
-def check_output(out: Path, *, overwrite: bool) -> None:
-    """Refuse an output that cannot or must not be written, before hours of work go into it."""
+def check_output(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
+    """Refuse an output that cannot or must not be written, before hours of work go into it.
+
+    Neither the output nor the manifest that may come beside it is one of the files read.
+    """
     parent = out.parent
+    for written in (out, out.with_name(out.name + ".json")):
+        if written.exists() and any(p.exists() and written.samefile(p) for p in inputs):
+            raise FileError(f"{written}: is one of the inputs; expected another output")
     if not parent.is_dir():
         raise FileError(f"{out}: its folder {parent} does not exist; create it first: mkdir -p {parent}")
     if out.is_dir():
         raise FileError(f"{out}: is a directory; expected the name of a file to write")
-    if out.exists() and not overwrite:
+    if out.exists() and not out.is_file():
+        raise FileError(f"{out}: is a pipe or a device; expected the name of a file to write")
+    if (out.exists() or out.is_symlink()) and not overwrite:
         raise OutputExistsError(f"{out}: exists already; pass --overwrite to replace it, or another name with --out")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise FileError(f"{out}: the folder {parent} cannot be written to")
@@ -148,12 +166,19 @@ def train(argv: Sequence[str]) -> int:
         "--special-token",
         "--special-tokens",
         action="append",
+        type=text,
         default=[],
         metavar="T",
         help="a hard boundary in the text that becomes one token; repeat for several",
     )
     add("--out", "--output-path", type=Path, metavar="F", help="the tokenizer.json to write")
-    add("--pattern", default="gpt2", metavar="P", help="gpt2 (default), cl100k, o200k, or a regular expression")
+    add(
+        "--pattern",
+        type=text,
+        default="gpt2",
+        metavar="P",
+        help="gpt2 (default), cl100k, o200k, or a regular expression",
+    )
     add(
         "--tie-break",
         choices=("lexicographic", "huggingface"),
@@ -182,7 +207,7 @@ def train(argv: Sequence[str]) -> int:
         parser.error("--vocab-size is missing; expected 257 or more, such as --vocab-size 4096")
     if args.out is None:
         parser.error("--out is missing; expected the file to write, such as --out tokenizer.json")
-    check_output(args.out, overwrite=args.overwrite)
+    check_output(args.out, args.inputs, overwrite=args.overwrite)
 
     start = time.perf_counter()
     with ExitStack() as bars:
@@ -280,10 +305,11 @@ def encode(argv: Sequence[str]) -> int:
         "--special-token",
         "--special-tokens",
         action="append",
+        type=text,
         metavar="T",
         help="special tokens of vocabularies that do not name theirs; repeat for several",
     )
-    add("--pattern", metavar="P", help="word pattern of vocabularies that do not name theirs (default: gpt2)")
+    add("--pattern", type=text, metavar="P", help=PATTERN_HELP)
     add("--out", "--output-path", type=Path, metavar="F", help="the token file to write; raw ids if it ends in .bin")
     add("--dtype", choices=("uint16", "uint32"), help="default: uint16 when every id fits")
     add(
@@ -312,7 +338,8 @@ def encode(argv: Sequence[str]) -> int:
             parser.error("no input; expected one text file or more, or --dataset X")
         if out is None:
             parser.error("--out is missing; expected the file to write, such as --out train.npy")
-        check_output(out, overwrite=args.overwrite)
+        read = [*inputs, *(p for p in (args.tokenizer, args.vocab_path, args.merges_path) if p)]
+        check_output(out, read, overwrite=args.overwrite)
     tokenizer = _tokenizer_of(args, parser)
     for inputs, out in jobs:
         start = time.perf_counter()
@@ -366,6 +393,7 @@ def inspect(argv: Sequence[str]) -> int:
     )
     add = parser.add_argument
     add("tokenizers", nargs="*", type=Path, metavar="TOKENIZER", help="tokenizer.json; several are compared")
+    add("--pattern", type=text, metavar="P", help=PATTERN_HELP)
     add("--text", action="append", type=Path, default=[], metavar="FILE", help="UTF-8 text; repeat for several")
     add("--longest", type=size, default=10, metavar="N", help="how many of the longest tokens to show (default: 10)")
     add_text_flags(parser)
@@ -391,6 +419,7 @@ def inspect(argv: Sequence[str]) -> int:
                     longest=args.longest,
                     errors=args.errors,
                     threads=args.threads,
+                    pattern=args.pattern,
                     progress=StageProgress(bars),
                 )
             )

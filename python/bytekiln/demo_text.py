@@ -123,14 +123,14 @@ def python_topics() -> Corpus:
     return Corpus("the help texts of Python itself", [topics[name].strip() + "\n" for name in sorted(topics)])
 
 
-def own_text(paths: Sequence[Path]) -> Corpus:
+def own_text(paths: Sequence[Path], without: Path) -> Corpus:
     """The user's files; a folder stands for every UTF-8 file below it."""
     documents: list[str] = []
     taken = 0
     for path in paths:
         if not path.exists():
             raise FileError(f"{path}: no such file or folder")
-        for file in files_below(path):
+        for file in files_below(path, without):
             data = file.read_bytes()[: LIMIT_BYTES - taken]
             try:
                 text = data.decode("utf-8", "ignore" if taken + len(data) == LIMIT_BYTES else "strict")
@@ -149,11 +149,15 @@ def own_text(paths: Sequence[Path]) -> Corpus:
     return Corpus(", ".join(map(str, paths)), documents)
 
 
-def files_below(path: Path) -> Iterator[Path]:
-    """The file itself, or all files below a folder in their order, without hidden ones."""
+def files_below(path: Path, without: Path) -> Iterator[Path]:
+    """The file itself, or all files below a folder in their order, without hidden ones and those below `without`."""
     if path.is_dir():
         yield from sorted(
-            p for p in path.rglob("*") if p.is_file() and not any(s.startswith(".") for s in p.relative_to(path).parts)
+            p
+            for p in path.rglob("*")
+            if p.is_file()
+            and not any(s.startswith(".") for s in p.relative_to(path).parts)
+            and not p.resolve().is_relative_to(without.resolve())
         )
     else:
         yield path

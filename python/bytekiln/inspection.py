@@ -68,6 +68,7 @@ def measure(
     longest: int,
     errors: Literal["error", "replace", "bytes"],
     threads: int | None,
+    pattern: str | None = None,
     progress: Callable[[str, int, int], object] | None = None,
 ) -> dict[str, Any]:
     """Encode the texts as `bpe-encode` does, into a temporary folder, and look at what came out.
@@ -79,7 +80,7 @@ def measure(
 
     import numpy as np
 
-    tokenizer = Tokenizer.from_file(path)
+    tokenizer = Tokenizer.from_file(path, pattern=pattern)
     seconds: list[float] = []
     with tempfile.TemporaryDirectory(prefix="bpe-inspect-") as folder:
         out = Path(folder) / "tokens.npy"

@@ -12,6 +12,7 @@ from typing import Literal
 
 from bytekiln import _core
 from bytekiln._core import Tokenizer
+from bytekiln.errors import ConfigError
 from bytekiln.tokenfile import TokenFile
 
 __all__ = ["Tokenizer", "encode_files", "train_bpe", "train_bpe_from_iterator"]
@@ -46,7 +47,7 @@ def train_bpe(
         errors: what to do with invalid UTF-8: `error` (names file and byte offset), `replace` (U+FFFD),
             `bytes` (keep the bytes; pre-token borders fall as if each were U+FFFD).
         threads: default: one a core. The result never depends on it.
-        progress: called as `progress(stage, done, total)` about ten times a second.
+        progress: called as `progress(stage, done, total)` up to fifty times a second.
 
     Raises:
         FileError: a file is missing, unreadable, empty or a directory.
@@ -83,6 +84,8 @@ def train_bpe_from_iterator(
     >>> train_bpe_from_iterator(["aaab", "aab"], vocab_size=257).merges
     [(b'a', b'a')]
     """
+    if isinstance(texts, str | bytes):
+        raise ConfigError("texts: found one text; expected an iterable of texts, such as [text]")
     return _core.train_bpe_from_iterator(
         texts,
         vocab_size=vocab_size,

@@ -26,6 +26,10 @@ impl AtomicFile {
         check_output(path, overwrite)?;
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let partial = path.with_file_name(format!(".{name}.partial"));
+        if fs::symlink_metadata(&partial).is_ok_and(|found| !found.is_file()) {
+            let what = "is no ordinary file; expected to write the output there first".into();
+            return Err(Error::File { path: partial, what });
+        }
         let file = loop {
             let opened = OpenOptions::new().write(true).create(true).truncate(false).open(&partial);
             let file = opened.map_err(|e| Error::io(path, &e))?;
@@ -64,6 +68,11 @@ impl AtomicFile {
         written.map(drop).map_err(|e| Error::io(&self.path, &e))
     }
 
+    /// Brings what was written to the disk.
+    pub fn sync(&self) -> Result<()> {
+        self.file.sync_all().map_err(|e| Error::io(&self.path, &e))
+    }
+
     /// Makes it durable under its name.
     pub fn commit(mut self) -> Result<()> {
         let renamed = self.file.sync_all().and_then(|()| fs::rename(&self.partial, &self.path));
@@ -96,6 +105,10 @@ pub fn check_output(path: &Path, overwrite: bool) -> Result<()> {
             Err(Error::File { path: path.into(), what: "is a directory; expected the name of an output file".into() })
         }
         Ok(_) if !overwrite => Err(Error::Exists(path.into())),
+        Ok(_) if fs::metadata(path).is_ok_and(|found| !found.is_file()) => Err(Error::File {
+            path: path.into(),
+            what: "is a pipe or a device; expected the name of an output file".into(),
+        }),
         _ => Ok(()),
     }
 }

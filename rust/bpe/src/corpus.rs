@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::input::{Chunk, ChunkReader, Inputs};
 use crate::pretokenize::{Piece, TextPolicy};
 use crate::progress::{Progress, Stage};
-use crate::tokens::{Dtype, Manifest, Source, TokenWriter, checksum_text};
+use crate::tokens::{Dtype, Manifest, Source, TokenWriter, checksum_text, manifest_path};
 use crate::train::TokenId;
 
 /// How to encode files; the defaults are those of the command line.
@@ -241,10 +241,10 @@ impl Job<'_> {
 
 /// The output must not be one of the inputs, under whatever name.
 fn refuse_input_as_output(inputs: &Inputs, out: &Path) -> Result<()> {
-    let Ok(out_real) = out.canonicalize() else { return Ok(()) };
-    for path in inputs.paths() {
-        if path.canonicalize().is_ok_and(|real| real == out_real) {
-            return Err(Error::File { path: out.into(), what: "is one of the inputs; expected another output".into() });
+    for written in [out.to_path_buf(), manifest_path(out)] {
+        let Ok(real) = written.canonicalize() else { continue };
+        if inputs.paths().iter().any(|path| path.canonicalize().is_ok_and(|input| input == real)) {
+            return Err(Error::File { path: written, what: "is one of the inputs; expected another output".into() });
         }
     }
     Ok(())

@@ -9,6 +9,7 @@ use std::thread;
 use foldhash::fast::FixedState;
 
 use crate::error::Result;
+use crate::hash;
 use crate::input::{Chunk, ChunkReader, Inputs};
 use crate::pretokenize::{Piece, Splitter, TextPolicy};
 use crate::progress::{Progress, Stage};
@@ -70,11 +71,12 @@ pub struct WordCounts {
     slots: Vec<(u128, u64)>,
     used: usize,
     long: HashMap<Box<[u8]>, u64, FixedState>,
+    seed: u64,
 }
 
 impl Default for WordCounts {
     fn default() -> Self {
-        Self { slots: vec![(0, 0); 1 << 12], used: 0, long: HashMap::default() }
+        Self { slots: vec![(0, 0); 1 << 12], used: 0, long: HashMap::with_hasher(hash::state()), seed: hash::seed() }
     }
 }
 
@@ -100,7 +102,7 @@ impl WordCounts {
 
     fn add_packed(&mut self, key: u128, count: u64) {
         let mask = self.slots.len() - 1;
-        let mut at = hash_packed(key) as usize & mask;
+        let mut at = (hash_packed(key) ^ self.seed) as usize & mask;
         loop {
             let slot = &mut self.slots[at];
             if slot.0 == key {
@@ -124,7 +126,7 @@ impl WordCounts {
         let old = std::mem::replace(&mut self.slots, bigger);
         let mask = self.slots.len() - 1;
         for (key, count) in old.into_iter().filter(|slot| slot.0 != 0) {
-            let mut at = hash_packed(key) as usize & mask;
+            let mut at = (hash_packed(key) ^ self.seed) as usize & mask;
             while self.slots[at].0 != 0 {
                 at = (at + 1) & mask;
             }

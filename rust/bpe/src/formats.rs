@@ -206,9 +206,13 @@ fn from_tokenizer_value(
 ) -> Result<Vocab> {
     let fail = |what: String| Error::format(place, what);
     let model = &value["model"];
-    let kind = model["type"].as_str().unwrap_or("BPE");
-    if kind != "BPE" {
-        return Err(fail(format!("model type {kind:?}; expected \"BPE\"")));
+    if !(model["type"].is_null() || model["type"] == "BPE") {
+        return Err(fail(format!("model type {}; expected \"BPE\"", model["type"])));
+    }
+    for field in ["truncation", "padding"] {
+        if !value[field].is_null() {
+            return Err(fail(format!("{field} is set; expected null")));
+        }
     }
     for field in ["dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"] {
         let found = &model[field];
@@ -231,8 +235,12 @@ fn from_tokenizer_value(
     let alphabet = Alphabet::new();
     let mut tokens = Vec::new();
     let mut added = Vec::new();
+    if !(value["added_tokens"].is_null() || value["added_tokens"].is_array()) {
+        return Err(fail("added_tokens is no list; expected one".into()));
+    }
     for token in value["added_tokens"].as_array().into_iter().flatten() {
-        let (Some(text), Some(id)) = (token["content"].as_str(), token["id"].as_u64()) else {
+        let id = token["id"].as_u64().and_then(|id| TokenId::try_from(id).ok());
+        let (Some(text), Some(id)) = (token["content"].as_str(), id) else {
             return Err(fail(format!("added token {token}; expected a content and an id")));
         };
         for field in ["single_word", "lstrip", "rstrip"] {
@@ -240,7 +248,7 @@ fn from_tokenizer_value(
                 return Err(fail(format!("added token {text:?} has {field}; expected false")));
             }
         }
-        added.push((text.to_string(), id as TokenId));
+        added.push((text.to_string(), id));
     }
     let entries = model["vocab"]
         .as_object()
@@ -258,7 +266,9 @@ fn from_tokenizer_value(
     }
     let ids: HashMap<&[u8], TokenId, FixedState> = tokens.iter().map(|(bytes, id)| (bytes.as_slice(), *id)).collect();
     let mut rules = Vec::new();
-    for (rank, merge) in (0u32..).zip(model["merges"].as_array().into_iter().flatten()) {
+    let merges = model["merges"].as_array();
+    let merges = merges.ok_or_else(|| fail("model.merges is missing; expected a list of pairs".into()))?;
+    for (rank, merge) in (0u32..).zip(merges) {
         let halves = match merge {
             Value::String(text) => text.split_once(' '),
             Value::Array(two) if two.len() == 2 => two[0].as_str().zip(two[1].as_str()),
@@ -377,6 +387,11 @@ fn to_vocab_and_merges(vocab: &Vocab) -> Result<(String, String)> {
         entries.insert(alphabet.text(bytes), id.into());
     }
     for (text, id) in vocab.specials() {
+        if vocab.id_of(text.as_bytes()).is_some() {
+            return Err(Error::Config(format!(
+                "special token {text:?}: has the bytes of an ordinary token, which vocab.json cannot tell apart; expected format tokenizer.json"
+            )));
+        }
         entries.insert(text.clone(), (*id).into());
     }
     let mut merges = String::from("#version: 0.2\n");

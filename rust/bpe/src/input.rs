@@ -46,7 +46,12 @@ impl Inputs {
         }
         let mut total_bytes = 0;
         for path in paths {
-            let size = open_text(path)?.metadata().map_err(|e| Error::io(path, &e))?.len();
+            let found = open_text(path)?.metadata().map_err(|e| Error::io(path, &e))?;
+            if !found.is_file() {
+                let what = "is a pipe or a device; expected a text file".into();
+                return Err(Error::File { path: path.clone(), what });
+            }
+            let size = found.len();
             if size == 0 {
                 return Err(Error::File { path: path.clone(), what: "empty file (0 bytes); expected text".into() });
             }

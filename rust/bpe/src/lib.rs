@@ -11,6 +11,7 @@ pub mod count;
 pub mod encode;
 pub mod error;
 pub mod formats;
+mod hash;
 pub mod input;
 pub mod naive;
 pub mod pretokenize;

@@ -21,7 +21,10 @@ pub const GPT2: &str = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}
 /// The same language as [`GPT2`] in the spelling of the original GPT-2 code.
 const GPT2_LONG: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 /// Pattern of `cl100k_base`.
-pub const CL100K: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s";
+pub const CL100K: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s";
+/// The same with `{1,3}` possessive, as tiktoken spells it. Nothing follows there, so possessive or not is one;
+/// but Oniguruma, Hugging Face's engine, reads `{1,3}+` as a repeat of the repeat.
+const CL100K_POSSESSIVE: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s";
 /// Pattern of `o200k_base`.
 pub const O200K: &str = concat!(
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|",
@@ -78,7 +81,7 @@ impl Kind {
     fn of(name_or_regex: &str) -> Self {
         match name_or_regex {
             "gpt2" | GPT2 | GPT2_LONG => Self::Gpt2,
-            "cl100k" | CL100K => Self::Cl100k,
+            "cl100k" | CL100K | CL100K_POSSESSIVE => Self::Cl100k,
             "o200k" | O200K => Self::O200k,
             _ => Self::Custom,
         }
@@ -177,10 +180,8 @@ fn regex_ends(regex: &fancy_regex::Regex, text: &str, mut f: impl FnMut(usize)) 
     let mut end = 0;
     for found in regex.find_iter(text) {
         let found = found.map_err(|e| {
-            Error::Text(format!(
-                "pattern {:?}: {e}; expected a pattern that can be matched on this text",
-                regex.as_str()
-            ))
+            let what = format!("byte offset {end} or behind: {e}; expected text that the pattern can be matched on");
+            Error::Text(what)
         })?;
         if found.start() > end {
             f(found.start());
@@ -518,7 +519,7 @@ fn ascii_letters(b: &[u8]) -> usize {
     for chunk in b.as_chunks().0 {
         let x = u64::from_le_bytes(*chunk);
         // Lower case, top bits cleared, so that no sum below carries into the next byte.
-        let lower = (x | 0x20 * EACH) & !TOP;
+        let lower = (x | (0x20 * EACH)) & !TOP;
         let from_a = lower + (0x80 - 0x61) * EACH;
         let past_z = lower + (0x80 - 0x7b) * EACH;
         let others = !(from_a & !past_z & !x) & TOP;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::atomic::{AtomicFile, write_file};
+use crate::atomic::{AtomicFile, check_output, write_file};
 use crate::error::{Error, Result};
 use crate::train::TokenId;
 
@@ -150,6 +150,12 @@ pub fn manifest_path(path: &Path) -> PathBuf {
     name.into()
 }
 
+/// Whether the manifest of `path` was left without its token file by a writer that was killed between two renames.
+fn is_orphan(path: &Path) -> bool {
+    let read = || -> Option<Manifest> { serde_json::from_slice(&std::fs::read(manifest_path(path)).ok()?).ok() };
+    !path.exists() && read().is_some_and(|m| path.file_name().is_some_and(|name| m.file == name.to_string_lossy()))
+}
+
 /// Length of the `.npy` header that is written: fixed, so that the count can be filled in at the end.
 const NPY_HEADER: usize = 128;
 
@@ -167,7 +173,7 @@ pub struct TokenWriter {
 impl TokenWriter {
     /// Begins a token file: `.bin` is raw, anything else `.npy`.
     pub fn create(path: &Path, dtype: Dtype, overwrite: bool) -> Result<Self> {
-        crate::atomic::check_output(&manifest_path(path), overwrite)?;
+        check_output(&manifest_path(path), overwrite || is_orphan(path))?;
         let mut file = AtomicFile::create(path, overwrite)?;
         let npy = path.extension().is_none_or(|e| e != "bin");
         if npy {
@@ -194,9 +200,11 @@ impl TokenWriter {
             let header = npy_header(self.dtype, self.tokens);
             self.file.write_head(&header)?;
         }
+        // On the disk first: what is left to do after the manifest has its name is one rename.
+        self.file.sync()?;
         let manifest = describe(self.tokens, checksum_text(&self.hash));
         let json = manifest.to_json()? + "\n";
-        write_file(&manifest_path(&self.path), json.as_bytes(), self.overwrite)?;
+        write_file(&manifest_path(&self.path), json.as_bytes(), self.overwrite || is_orphan(&self.path))?;
         let committed = self.file.commit();
         if committed.is_err() && !self.overwrite {
             // Without the ids it describes nothing. The error that matters is the one above.

@@ -31,6 +31,7 @@ use std::collections::HashMap;
 use foldhash::fast::FixedState;
 
 use crate::error::{Error, Result};
+use crate::hash;
 use crate::progress::{Progress, Stage};
 
 /// Number of a token in its vocabulary.
@@ -187,7 +188,7 @@ pub fn train(words: &[(Vec<u8>, u64)], wanted: usize, rule: TieBreak, progress: 
         queue.push(&trainer.tokens, count, pair);
     }
 
-    let mut merges = Vec::with_capacity(wanted);
+    let mut merges = Vec::new();
     while merges.len() < wanted {
         progress.check()?;
         let Some((count, pair)) = queue.pop(&trainer.tokens) else { break };
@@ -222,7 +223,7 @@ impl Trainer {
             )));
         }
         let mut cells = Vec::with_capacity(size);
-        let mut pairs: HashMap<Pair, PairState, FixedState> = HashMap::default();
+        let mut pairs: HashMap<Pair, PairState, FixedState> = HashMap::with_hasher(hash::state());
         cells.push(DEAD);
         for (word, (bytes, count)) in (0u32..).zip(words) {
             if word % 4096 == 0 {

@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::pretokenize::canonical_name;
-use crate::train::{Merges, Pair, TokenId};
+use crate::train::{Merges, Pair, TokenId, byte_alphabet};
 
 /// A merge: what is joined, what comes out, and its priority (smallest first).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,6 +85,16 @@ impl Vocab {
             place(*id, Vec::new())?;
         }
         let tokens: Vec<Vec<u8>> = table.into_iter().flatten().collect();
+        let alphabet: HashMap<char, u8, FixedState> = byte_alphabet().into_iter().zip(0..=255).collect();
+        for (text, id) in &specials {
+            // Files write ordinary tokens in an alphabet of bytes: a special token of the same spelling would be them.
+            let spelt: Option<Vec<u8>> = text.chars().map(|c| alphabet.get(&c).copied()).collect();
+            if let Some(same) = spelt.and_then(|bytes| by_bytes.get(&bytes)) {
+                return Err(Error::Config(format!(
+                    "special token {text:?} ({id}): token {same} has the same spelling in tokenizer files; expected a text of its own, such as <|endoftext|>"
+                )));
+            }
+        }
         let mut byte_ids = [0; 256];
         for (byte, id) in (0u8..=255).zip(&mut byte_ids) {
             *id = *by_bytes.get([byte].as_slice()).ok_or_else(|| {
@@ -225,9 +235,16 @@ impl Vocab {
 /// Refuses an empty or a repeated special token.
 pub fn check_specials<'a>(specials: impl Iterator<Item = &'a str>) -> Result<()> {
     let mut seen: HashSet<&str, FixedState> = HashSet::default();
+    let alphabet = byte_alphabet();
     for special in specials {
         if special.is_empty() {
             return Err(Error::Config("special token: found an empty one; expected at least one character".into()));
+        }
+        let mut chars = special.chars();
+        if chars.next().is_some_and(|c| alphabet.contains(&c)) && chars.next().is_none() {
+            return Err(Error::Config(format!(
+                "special token {special:?}: stands for a single byte in tokenizer files; expected a longer text, such as <|endoftext|>"
+            )));
         }
         if !seen.insert(special) {
             return Err(Error::Config(format!("special token {special:?}: given twice; expected each once")));
@@ -240,6 +257,12 @@ pub fn check_specials<'a>(specials: impl Iterator<Item = &'a str>) -> Result<()>
 pub fn room_for_merges(vocab_size: usize, specials: &[String]) -> Result<usize> {
     check_specials(specials.iter().map(String::as_str))?;
     let least = 256 + specials.len();
+    if u32::try_from(vocab_size).is_err() {
+        return Err(Error::Config(format!(
+            "vocab_size: found {vocab_size}; expected at most {} (ids of 32 bits)",
+            u32::MAX
+        )));
+    }
     vocab_size.checked_sub(least).ok_or_else(|| {
         Error::Config(format!(
             "vocab_size: found {vocab_size}; expected at least {least} (256 bytes + {} special tokens)",

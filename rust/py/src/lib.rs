@@ -1,5 +1,5 @@
 //! Python binding of `bytekiln-bpe`: conversions only. The GIL is released round every long job, signals are
-//! checked twenty times a second, errors change language in `error.rs`.
+//! checked fifty times a second, errors change language in `error.rs`.
 
 #![allow(clippy::needless_pass_by_value, reason = "arguments arrive converted, by value")]
 #![allow(clippy::doc_markdown, reason = "these texts are shown by Python's help")]
@@ -29,15 +29,20 @@ use crate::error::{OrRaise, to_python};
 use crate::tokenizer::{TokenIterator, Tokenizer, text_of};
 
 /// How often a running job is looked at: signals and the progress call.
-const LOOK: Duration = Duration::from_millis(50);
+const LOOK: Duration = Duration::from_millis(20);
+/// More threads than this are a slip of the finger.
+const MOST_THREADS: usize = 1024;
 /// Documents of an iterator between two looks at signals.
 const LOOK_EVERY: usize = 64;
 
 /// A stated number of threads, or one a core.
 pub fn threads_or_default(py: Python<'_>, threads: Option<usize>) -> PyResult<usize> {
     match threads {
-        Some(0) => Err(to_python(py, &Error::Config("threads: found 0; expected at least 1".into()))),
-        Some(threads) => Ok(threads),
+        Some(threads @ 1..=MOST_THREADS) => Ok(threads),
+        Some(threads) => {
+            let what = format!("threads: found {threads}; expected 1 to {MOST_THREADS}");
+            Err(to_python(py, &Error::Config(what)))
+        }
         None => Ok(thread::available_parallelism().map_or(1, usize::from)),
     }
 }

@@ -11,7 +11,7 @@ use bytekiln_bpe::tokens::Dtype;
 use bytekiln_bpe::train::TokenId;
 use bytekiln_bpe::vocab::Vocab;
 use pyo3::buffer::{Element, PyBuffer};
-use pyo3::exceptions::PyTypeError;
+use pyo3::exceptions::{PyOverflowError, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyBytes, PyDict, PyIterator, PyList, PyString};
 
@@ -453,12 +453,23 @@ impl Tokenizer {
 /// Ids from a sequence of integers or any buffer of them.
 fn ids_of(ids: &Bound<'_, PyAny>) -> PyResult<Vec<TokenId>> {
     fn buffer<T: Element + Copy + Into<i64>>(ids: &Bound<'_, PyAny>) -> Option<Vec<i64>> {
-        let values = PyBuffer::<T>::get(ids).ok()?.to_vec(ids.py()).ok()?;
+        let buffer = PyBuffer::<T>::get(ids).ok()?;
+        // Other shapes and byte orders go the way of sequences, which refuses or reads them.
+        if buffer.dimensions() != 1 || buffer.format().to_bytes().starts_with(b">") {
+            return None;
+        }
+        let values = buffer.to_vec(ids.py()).ok()?;
         Some(values.into_iter().map(Into::into).collect())
     }
     let values = if ids.cast::<PyList>().is_ok() { None } else { buffer::<u16>(ids) };
     let values = values.or_else(|| buffer::<u32>(ids)).or_else(|| buffer::<i64>(ids)).or_else(|| buffer::<i32>(ids));
-    let values = values.map_or_else(|| ids.extract::<Vec<i64>>(), Ok)?;
+    let values = values.map_or_else(|| ids.extract::<Vec<i64>>(), Ok).map_err(|error| {
+        if !error.is_instance_of::<PyOverflowError>(ids.py()) {
+            return error;
+        }
+        let what = "ids: found a number beyond 64 bits; expected ids below the vocabulary's size".into();
+        to_python(ids.py(), &Error::Config(what))
+    })?;
     let narrow = |(place, id): (usize, i64)| {
         TokenId::try_from(id).map_err(|_| {
             let what = format!("ids[{place}]: found {id}; expected ids from 0 up to the vocabulary's size");
@@ -490,7 +501,8 @@ impl TokenIterator {
             let Some(chunks) = &self.chunks else { return Ok(None) };
             let mut ids = Vec::new();
             if let Some(chunk) = chunks.bind(py).clone().next() {
-                let chunk = chunk?.cast_into::<PyString>()?;
+                // An error of the source is the end: what was held back is not the end of a text.
+                let chunk = chunk.inspect_err(|_| self.chunks = None)?.cast_into::<PyString>()?;
                 self.stream.push(text_of(&chunk)?, &mut ids).or_raise(py)?;
             } else {
                 self.chunks = None;
