@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ def evaluate(
     batch_size: int,
     num_batches: int,
     device: torch.device,
-    between_batches: Callable[[], AbstractContextManager[object] | None] | None = None,
 ) -> float:
     """Mean loss in nats a token over `num_batches` batches of windows spread evenly over the data.
 
@@ -33,7 +31,6 @@ def evaluate(
         batch_size: windows at once; the result depends on it in rounding only.
         num_batches: how many of them.
         device: where the model is.
-        between_batches: called before each batch, for instance to notice a signal.
     """
     starts_N = data.spread_starts(batch_size * num_batches)
     was_training = model.training
@@ -41,8 +38,6 @@ def evaluate(
     total, count = torch.zeros((), dtype=torch.float64, device="cpu"), 0
     try:
         for i in range(0, len(starts_N), batch_size):
-            if between_batches is not None:
-                between_batches()
             inputs_BxT, targets_BxT = data.batch(starts_N[i : i + batch_size])
             count += real_targets(targets_BxT)
             total += summed_loss(to_device(inputs_BxT, device), to_device(targets_BxT, device)).cpu()
