@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from bytekiln.config import ModelConfig
 from bytekiln.errors import ConfigError
 from bytekiln.model import (
+    Attend,
     KVCache,
     RotaryEmbedding,
     TransformerLM,
@@ -186,6 +188,118 @@ def test_dropout_works_in_training_only() -> None:
     assert torch.equal(model(x), model(x))
     model.train()
     assert not torch.equal(model(x), model(x))
+
+
+def plain_forward(w: dict[str, torch.Tensor], c: ModelConfig, tokens: torch.Tensor) -> torch.Tensor:
+    """The whole model from its formulas: tensors by name, nothing of model.py."""
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        if c.norm == "none":
+            return x
+        x = x - x.mean(-1, keepdim=True) if c.norm == "layer" else x
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w[f"{name}.weight"]
+
+    def turned(x: torch.Tensor) -> torch.Tensor:  # pairs as complex numbers, multiplied by e^(i t θ^(-2j/K))
+        T, K = x.shape[-2:]
+        angle = torch.arange(T)[:, None].double() * c.rope_theta ** (-torch.arange(0, K, 2).double() / K)
+        z = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.exp(1j * angle)
+        return torch.view_as_real(z).flatten(-2)
+
+    def attention(x: torch.Tensor, name: str) -> torch.Tensor:
+        B, T, D = x.shape
+        heads = [(x @ w[f"{name}.{p}_proj.weight"].T).view(B, T, c.num_heads, -1).transpose(1, 2) for p in "qkv"]
+        q, k = (turned(h) for h in heads[:2]) if c.position == "rope" else heads[:2]
+        scores = q @ k.transpose(-1, -2) / (D / c.num_heads) ** 0.5
+        e = scores.exp() * torch.ones(T, T).tril()
+        mixed = (e / e.sum(-1, keepdim=True)) @ heads[2]
+        return mixed.transpose(1, 2).reshape(B, T, D) @ w[f"{name}.output_proj.weight"].T
+
+    def feed_forward(x: torch.Tensor, name: str) -> torch.Tensor:
+        h = x @ w[f"{name}.w1.weight"].T
+        h = h * (1 + torch.erf(h / 2**0.5)) / 2 if c.ffn == "gelu" else h / (1 + torch.exp(-h))
+        return (h * (x @ w[f"{name}.w3.weight"].T) if c.ffn == "swiglu" else h) @ w[f"{name}.w2.weight"].T
+
+    x = w["token_embeddings.weight"][tokens]
+    if c.position == "learned":
+        x = x + w["position_embeddings.weight"][: tokens.shape[1]]
+    for i in range(c.num_layers):
+        for part, n in ((attention, f"layers.{i}.attn"), (feed_forward, f"layers.{i}.ffn")):
+            ln = f"layers.{i}.ln{1 if part is attention else 2}"
+            x = x + part(norm(x, ln), n) if c.norm_position == "pre" else norm(x + part(x, n), ln)
+    return norm(x, "ln_final") @ w["token_embeddings.weight" if c.tie_embeddings else "lm_head.weight"].T
+
+
+CHOICES = {
+    "norm": ("rms", "layer", "none"),
+    "norm_position": ("pre", "post"),
+    "position": ("rope", "learned", "none"),
+    "ffn": ("swiglu", "silu", "gelu"),
+    "tie_embeddings": (False, True),
+}
+
+
+@pytest.mark.parametrize(("norm", "norm_position"), list(itertools.product(*list(CHOICES.values())[:2])))
+def test_equals_its_formulas_in_every_variant(norm: str, norm_position: str) -> None:
+    for choice in itertools.product(*list(CHOICES.values())[2:]):
+        values = dict(zip(list(CHOICES)[2:], choice, strict=True))
+        model = build(norm=norm, norm_position=norm_position, rope_theta=100.0, num_layers=2, **values).double()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.normal_(0, 0.3 if p.ndim == 2 else 1.0)
+                if "embeddings" in name:
+                    p.mul_(0.02)  # mean squares near the epsilon of the norms, so that it is seen
+            expected = plain_forward(model.state_dict(), model.config, ids(2, 12))
+            torch.testing.assert_close(
+                model(ids(2, 12)), expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()), msg=str(values)
+            )
+
+
+def halved_at_random(after: torch.Tensor, before: torch.Tensor) -> bool:
+    """Every element is dropped or doubled, and there are many of both kinds."""
+    dropped, kept = after == 0, torch.isclose(after, 2 * before, rtol=1e-4, atol=1e-6)
+    share = float(dropped.double().mean())
+    return bool((dropped | kept).all()) and 0.3 < share < 0.7
+
+
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+def test_dropout_at_embeddings_and_both_residuals(norm_position: str) -> None:
+    model = build(dropout=0.5, norm="none", norm_position=norm_position, num_layers=1).train()
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    block = model.layers[0]
+    for name, part in (("block", block), ("attn", block.attn), ("ffn", block.ffn)):
+        part.register_forward_hook(lambda _, taken, given, name=name: seen.update({name: (taken[0], given)}))
+    model(ids(4, 12))
+    embedded, out = seen["block"]
+    assert halved_at_random(embedded, model.token_embeddings(ids(4, 12)))
+    after_attention = seen["ffn"][0]
+    assert halved_at_random(after_attention - embedded, seen["attn"][1])
+    assert halved_at_random(out - after_attention, seen["ffn"][1])
+
+
+def test_attention_is_told_its_dropout_in_training_only() -> None:
+    told: list[float] = []
+
+    def listen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float) -> torch.Tensor:
+        told.append(dropout)
+        return v
+
+    model = TransformerLM(build(dropout=0.25).config, attend=listen)
+    model.train()(ids(1, 12))
+    model.eval()(ids(1, 12))
+    assert told == [0.25] * 3 + [0.0] * 3
+
+
+@pytest.mark.parametrize("attend", [sdpa_attention, reference_attention])
+@pytest.mark.parametrize("T", [1, 16, 32])
+def test_attention_drops_its_weights(attend: Attend, T: int) -> None:
+    """Queries of zero weigh every visible key alike; values that are the unit matrix show the weights."""
+    torch.manual_seed(0)
+    q, k = torch.zeros(8, 4, T, 32), torch.zeros(8, 4, 32, 32)
+    v = torch.eye(32).expand(8, 4, 32, 32)
+    visible = torch.ones(T, 32).tril(32 - T) > 0
+    dropped, whole = attend(q, k, v, 0.5), attend(q, k, v, 0.0)
+    assert halved_at_random(dropped[..., visible], whole[..., visible])
+    torch.testing.assert_close(whole.sum(-1), torch.ones(8, 4, T))
 
 
 def test_refusals() -> None:
