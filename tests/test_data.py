@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bytekiln import encode_files, train_bpe_from_iterator
 from bytekiln.config import from_flat
 from bytekiln.data import TokenData, open_data
 from bytekiln.errors import BytekilnError, ConfigError, FileError, FormatError, MismatchError
@@ -81,6 +83,33 @@ def test_refusals_name_the_file(tmp_path: Path) -> None:
     manifest = other.with_name("other.npy.json")
     manifest.write_text(manifest.read_text().replace("ab" * 32, "cd" * 32))
     refused(MismatchError, tmp_path, "other.npy", "sha256:cdcd", "sha256:abab", val_data=str(other))
+
+
+def test_tokenizer_that_did_not_make_the_data_is_refused(tmp_path: Path, command: Callable[..., object]) -> None:
+    maker, other = (train_bpe_from_iterator([t], vocab_size=258) for t in ("the kiln", "wet clay"))
+    maker.save(tmp_path / "maker.json")
+    other.save(tmp_path / "other.json")
+    (tmp_path / "text.txt").write_text("the kiln is warm " * 40, encoding="utf-8")
+    for split in ("train", "val"):
+        encode_files(maker, tmp_path / "text.txt", tmp_path / f"{split}.npy")
+    config = tiny(tmp_path, vocab_size=0, tokenizer=str(tmp_path / "maker.json"))
+    assert open_data(config, maker)[2] == 258
+    with pytest.raises(MismatchError) as found:
+        open_data(config.with_(tokenizer=str(tmp_path / "other.json")), other)
+    for word in ("other.json", "train.npy", maker.hash[:19], other.hash[:19]):
+        assert word in str(found.value)
+    flags = (
+        "--train-data",
+        tmp_path / "train.npy",
+        "--tokenizer",
+        tmp_path / "other.json",
+        "--out-dir",
+        tmp_path / "r",
+    )
+    said = command("lm-train", "demo", *flags, status=2).stderr
+    assert "other.json" in said
+    assert "train.npy" in said
+    assert not (tmp_path / "r").exists()
 
 
 def test_vocabulary_comes_from_the_manifest(tmp_path: Path) -> None:

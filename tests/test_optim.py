@@ -20,9 +20,10 @@ def model() -> TransformerLM:
     return TransformerLM(ModelConfig(vocab_size=20, d_model=8, num_layers=1, num_heads=2, context_length=4))
 
 
-def test_adamw_by_hand_and_decay_on_matrices_only() -> None:
+@pytest.mark.parametrize("eps", [1e-8, 1e-2, 1.0])
+def test_adamw_by_hand_and_decay_on_matrices_only(eps: float) -> None:
     m = model()
-    optimizer = make_optimizer(m, CONFIG)
+    optimizer = make_optimizer(m, CONFIG.model_copy(update={"eps": eps}))
     plain = {n: p.detach().double().clone() for n, p in m.named_parameters()}
     first = {n: torch.zeros_like(p) for n, p in plain.items()}
     second = {n: torch.zeros_like(p) for n, p in plain.items()}
@@ -37,7 +38,7 @@ def test_adamw_by_hand_and_decay_on_matrices_only() -> None:
             second[n] = 0.95 * second[n] + 0.05 * g * g
             if p.ndim >= 2:
                 plain[n] -= lr * 0.1 * plain[n]
-            denominator = (second[n] / (1 - 0.95**t)).sqrt() + CONFIG.eps
+            denominator = (second[n] / (1 - 0.95**t)).sqrt() + eps
             plain[n] -= lr * (first[n] / (1 - 0.9**t)) / denominator
         optimizer.step()
     for n, p in m.named_parameters():
