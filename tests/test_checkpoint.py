@@ -23,6 +23,8 @@ from bytekiln.checkpoint import (
 )
 from bytekiln.config import from_flat
 from bytekiln.errors import BytekilnError, FileError, FormatError, MismatchError
+from bytekiln.train import train
+from lm_runs import tiny
 
 
 def make(step: int = 3, fill: float = 1.0) -> Checkpoint:
@@ -139,10 +141,27 @@ def test_newest_whole_one(tmp_path: Path) -> None:
 def test_old_ones_and_leftovers_go(tmp_path: Path) -> None:
     for name in ("checkpoint_5", "checkpoint_20", "checkpoint_100", "checkpoint_best", ".checkpoint_7.99.tmp"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").touch()
     remove_old(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_100", "checkpoint_20", "checkpoint_best"]
     remove_old(tmp_path, 0)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_run_keeps_as_many_as_it_was_told(tmp_path: Path) -> None:
+    """On the way, and at the end too, where a resume with a smaller number may have saved no numbered one."""
+    saved = tmp_path / "run/checkpoints"
+    counts: list[int] = []
+
+    def numbered() -> list[str]:
+        return sorted(p.name for p in saved.glob("checkpoint_*") if p.name[-1].isdigit())
+
+    train(tiny(tmp_path, max_steps=6, keep_checkpoints=2), say=lambda _: counts.append(len(numbered())))
+    assert max(counts) == 2
+    assert numbered() == ["checkpoint_4", "checkpoint_6"]
+    train(tiny(tmp_path), resume="auto", given={"max_steps": 7, "keep_checkpoints": 1})
+    assert numbered() == ["checkpoint_6"]
+    assert (saved / "checkpoint_final").is_dir()
 
 
 def test_full_disk_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
