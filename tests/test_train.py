@@ -13,7 +13,7 @@ import torch
 
 from bytekiln import train as train_module
 from bytekiln.checkpoint import load_checkpoint
-from bytekiln.config import load_config
+from bytekiln.config import from_flat, load_config
 from bytekiln.errors import ConfigError, FileError
 from bytekiln.metrics import Row, read_metrics
 from bytekiln.model import TransformerLM
@@ -219,6 +219,9 @@ def test_full_disk_ends_the_run_with_its_name(tmp_path: Path, monkeypatch: pytes
 
 def test_paths_of_their_own(tmp_path: Path) -> None:
     config = tiny(tmp_path, checkpoint_dir=str(tmp_path / "saved"), metrics_path=str(tmp_path / "log/run.csv"))
+    with pytest.raises(FileError, match="log: no such folder"):
+        train(config)
+    (tmp_path / "log").mkdir()
     train(config)
     assert (tmp_path / "saved/checkpoint_final/state.json").is_file()
     assert len(read_metrics(tmp_path / "log/run.csv")) == 7
@@ -232,7 +235,7 @@ def test_compiled_run_resumes_bit_identically(tmp_path: Path) -> None:
     whole = train(tiny(tmp_path, **values, out_dir=str(tmp_path / "whole")), notice=said.append)
     assert said == [], "compiled, not fallen back"
     train(tiny(tmp_path, **values, out_dir=str(tmp_path / "cut")))
-    train(load_config(None), resume=tmp_path / "cut/checkpoints/checkpoint_2")
+    train(from_flat({}), resume=tmp_path / "cut/checkpoints/checkpoint_2")
     a, b = ((tmp_path / n / "checkpoints/checkpoint_final/model.safetensors").read_bytes() for n in ("whole", "cut"))
     assert a == b
     assert whole.compiled

@@ -48,6 +48,8 @@ class Checkpoint:
     state: dict[str, Any] = field(default_factory=dict)
     """What the loop keeps beside tensors; JSON."""
     tokenizer_json: str | None = None
+    path: Path | None = None
+    """Where it was read from."""
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -120,7 +122,22 @@ def load_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
         training={} if weights_only else tensors[1],
         state=state,
         tokenizer_json=tokenizer.read_text("utf-8") if tokenizer.is_file() else None,
+        path=path,
     )
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether this is a checkpoint folder, whole or damaged."""
+    return (path / "state.json").is_file() or (path / SUMS).is_file()
+
+
+def folder_of_checkpoints(run: Path) -> Path:
+    """Where a run folder's checkpoints are: where its config says, else in `checkpoints`."""
+    try:
+        named = load_config(run / "config.toml").output.checkpoint_dir
+    except BytekilnError:
+        named = ""
+    return Path(named) if named else run / "checkpoints"
 
 
 def resolve(given: str | Path) -> Path:
@@ -135,9 +152,9 @@ def resolve(given: str | Path) -> Path:
         raise FormatError(f"{path}: found a file; expected a checkpoint folder (pickles such as .pt are never opened)")
     if not path.exists() and path.suffix == ".pt" and path.with_suffix("").is_dir():
         path = path.with_suffix("")
-    if (path / "state.json").is_file() or (path / SUMS).is_file():
+    if is_checkpoint(path):
         return path
-    for folder in (path / "checkpoints", path):
+    for folder in (folder_of_checkpoints(path), path / "checkpoints", path):
         found = next((p for _, p in checkpoints_in(folder)), None)
         if found is not None:
             return found
@@ -157,11 +174,13 @@ def checkpoints_in(folder: Path) -> Iterator[tuple[int, Path]]:
     yield from ((step, path) for step, _, path in sorted(claimed, reverse=True))
 
 
-def newest_whole(folder: Path, notice: Callable[[str], object]) -> tuple[Path, Checkpoint] | None:
+def newest_whole(
+    folder: Path, notice: Callable[[str], object], *, weights_only: bool = False
+) -> tuple[Path, Checkpoint] | None:
     """The newest checkpoint that passes every check; each damaged one before it is told in a line."""
     for _, path in checkpoints_in(folder):
         try:
-            return path, load_checkpoint(path)
+            return path, load_checkpoint(path, weights_only=weights_only)
         except BytekilnError as exc:
             notice(f"{exc}; going back to the checkpoint before it")
     return None
@@ -171,13 +190,25 @@ def remove_old(folder: Path, keep: int) -> None:
     """Delete all but the `keep` newest numbered checkpoints, and what killed writers left behind."""
     for leftover in folder.glob(".checkpoint_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
-    numbered = [p for p in folder.glob("checkpoint_*") if p.name.removeprefix("checkpoint_").isdecimal()]
+    numbered = [p for p in folder.glob("checkpoint_*") if p.name[11:].isdecimal() and is_checkpoint(p)]
     numbered.sort(key=lambda p: int(p.name.removeprefix("checkpoint_")), reverse=True)
     for old in numbered[keep:] if keep else ():
-        # Renamed first, so that a crash leaves no half of it under a checkpoint's name.
-        doomed = old.with_name(f".{old.name}.{os.getpid()}.tmp")
-        old.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        _remove(old)
+
+
+def remove_all(folder: Path, *, behind: int = -2) -> None:
+    """Delete the checkpoints of steps behind `behind`, newest first, and nothing else that lies in the folder."""
+    for step, path in list(checkpoints_in(folder)):
+        if step > behind and is_checkpoint(path):
+            _remove(path)
+    remove_old(folder, 0)
+
+
+def _remove(path: Path) -> None:
+    # Renamed first, so that a crash leaves no half of it under a checkpoint's name.
+    doomed = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -12,7 +12,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bytekiln.config import ALIASES, FIELDS, SECTIONS, SWITCHES, extra_of, load_config, presets
+from bytekiln.config import (
+    ALIASES,
+    FIELDS,
+    SECTION_OF,
+    SECTIONS,
+    SWITCHES,
+    RunConfig,
+    extra_of,
+    load_config,
+    presets,
+    stated_in,
+)
 from bytekiln.console import Parser, notice, table
 from bytekiln.errors import ConfigError, FileError
 
@@ -24,6 +35,7 @@ TRAIN_EXAMPLES = (
 )
 STATUS = {"completed": 0, "diverged": 3}
 HIDDEN_FIELDS = ("preset",)
+ON, OFF = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 SWITCH_FIELDS = [n for n, f in FIELDS.items() if f.annotation is bool or "bool" in str(f.annotation)]
 """Fields that take --x, --no-x and --x=true|false."""
 
@@ -36,19 +48,24 @@ def train(argv: list[str]) -> int:
     if options.source and options.config:
         raise ConfigError(f"lm-train: found two configurations, {options.source} and {options.config}; expected one")
     source, resume = options.source or options.config, options.resume
-    if options.dataset:
-        source = source or options.dataset
-        _dataset_files(options.dataset, given)
-    path = Path(source) if source else None
-    if path is not None and source.replace("_", "-") not in presets() and path.exists():
-        if path.is_dir():
-            resume = resume or "auto"
-            given.setdefault("out_dir", source)
-        elif path.name == "config.toml" and (path.parent / "checkpoints").is_dir():
-            _into_a_new_folder(path, given)
-    config = load_config(source, given, say=notice)
+    source = source or options.dataset
+    path = Path(source) if source and source.replace("_", "-") not in presets() and Path(source).exists() else None
+    if path is not None and _is_checkpoint(path):
+        if resume:
+            raise ConfigError(f"lm-train: found two checkpoints, {source} and --resume {resume}; expected one")
+        source, path, resume = None, None, source
     if options.generate:
-        return _generate(resume or str(config.output.folder), options, config.training.device)
+        return _generate(_run_to_sample(path, source, resume, given), options, str(given.get("device", "auto")))
+    if options.dataset:
+        _dataset_files(options.dataset, given)
+    if path is not None and path.is_dir():
+        resume = resume or "auto"
+        given.setdefault("out_dir", source)
+    elif path is not None and resume:
+        given = {**stated_in(path), **given}
+    elif path is not None and path.name == "config.toml" and _is_run(path.parent):
+        _into_a_new_folder(path, given)
+    config = _config(source, resume, given)
     if source and config.output.preset:
         given["preset"] = config.output.preset
 
@@ -115,6 +132,32 @@ def report(argv: list[str]) -> int:
         draw(runs, out, overwrite=options.overwrite or not options.out)
         print(f"\npicture: {out}")
     return 0
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / "state.json").is_file() or (path / "checksums.json").is_file()
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("checkpoints", "metrics.csv", "result.json"))
+
+
+def _config(source: str | None, resume: str | None, given: dict[str, Any]) -> RunConfig:
+    """The run; of one that is resumed only what says where it is: the rest is its checkpoint's."""
+    if resume:
+        place = load_config(source, {k: v for k, v in given.items() if SECTION_OF[k] == "output"}, say=notice)
+        there = place.output.checkpoints
+        if resume != "auto" or (there.is_dir() and any(there.glob("checkpoint_*"))):
+            return place
+    return load_config(source, given, say=notice)
+
+
+def _run_to_sample(path: Path | None, source: str | None, resume: str | None, given: dict[str, Any]) -> str:
+    if resume and resume != "auto":
+        return resume
+    if path is not None and (path.is_dir() or _is_run(path.parent)):
+        return str(path if path.is_dir() else path.parent)
+    return str(load_config(source, given, say=notice).output.folder)
 
 
 def _say(line: str) -> None:
@@ -211,7 +254,7 @@ def _spell_switches(argv: Iterable[str]) -> list[str]:
     pending: str | None = None
     for arg in argv:
         if pending is not None:
-            literal = arg.lower() in ("true", "false", "auto")
+            literal = arg.lower() in (*ON, *OFF, "auto")
             out.append(f"{pending}={arg if literal else 'true'}")
             pending = None
             if literal:
@@ -219,11 +262,14 @@ def _spell_switches(argv: Iterable[str]) -> list[str]:
         head, equals, value = arg.partition("=")
         key = head.removeprefix("--").replace("-", "_") if head.startswith("--") else ""
         positive = key.removeprefix("no_")
-        if key in names and not equals:
+        if key in SWITCHES and equals:
+            field, on = SWITCHES[key]
+            out.append(f"--{field.replace('_', '-')}={on if value.lower() in ON else FIELDS[field].default}")
+        elif key in names and not equals:
             pending = "--" + names[key].replace("_", "-")
         elif key not in names and key.startswith("no_") and positive in names:
             flag = "--" + names[positive].replace("_", "-")
-            off = not equals or value.lower() in ("true", "1", "yes", "on")
+            off = not equals or value.lower() in ON
             out.append(f"{flag}={'false' if off else 'true'}")
         elif key in names:
             out.append(f"--{names[key].replace('_', '-')}={value}")
@@ -252,7 +298,7 @@ def _dataset_files(dataset: str, given: dict[str, Any]) -> None:
 def _into_a_new_folder(config: Path, given: dict[str, Any]) -> None:
     """A run's own config repeats it: beside the run, under the first free name."""
     run = config.resolve().parent
-    if "out_dir" not in given and "run_name" not in given:
+    if not {"out_dir", "run_name", "save_dir"} & set(given):
         free = next(p for n in range(2, 1_000_000) if not (p := run.with_name(f"{run.name}-{n}")).exists())
         notice(f"{config}: repeats the run in {free}")
         given["out_dir"] = str(free)
@@ -304,24 +350,44 @@ def _sampling_flags(parser: Parser, *, hidden: bool = False) -> None:
 
 
 def _generate(run: str, options: argparse.Namespace, device: str) -> int:
-    from bytekiln.sample import Sampling, decode_stream, generate, load_model, prompt_ids, tokenizer_for
+    from bytekiln.model import TransformerLM
+    from bytekiln.prepare import find_device
+    from bytekiln.sample import Sampling, decode_stream, generate, prompt_ids, tokenizer_for, weights_of
 
     sampling = Sampling(options.temperature, options.top_p, options.top_k)
     for name in ("max_new_tokens", "num_samples"):
         if getattr(options, name) < 1:
             raise ConfigError(f"{name}: found {getattr(options, name)}; expected 1 or more")
-    model, stored = load_model(run, device="cpu" if device == "auto" else device)
-    tokenizer = tokenizer_for(model, options.tokenizer, stored, run)
+    seed = int(options.seed or 0)
+    if not 0 <= seed < 2**63 - options.num_samples:
+        raise ConfigError(f"seed: found {seed}; expected 0 … 2^63 - 1")
+    where = find_device("cpu" if device == "auto" else device)
+    checkpoint = weights_of(run, notice)
+    model = TransformerLM(checkpoint.config.model)
+    model.load_state_dict(checkpoint.model)
+    model.to(where).eval()
+    tokenizer = tokenizer_for(
+        model,
+        options.tokenizer,
+        checkpoint.tokenizer_json,
+        run,
+        trained_with=(checkpoint.state.get("data") or {}).get("tokenizer"),
+    )
     ids = prompt_ids(tokenizer, options.prompt)
     if len(ids) + options.max_new_tokens > model.config.context_length:
         notice(f"longer than the context: the model sees the last {model.config.context_length} tokens at a time")
-    seed = int(options.seed or 0)
     for i in range(options.num_samples):
         if options.num_samples > 1:
             print(f"--- sample {i + 1} ---")
         sys.stdout.write(tokenizer.decode(ids, skip_special_tokens=True))
         stream = generate(
-            model, ids, max_new_tokens=options.max_new_tokens, sampling=sampling, seed=seed + i, eot_id=tokenizer.eot_id
+            model,
+            ids,
+            max_new_tokens=options.max_new_tokens,
+            sampling=sampling,
+            seed=seed + i,
+            eot_id=tokenizer.eot_id,
+            vocab_size=tokenizer.n_vocab,
         )
         for piece in decode_stream(tokenizer, stream):
             sys.stdout.write(piece)

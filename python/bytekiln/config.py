@@ -51,6 +51,7 @@ __all__ = [
     "load_config",
     "presets",
     "read_table",
+    "stated_in",
 ]
 
 SWITCHES = {"no_rope": ("position", "none"), "no_rmsnorm": ("norm", "none"), "post_norm": ("norm_position", "post")}
@@ -90,7 +91,8 @@ def load_config(
 
     Args:
         source: preset, TOML or JSON file, or run folder; None: the preset `default`. `train_X.py` means preset X.
-        given: values that win over the source, any spelling. `lr` without `min_lr` frees a pinned `min_lr`.
+        given: values that win over the source, any spelling. `lr` or `min_lr_ratio` without `min_lr` frees a pinned
+            `min_lr`; `run_name` or `save_dir` without `out_dir` frees a pinned `out_dir`.
         say: told in one line when a name was understood as another.
 
     Raises:
@@ -99,8 +101,10 @@ def load_config(
     """
     base, preset = _read_source(source, say)
     explicit = _flatten(given or {}, "command line" if given else "values")
-    if "lr" in explicit and "min_lr" not in explicit:
+    if {"lr", "min_lr_ratio"} & set(explicit) and "min_lr" not in explicit:
         base.pop("min_lr", None)
+    if {"run_name", "save_dir"} & set(explicit) and "out_dir" not in explicit:
+        base.pop("out_dir", None)
     merged: dict[str, object] = {**base, **explicit}
     if preset:
         merged["preset"] = preset
@@ -119,6 +123,11 @@ def changed_mathematics(
         open_choice = after.get(name) in ("", "auto") or (after.get(name) == 0 and FIELDS[name].default == 0)
         if extra_of(name, "math") and before.get(name) != after.get(name) and not open_choice:
             yield name, before.get(name), after.get(name)
+
+
+def stated_in(path: Path) -> dict[str, object]:
+    """What a config file says, by field; nothing is completed."""
+    return _flatten(read_table(path), str(path))
 
 
 def _read_source(source: str | Path | None, say: Callable[[str], object]) -> tuple[dict[str, object], str]:
@@ -153,7 +162,7 @@ def read_table(path: Path) -> dict[str, Any]:
         FormatError: it is neither TOML nor a JSON object.
     """
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as exc:
         raise FormatError(f"{path}: invalid UTF-8 at byte {exc.start}; expected a TOML or JSON file") from None
     except OSError as exc:

@@ -21,7 +21,7 @@ from bytekiln.tokenfile import TokenFile
 from bytekiln.tokenizer import Tokenizer
 
 FIRST_AND_LAST_BYTES = 1 << 20
-"""How much of each end of a file without manifest goes into its fingerprint."""
+"""How much of each end of a file is hashed."""
 
 
 class TokenData:
@@ -76,6 +76,10 @@ class TokenData:
         """What a resumed run compares: the manifest's checksum, else a hash of length, type and both ends."""
         if self.file.manifest is not None and self.file.manifest.get("checksum"):
             return str(self.file.manifest["checksum"])
+        return self.ends()
+
+    def ends(self) -> str:
+        """A hash of length, type and both ends of what the file really holds, whatever its manifest claims."""
         ends = hashlib.sha256(f"{len(self.file)} {np.dtype(self.file.dtype).name}".encode())
         count = FIRST_AND_LAST_BYTES // np.dtype(self.file.dtype).itemsize
         for part in (self.file.array[:count], self.file.array[-count:]):

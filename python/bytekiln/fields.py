@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from bytekiln.console import nearest
@@ -209,7 +209,7 @@ class TrainingConfig(Section):
         ge=0,
     )
     keep_checkpoints: Int = setting(0, "numbered checkpoints kept, newest first; 0: all", math=False, ge=0)
-    seed: Int = setting(42, "seed of initialisation, data order and dropout", main=True, ge=0)
+    seed: Int = setting(42, "seed of initialisation, data order and dropout", main=True, ge=0, le=2**63 - 1)
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", main=True, math=False)
     precision: Literal["auto", "fp32", "bf16"] = setting(
         "auto",
@@ -220,6 +220,13 @@ class TrainingConfig(Section):
     compile: bool | Literal["auto"] = setting(
         "auto", "torch.compile: true, false, or auto (only where it pays for itself)", main=True, math=False
     )
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _torchs_names(cls, value: object) -> object:
+        if value in ("float16", "fp16", "half"):
+            raise ConfigError(f"precision: found {value}, which needs loss scaling; expected bf16 or fp32")
+        return {"bfloat16": "bf16", "float32": "fp32"}.get(str(value), value)
 
 
 class OutputConfig(Section):

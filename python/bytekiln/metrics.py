@@ -52,8 +52,8 @@ def _line(values: Iterable[object]) -> str:
 class MetricsFile:
     """`metrics.csv`, open for appending."""
 
-    def __init__(self, path: Path, keep_until: int = -1) -> None:
-        """Start the file, or go on with it behind the row of step `keep_until`.
+    def __init__(self, path: Path, keep_until: int = -1, source: Path | None = None) -> None:
+        """Start the file, or go on with it (with a copy of `source`) behind the row of step `keep_until`.
 
         Rows behind it, which the run will write again, and a half-written last line are dropped by an atomic rewrite.
 
@@ -63,8 +63,9 @@ class MetricsFile:
         """
         self.path = path
         kept = [_line(COLUMNS)]
-        if keep_until >= 0 and path.exists():
-            kept += [_line(astuple(r)) for r in read_metrics(path) if r.step <= keep_until]
+        source = source or path
+        if keep_until >= 0 and source.exists():
+            kept += [_line(astuple(r)) for r in read_metrics(source) if r.step <= keep_until]
         write_atomically(path, "".join(kept).encode())
         self._out: TextIO = path.open("a", encoding="utf-8", newline="")
 
@@ -94,6 +95,8 @@ def read_metrics(path: Path) -> list[Row]:
         text = path.read_text("utf-8")
     except OSError as exc:
         raise FileError(f"{path}: {(exc.strerror or 'unreadable').lower()}; expected a run's metrics") from None
+    except UnicodeDecodeError as exc:
+        raise FormatError(f"{path}: invalid UTF-8 at byte {exc.start}; expected a run's metrics") from None
     lines = text.split("\n")[:-1]  # what follows the last line break is a half-written row
     if not lines or lines[0] != ",".join(COLUMNS):
         raise FormatError(

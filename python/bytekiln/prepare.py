@@ -1,4 +1,4 @@
-"""What is decided before a run's first step: device, number type, compiler, run folder, checkpoint to go on from.
+"""What is decided before a run's first step: device, number type, compiler, checkpoint to go on from.
 
 In: a config as the user gave it. Out: the one that is stored. Called by `train`.
 """
@@ -6,58 +6,85 @@ In: a config as the user gave it. Out: the one that is stored. Called by `train`
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from bytekiln.checkpoint import Checkpoint, checkpoints_in, load_checkpoint, newest_whole, remove_old, resolve
-from bytekiln.config import RunConfig, Value, canonical, changed_mathematics
-from bytekiln.errors import ConfigError, FileError, MismatchError, OutputExistsError
-from bytekiln.model import parameter_count
+from bytekiln.checkpoint import Checkpoint, checkpoints_in, load_checkpoint, newest_whole, resolve
+from bytekiln.config import ModelConfig, RunConfig, Value, canonical, changed_mathematics
+from bytekiln.errors import ConfigError, FileError, MismatchError
+from bytekiln.model import TransformerLM, parameter_count
 
 Say = Callable[[str], object]
-OWN_FILES = ("config.toml", "metrics.csv", "result.json", "tokenizer.json", "checkpoints")
+Loss = Callable[[Tensor, Tensor], Tensor]
 COMPILE_COST_S, COMPILE_GAIN, CPU_FLOPS_PER_THREAD = 30.0, 0.2, 5e10
 """What torch.compile costs and brings on a CPU (measured: 27 s cold, 1.25 times as fast), to decide `auto`."""
 
 
 def find_checkpoint(
-    config: RunConfig, resume: str, given: Mapping[str, object], notice: Say
+    config: RunConfig, resume: str, given: Mapping[str, object] | None, notice: Say
 ) -> tuple[RunConfig, Checkpoint | None]:
     """The checkpoint to go on from, and the run's own config with what was given on top."""
+    values: dict[str, object] = {canonical(k, "given"): v for k, v in (given or {}).items()}
+    o = config.output
     if resume == "auto":
-        found = newest_whole(config.output.checkpoints, notice)
+        found = newest_whole(o.checkpoints, notice)
         if found is None:
-            if next(checkpoints_in(config.output.checkpoints), None) is not None:
+            if next(checkpoints_in(o.checkpoints), None) is not None:
                 raise FileError(
-                    f"{config.output.checkpoints}: found damaged checkpoints only; "
-                    "expected a whole one (--overwrite starts anew)"
+                    f"{o.checkpoints}: found damaged checkpoints only; expected a whole one (--overwrite starts anew)"
                 )
-            notice(f"{config.output.folder}: no checkpoint to resume from; starting at step 0")
+            notice(f"{o.folder}: no checkpoint to resume from; starting at step 0")
             return config, None
         path, checkpoint = found
+        values.setdefault("out_dir", str(o.folder))
+        for name in ("checkpoint_dir", "metrics_path"):
+            if getattr(o, name):
+                values.setdefault(name, getattr(o, name))
     else:
         path = resolve(resume)
         checkpoint = load_checkpoint(path)
-    stored, values = checkpoint.config, {canonical(k, "given"): v for k, v in given.items()}
-    if "out_dir" not in values and (path.parent.parent / "config.toml").is_file():
-        values["out_dir"] = str(path.parent.parent)
+        _place(path, checkpoint.config, values)
+    stored = checkpoint.config
     wanted = stored.with_(**values)  # type: ignore[arg-type]
-    for name, was, now in changed_mathematics(stored, wanted, values):
+    names: Iterable[str] = values
+    if given is None:  # what the config says that is not merely every field's default
+        defaults, said = RunConfig().flat(), config.flat()
+        names = [n for n in said if said[n] != defaults.get(n)]
+    for name, was, now in changed_mathematics(stored, wanted if given is not None else config, names):
         raise MismatchError(f"{name}: found {now}; expected {was}, with which the run in {path} was started")
-    if (
-        wanted.training.max_steps > stored.training.max_steps
-        and stored.optimizer.decay_lr
-        and not stored.optimizer.decay_steps
-    ):
-        notice(
-            f"max_steps rises from {stored.training.max_steps} to {wanted.training.max_steps}; "
-            "the decay now ends there too"
-        )
+    was, now = stored.training.max_steps, wanted.training.max_steps
+    if now < checkpoint.step:
+        raise ConfigError(f"max_steps: found {now}; expected at least {checkpoint.step}, the step of {path}")
+    if now != was and stored.optimizer.decay_lr and not stored.optimizer.decay_steps:
+        verb = "rises" if now > was else "falls"
+        notice(f"max_steps {verb} from {was} to {now}; the decay now ends there too")
     return wanted, checkpoint
+
+
+def _place(path: Path, stored: RunConfig, values: dict[str, object]) -> None:
+    """Where a run goes on that is resumed by its checkpoint's path: where it was, or where it was moved to."""
+    if not {"out_dir", "run_name", "save_dir"} & set(values):
+        moved = path.resolve().parent.parent
+        ours = _is_resolved_config(moved / "config.toml")
+        if path.resolve().parent.name == "checkpoints" and not stored.output.checkpoint_dir and ours:
+            values["out_dir"] = str(moved)
+        return
+    values.setdefault("out_dir", "")
+    wanted = stored.with_(**values)  # type: ignore[arg-type]
+    if wanted.output.folder.resolve() != stored.output.folder.resolve():
+        for name in ("checkpoint_dir", "metrics_path"):
+            values.setdefault(name, "")
+
+
+def _is_resolved_config(path: Path) -> bool:
+    try:
+        with path.open("rb") as f:
+            return f.readline().startswith(b"# bytekiln run")
+    except OSError:
+        return False
 
 
 def resolved(config: RunConfig, vocab_size: int, device: torch.device, say: Say) -> RunConfig:
@@ -107,6 +134,8 @@ def find_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda", "mps"):
         raise ConfigError(f"device: found {name}; expected auto, cpu, cuda, cuda:N or mps")
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
+    if not count:
+        raise ConfigError(f"device: found {name}; this machine has no {device.type} device; expected cpu or auto")
     if (device.index or 0) >= count:
         raise ConfigError(f"device: found {name}; expected one of the {count} {device.type} devices of this machine")
     if device.type == "cuda":
@@ -130,30 +159,29 @@ def keep_freed_memory() -> None:
     mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def prepare_folder(config: RunConfig, overwrite: bool, *, resuming: bool) -> None:
-    """Make the run folder, or refuse one that holds a run already."""
-    folder = config.output.folder
-    own = dict.fromkeys([*(folder / name for name in OWN_FILES), config.output.checkpoints, config.output.metrics])
+def make_model(config: ModelConfig, device: torch.device) -> TransformerLM:
+    """The model, freshly initialised.
+
+    Raises:
+        MemoryError: it does not fit.
+    """
     try:
-        if folder.exists() and not folder.is_dir():
-            raise FileError(f"{folder}: found a file; expected a folder for the run")
-        there = [p for p in own if p.exists() and not (p.is_dir() and not any(p.iterdir()))]
-        if there and not resuming:
-            if not overwrite:
-                raise OutputExistsError(
-                    f"{there[0]}: found an existing run; expected a free folder: --resume auto goes on with it, "
-                    "--overwrite replaces it, --out-dir takes another name"
-                )
-            for path in there:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for parent in (folder, config.output.metrics.parent, config.output.checkpoints):
-            parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise FileError(f"{folder}: no permission to write; expected a writable folder")
-    except OSError as exc:
-        if isinstance(exc, FileError | OutputExistsError):
+        return TransformerLM(config).to(device)
+    except RuntimeError as exc:
+        if not isinstance(exc, torch.OutOfMemoryError) and "memory" not in str(exc):
             raise
-        raise FileError(
-            f"{exc.filename or folder}: {(exc.strerror or str(exc)).lower()}; expected a writable folder for the run"
-        ) from None
-    remove_old(config.output.checkpoints, 0)
+        wanted = f"a model of {parameter_count(config):,} parameters"
+        raise MemoryError(f"{wanted} does not fit; expected a smaller one") from None
+
+
+def compiled(loss: Loss, config: RunConfig, device: torch.device, notice: Say) -> Loss:
+    """The loss compiled and tried once; or itself, where the compiler fails."""
+    faster: Loss = torch.compile(loss)
+    c, T = config.training, config.model.context_length
+    try:
+        ids_BxT = torch.zeros(c.batch_size, T, dtype=torch.int64, device=device)
+        faster(ids_BxT, ids_BxT).backward()  # type: ignore[no-untyped-call]
+    except Exception as exc:  # whatever the compiler's many parts raise, training can go on without it
+        notice(f"torch.compile failed, going on without it: {type(exc).__name__}: {str(exc).splitlines()[0][:200]}")
+        return loss
+    return faster

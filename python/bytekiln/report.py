@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bytekiln.config import RunConfig, load_config
-from bytekiln.errors import FileError, FormatError, OutputExistsError
+from bytekiln.errors import ConfigError, FileError, FormatError, OutputExistsError
 from bytekiln.metrics import Row, read_metrics
 
 if TYPE_CHECKING:
@@ -56,7 +56,15 @@ class Run:
             result = {}
         except (OSError, ValueError):
             raise FormatError(f"{folder / 'result.json'}: found no JSON; expected the result of a run") from None
+        numbers = ("parameters", "final_bits_per_byte", "tokens_per_s")
+        if not isinstance(result, dict) or not all(isinstance(result.get(k), int | float | None) for k in numbers):
+            raise FormatError(f"{folder / 'result.json'}: found other JSON; expected the result of a run")
         return cls(folder, folder.resolve().name, rows, config, result)
+
+    @property
+    def label(self) -> str:
+        """The name for matplotlib, which takes dollar signs for formulas."""
+        return self.name.replace("$", r"\$")
 
 
 def draw(runs: Sequence[Run], out: Path, *, overwrite: bool = False) -> None:
@@ -75,6 +83,8 @@ def draw(runs: Sequence[Run], out: Path, *, overwrite: bool = False) -> None:
         raise OutputExistsError(
             f"{out}: exists; expected a free name: --overwrite replaces it, --out takes another name"
         )
+    if out.suffix.lower() != ".png":
+        raise ConfigError(f"{out}: found suffix {out.suffix or 'none'}; expected .png")
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -156,7 +166,7 @@ def _draw_losses(axes: Axes, run: Run, colour: str, *, alone: bool) -> None:
     rows = [r for r in run.rows if r.loss is not None and math.isfinite(r.loss)]
     steps, losses = [r.step for r in rows], [r.loss or 0.0 for r in rows]
     evaluations = [r for r in run.rows if r.val_loss is not None]
-    label = "" if alone else f"{run.name}, "
+    label = "" if alone else f"{run.label}, "
     if alone:
         axes.plot(steps, losses, color=colour, linewidth=0.7, alpha=0.22, label="training, every step")
     smooth = smoothed(losses, max(1, len(losses) // 50))
@@ -192,7 +202,7 @@ def _frame(axes: Axes, label: str) -> None:
 
 
 def _title(runs: Sequence[Run]) -> str:
-    return runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
+    return runs[0].label if len(runs) == 1 else f"{len(runs)} runs compared"
 
 
 def _subtitle(run: Run) -> str:
@@ -201,7 +211,7 @@ def _subtitle(run: Run) -> str:
         f"{m.num_layers} layers × {m.d_model}, {m.num_heads} heads, context {m.context_length}, "
         f"vocabulary {m.vocab_size:,}"
     ]
-    if "parameters" in result:
+    if result.get("parameters"):
         parts.append(f"{result['parameters'] / 1e6:.2f} M parameters")
     if result.get("final_bits_per_byte"):
         parts.append(f"{result['final_bits_per_byte']:.3f} bits a byte")

@@ -7,15 +7,15 @@ and by users.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bytekiln.checkpoint import load_checkpoint, resolve
-from bytekiln.errors import ConfigError, FileError, MismatchError
+from bytekiln.checkpoint import Checkpoint, folder_of_checkpoints, load_checkpoint, newest_whole, resolve
+from bytekiln.errors import BytekilnError, ConfigError, FileError, MismatchError
 from bytekiln.model import KVCache, TransformerLM
 from bytekiln.tokenizer import Tokenizer
 
@@ -54,7 +54,7 @@ def next_token_probabilities(logits_V: Tensor, sampling: Sampling) -> Tensor:
     logits_V = logits_V.detach().to("cpu", torch.float64)
     if sampling.temperature == 0:
         return torch.zeros_like(logits_V).index_fill_(0, logits_V.argmax(), 1.0)
-    p_V = torch.softmax(logits_V / sampling.temperature, dim=-1)
+    p_V = torch.softmax((logits_V - logits_V.max()) / sampling.temperature, dim=-1)  # however small the divisor
     order = torch.argsort(p_V, descending=True, stable=True)
     sorted_p = p_V[order]
     if 0 < sampling.top_k < len(sorted_p):
@@ -75,6 +75,7 @@ def generate(
     sampling: Sampling | None = None,
     seed: int = 0,
     eot_id: int | None = None,
+    vocab_size: int | None = None,
 ) -> Iterator[int]:
     """Draw tokens after a prompt, one at a time, until `max_new_tokens` or the end-of-text token (not given out).
 
@@ -88,17 +89,22 @@ def generate(
         sampling: temperature, top-p, top-k.
         seed: the same seed, model and prompt give the same tokens.
         eot_id: the token that ends a text.
+        vocab_size: only ids below it are drawn: the tokenizer's size, where the model's is larger.
 
     Raises:
-        ConfigError: the prompt is empty.
+        ConfigError: the prompt is empty, or has an id that the model does not know; the seed is out of range.
     """
-    if not prompt:
+    ids = [int(i) for i in prompt]
+    if not ids:
         raise ConfigError("prompt: found no tokens; expected at least one (the end-of-text token starts a new text)")
+    if outside := next((i for i in ids if not 0 <= i < model.config.vocab_size), None):
+        raise ConfigError(f"prompt: found id {outside}; expected 0 … {model.config.vocab_size - 1}, the model's tokens")
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed: found {seed}; expected 0 … 2^63 - 1")
     sampling = sampling or Sampling()
     device = next(model.parameters()).device
     window = model.config.context_length
     generator = torch.Generator().manual_seed(seed)
-    ids = list(prompt)
     cache: KVCache | None = None
     for _ in range(max_new_tokens):
         if len(ids) > window:
@@ -107,7 +113,7 @@ def generate(
             unread = ids if cache is None else ids[-1:]
             cache = cache or KVCache(model.config.num_layers)
             logits_TxV = model(torch.tensor([unread], device=device), cache)[0]
-        p_V = next_token_probabilities(logits_TxV[-1], sampling)
+        p_V = next_token_probabilities(logits_TxV[-1, :vocab_size], sampling)
         token = int(torch.multinomial(p_V, 1, generator=generator))
         if token == eot_id:
             return
@@ -134,15 +140,34 @@ def load_model(run: str | Path, *, device: str = "cpu") -> tuple[TransformerLM, 
     Raises:
         FileError, FormatError, MismatchError: no whole checkpoint is there.
     """
-    best = Path(run) / "checkpoints" / "checkpoint_best"
-    path = best if best.is_dir() else resolve(run)
-    checkpoint = load_checkpoint(path, weights_only=True)
+    checkpoint = weights_of(run)
     model = TransformerLM(checkpoint.config.model)
     model.load_state_dict(checkpoint.model)
     return model.to(device).eval(), checkpoint.tokenizer_json
 
 
-def tokenizer_for(model: TransformerLM, given: str | None, stored: str | None, run: str | Path) -> Tokenizer:
+def weights_of(run: str | Path, notice: Callable[[str], object] = lambda _: None) -> Checkpoint:
+    """The checkpoint to sample from: a run folder's best, else its newest whole one; or the one at this path."""
+    folder = folder_of_checkpoints(Path(run))
+    best = folder / "checkpoint_best"
+    if not best.is_dir():
+        path = resolve(run)
+        if path == Path(run) or path.parent == Path(run):
+            return load_checkpoint(path, weights_only=True)
+    else:
+        try:
+            return load_checkpoint(best, weights_only=True)
+        except BytekilnError as exc:
+            notice(f"{exc}; taking the newest whole checkpoint")
+    found = newest_whole(folder, notice, weights_only=True)
+    if found is None:
+        raise FileError(f"{folder}: found damaged checkpoints only; expected a whole one")
+    return found[1]
+
+
+def tokenizer_for(
+    model: TransformerLM, given: str | None, stored: str | None, run: str | Path, *, trained_with: str | None = None
+) -> Tokenizer:
     """The tokenizer to speak with: the given one, else the run's own.
 
     Raises:
@@ -153,9 +178,10 @@ def tokenizer_for(model: TransformerLM, given: str | None, stored: str | None, r
     tokenizer = Tokenizer.from_file(given) if given else own
     if tokenizer is None:
         raise FileError(f"{run}: found no tokenizer.json in the run; expected --tokenizer FILE")
-    if own is not None and tokenizer.hash != own.hash:
+    expected = own.hash if own is not None else trained_with
+    if expected and tokenizer.hash != expected:
         raise MismatchError(
-            f"{given}: found tokenizer hash {tokenizer.hash}; expected {own.hash}, with which {run} was trained"
+            f"{given}: found tokenizer hash {tokenizer.hash}; expected {expected}, with which {run} was trained"
         )
     if tokenizer.n_vocab > model.config.vocab_size:
         raise MismatchError(

@@ -38,9 +38,11 @@ class Signals:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give them back."""
+        """Give them back; an `Interrupted` that nobody caught is the process's own matter again."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if isinstance(exc, Interrupted) and self.number is not None:
+            signal.raise_signal(self.number)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None:

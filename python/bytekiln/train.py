@@ -11,7 +11,6 @@ run that was killed anywhere ends where the unbroken one ends, bit for bit on a 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import signal
 import time
@@ -22,50 +21,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bytekiln.checkpoint import Checkpoint, checkpoints_in, remove_old, save_checkpoint
+from bytekiln.checkpoint import Checkpoint, checkpoints_in, remove_all, remove_old, save_checkpoint
 from bytekiln.config import RunConfig
 from bytekiln.console import Progress
 from bytekiln.data import TokenData, load_tokenizer, open_data, to_device
-from bytekiln.errors import DivergedError, MismatchError
+from bytekiln.errors import ConfigError, DivergedError, MismatchError
 from bytekiln.evaluate import bits_per_byte, evaluate
 from bytekiln.loss import real_targets, summed_cross_entropy
 from bytekiln.metrics import MetricsFile, Row, write_atomically
-from bytekiln.model import TransformerLM, parameter_count
+from bytekiln.model import parameter_count
 from bytekiln.optim import clip_gradients, load_state_tensors, make_optimizer, set_learning_rate, state_tensors
-from bytekiln.prepare import Say, find_checkpoint, find_device, keep_freed_memory, prepare_folder, resolved
+from bytekiln.prepare import Say, compiled, find_checkpoint, find_device, keep_freed_memory, make_model, resolved
+from bytekiln.result import Result, lines_of
+from bytekiln.runfolder import check_folder, lies_in, locked, prepare_folder, rows_to_keep
 from bytekiln.schedule import learning_rate
 from bytekiln.signals import Interrupted, Signals
+from bytekiln.tokenizer import Tokenizer
 
 HIGH_ROWS, HIGH_FACTOR = 3, 2.0
 """A run has diverged when this many rows in succession lie above this multiple of the loss at the start."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """How a run ended; `result.json` has the same fields."""
-
-    status: str
-    """completed, interrupted or diverged."""
-    why: str
-    steps: int
-    max_steps: int
-    tokens: int
-    parameters: int
-    initial_loss: float | None
-    uniform_loss: float
-    """ln of the vocabulary's size."""
-    final_train_loss: float | None
-    final_val_loss: float | None
-    final_bits_per_byte: float | None
-    best_val_loss: float | None
-    best_step: int | None
-    tokens_per_s: float | None
-    wall_time_s: float
-    device: str
-    precision: str
-    compiled: bool
-    signal: int | None = None
-    """The signal that interrupted it."""
 
 
 def train(
@@ -93,16 +67,21 @@ def train(
     Raises:
         BytekilnError: config, data, checkpoint or folder cannot be used; nothing was trained.
     """
+    if resume is not None and overwrite:
+        raise ConfigError("found both --resume (or a run's folder) and --overwrite; expected one of them")
     checkpoint = None
     if resume is not None:
-        config, checkpoint = find_checkpoint(config, str(resume), given or {}, notice)
+        config, checkpoint = find_checkpoint(config, str(resume), given, notice)
     with Signals() as signals:
         device = find_device(config.training.device)
         if device.type == "cpu":
             keep_freed_memory()
         say(f"Using device: {device}")
         say("Loading tokenizer...")
-        tokenizer = load_tokenizer(config.data)
+        if checkpoint and checkpoint.tokenizer_json and not {"tokenizer", "vocab_path"} & set(given or {}):
+            tokenizer: Tokenizer | None = Tokenizer.from_json(checkpoint.tokenizer_json)
+        else:
+            tokenizer = load_tokenizer(config.data)
         say("Tokenizer loaded." if tokenizer else "No tokenizer given: ids are taken as they are.")
         say("Loading training data..." + ("\nLoading validation data..." if config.data.val_data else ""))
         train_data, val_data, vocab_size = open_data(config, tokenizer)
@@ -113,14 +92,18 @@ def train(
             notice(f"vocab_size: the model has {vocab_size} tokens, the tokenizer uses {tokenizer.n_vocab} of them")
         config = resolved(config, vocab_size, device, say)
         tokenizer_json = tokenizer.to_json() if tokenizer else checkpoint.tokenizer_json if checkpoint else None
-        prepare_folder(config, overwrite, resuming=resume is not None)
+        resuming = resume is not None and (checkpoint is None or lies_in(checkpoint, config.output))
+        check_folder(config.output, overwrite, resuming=resuming)
         run = _Run(config, device, signals, train_data, val_data, tokenizer_json, say, notice)
         if checkpoint is not None:
             run.restore(checkpoint)
+        with locked(config.output):
             if run.is_complete():
                 notice(f"{config.output.folder}: complete at step {run.step}; a greater --max-steps continues it")
                 return run.result("completed", "all steps done")
-        return run.go()
+            with signals.hold():
+                prepare_folder(config.output, overwrite, resuming=resuming)
+            return run.go()
 
 
 class _Run:
@@ -141,8 +124,8 @@ class _Run:
         self.train_data, self.val_data, self.tokenizer_json = train_data, val_data, tokenizer_json
         say("Creating model...")
         torch.manual_seed(config.training.seed)
-        self.model = TransformerLM(config.model).to(device)
         self.parameters = parameter_count(config.model)
+        self.model = make_model(config.model, device)
         say(f"Model created with {self.parameters:,} total parameters ({self.parameters:,} trainable)")
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.autocast = config.training.precision == "bf16"
@@ -157,6 +140,12 @@ class _Run:
         self.elapsed_before, self.began = 0.0, time.perf_counter()
         self.training_s = 0.0
         self.metrics: MetricsFile | None = None
+        self.earlier_rows: Path | None = None
+        """The metrics file that a resumed run goes on with."""
+        self.tokenizer_hash = next(
+            (d.file.tokenizer_hash for d in (train_data, val_data) if d is not None and d.file.tokenizer_hash),
+            Tokenizer.from_json(tokenizer_json).hash if tokenizer_json else None,
+        )
 
     # --- the loop -------------------------------------------------------------------------------------------
 
@@ -164,12 +153,14 @@ class _Run:
         """From the first step that is not done to the end, whatever end it takes."""
         c = self.config.training
         folder = self.config.output.folder
-        (folder / "result.json").unlink(missing_ok=True)
-        write_atomically(folder / "config.toml", self.config.to_toml().encode())
-        if self.tokenizer_json is not None:
-            write_atomically(folder / "tokenizer.json", self.tokenizer_json.encode())
-        kept = self.step - 1 if self.owed is not None else self.step
-        self.metrics = MetricsFile(self.config.output.metrics, kept)
+        with self.signals.hold():
+            (folder / "result.json").unlink(missing_ok=True)
+            # Newer checkpoints go before the rows that they rely on: a kill in between leaves a run that is whole.
+            remove_all(self.config.output.checkpoints, behind=self.step)
+            write_atomically(folder / "config.toml", self.config.to_toml().encode())
+            if self.tokenizer_json is not None:
+                write_atomically(folder / "tokenizer.json", self.tokenizer_json.encode())
+            self.metrics = MetricsFile(self.config.output.metrics, self._last_row_kept(), self.earlier_rows)
         self.say("Starting training...")
         self.began = time.perf_counter()
         try:
@@ -251,7 +242,8 @@ class _Run:
                 self.best_val_loss, self.best_step = row.val_loss, self.step
                 self._save("checkpoint_best")
             self._save_numbered()
-        self._say_row(row, due)
+        for line in lines_of(row, logged=due or self.step % self.config.training.log_interval == 0):
+            self.say(line)
 
     def _evaluation_due(self) -> bool:
         c = self.config.training
@@ -272,15 +264,15 @@ class _Run:
             )
             for data in (self.train_data, self.val_data)
         )
-        if self.step == 0:
-            self.initial_loss = train_loss
-            uniform = math.log(self.config.model.vocab_size)
-            self.say(f"Loss at the start: {train_loss:.4f} (ln {self.config.model.vocab_size:,} = {uniform:.4f})")
         if not all(math.isfinite(x) for x in (train_loss, val_loss) if x is not None):
             raise DivergedError(
                 f"step {self.step}: found validation loss {val_loss} and training loss {train_loss}; "
                 "expected finite numbers"
             )
+        if self.step == 0:
+            self.initial_loss = train_loss
+            uniform = math.log(self.config.model.vocab_size)
+            self.say(f"Loss at the start: {train_loss:.4f} (ln {self.config.model.vocab_size:,} = {uniform:.4f})")
         self.val_loss = val_loss
         bits = None
         if val_loss is not None and self.val_data is not None:
@@ -297,19 +289,10 @@ class _Run:
         if not self.config.training.compile:
             return self._summed_loss
         self.say("Compiling the model...")
-        compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(self._summed_loss)
-        c, T = self.config.training, self.config.model.context_length
         try:
-            ids_BxT = torch.zeros(c.batch_size, T, dtype=torch.int64, device=self.device)
-            compiled(ids_BxT, ids_BxT).backward()  # type: ignore[no-untyped-call]
-        except Exception as exc:  # whatever the compiler's many parts raise, training can go on without it
-            self.notice(
-                f"torch.compile failed, going on without it: {type(exc).__name__}: {str(exc).splitlines()[0][:200]}"
-            )
-            return self._summed_loss
+            return compiled(self._summed_loss, self.config, self.device, self.notice)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
-        return compiled
 
     def _check_divergence(self, row: Row) -> None:
         if row.loss is None or self.initial_loss is None:
@@ -356,7 +339,7 @@ class _Run:
                     "best_val_loss": self.best_val_loss,
                     "best_step": self.best_step,
                     "high_rows": self.high_rows,
-                    "data": {"train": self.train_data.fingerprint()},
+                    "data": self._data(),
                 },
                 tokenizer_json=self.tokenizer_json,
             ),
@@ -366,16 +349,18 @@ class _Run:
         """Take over a checkpoint's place in the run.
 
         Raises:
-            MismatchError: it was trained on other data.
+            MismatchError: it was trained on other data, or the metrics do not reach to it.
             FormatError: its tensors do not fit the model.
         """
         s = checkpoint.state
         where = f"checkpoint at step {checkpoint.step}"
-        expected, found = s["data"]["train"], self.train_data.fingerprint()
-        if expected != found:
-            raise MismatchError(
-                f"{self.train_data.file.path}: found data {found}; expected {expected}, that of the {where}"
-            )
+        for key, found in self._data().items():
+            expected = s["data"].get(key)
+            if expected and found and expected != found:
+                what = "tokenizer hash" if key == "tokenizer" else "data"
+                raise MismatchError(
+                    f"{self.train_data.file.path}: found {what} {found}; expected {expected}, that of the {where}"
+                )
         self.model.load_state_dict(checkpoint.model)
         load_state_tensors(self.model, self.optimizer, checkpoint.training, checkpoint.step, where)
         self.step, self.tokens = checkpoint.step, s["tokens"]
@@ -383,7 +368,17 @@ class _Run:
         self.owed, self.last_row = (Row(**s[k]) if s[k] else None for k in ("owed", "last_row"))
         self.initial_loss, self.val_loss, self.high_rows = s["initial_loss"], s["val_loss"], s["high_rows"]
         self.best_val_loss, self.best_step = s["best_val_loss"], s["best_step"]
+        self.earlier_rows = rows_to_keep(checkpoint, self.config.output, self._last_row_kept())
+        if not lies_in(checkpoint, self.config.output):
+            self.best_val_loss = self.best_step = None  # the new folder has no checkpoint_best yet
         self.say(f"Resuming from step {self.step}")
+
+    def _data(self) -> dict[str, str | None]:
+        train = self.train_data
+        return {"train": train.fingerprint(), "ends": train.ends(), "tokenizer": self.tokenizer_hash}
+
+    def _last_row_kept(self) -> int:
+        return self.step - 1 if self.owed is not None else self.step
 
     def _save_numbered(self) -> None:
         c = self.config.training
@@ -401,10 +396,7 @@ class _Run:
     def finish(self, status: str, why: str) -> Result:
         """Write `result.json` and return what it says."""
         result = self.result(status, why)
-        text = json.dumps(
-            {"format": "bytekiln-result", "version": 1, **dataclasses.asdict(result)}, indent=1, allow_nan=False
-        )
-        write_atomically(self.config.output.folder / "result.json", text.encode() + b"\n")
+        result.write(self.config.output.folder / "result.json")
         return result
 
     def result(self, status: str, why: str) -> Result:
@@ -445,17 +437,6 @@ class _Run:
         if self.training_s:
             fields["tokens/s"] = f"{self.tokens / self.training_s:,.0f}"
         return fields
-
-    def _say_row(self, row: Row, evaluated: bool) -> None:
-        logged = self.step % self.config.training.log_interval == 0
-        if row.loss is not None and (logged or evaluated):
-            self.say(
-                f"Iter {self.step:6d} | Loss: {row.loss:.4f} | Time: {row.step_time_s:.3f}s | LR: {row.lr:.2e} | "
-                f"{row.tokens_per_s:,.0f} tokens/s"
-            )
-        if row.val_loss is not None:
-            bits = f" | {row.bits_per_byte:.4f} bits/byte" if row.bits_per_byte is not None else ""
-            self.say(f"Iter {self.step:6d} | Val Loss: {row.val_loss:.4f}{bits}")
 
 
 def _step_seed(seed: int, step: int) -> int:

@@ -1,0 +1,140 @@
+"""A run's place on the disk: who may write there, what is ours in it, what a resume finds.
+
+In: a resolved config. Out: folders that are free, made and locked. Called by `train`. Deletes only what a run of
+this program wrote.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from bytekiln.checkpoint import Checkpoint, checkpoints_in, is_checkpoint, remove_all, remove_old
+from bytekiln.config import OutputConfig
+from bytekiln.errors import BytekilnError, ConfigError, FileError, MismatchError, OutputExistsError
+from bytekiln.metrics import read_metrics
+
+OWN_FILES = ("config.toml", "metrics.csv", "result.json", "tokenizer.json")
+
+
+def lies_in(checkpoint: Checkpoint, output: OutputConfig) -> bool:
+    """Whether a checkpoint is one of this run's own."""
+    return checkpoint.path is not None and checkpoint.path.resolve().parent == output.checkpoints.resolve()
+
+
+def check_folder(output: OutputConfig, overwrite: bool, *, resuming: bool) -> None:
+    """Refuse a place where the run cannot go; nothing is touched.
+
+    Raises:
+        OutputExistsError: a run is there already.
+        ConfigError, FileError: it is no place for a run.
+    """
+    folder, metrics = output.folder, output.metrics
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise FileError(f"{folder}: found a file; expected a folder for the run")
+        if is_checkpoint(folder):
+            raise ConfigError(f"{folder}: found a checkpoint; expected a folder for the run (--resume goes on from it)")
+        if metrics.is_dir():
+            raise FileError(f"{metrics}: found a folder; expected a name for the metrics file")
+        if not metrics.parent.is_dir() and not metrics.absolute().is_relative_to(folder.absolute()):
+            raise FileError(f"{metrics.parent}: no such folder; expected the folder for {metrics.name}")
+        there = _existing(output)
+    except OSError as exc:
+        raise _in_our_words(exc, folder) from None
+    if there and not resuming and not overwrite:
+        raise OutputExistsError(
+            f"{there[0]}: found an existing run; expected a free folder: --resume auto goes on with it, "
+            "--overwrite replaces it, --out-dir takes another name"
+        )
+
+
+def prepare_folder(output: OutputConfig, overwrite: bool, *, resuming: bool) -> None:
+    """Make the run's folders, and remove what an overwritten run and killed writers left in them.
+
+    Raises:
+        BytekilnError: as `check_folder`, or it cannot be written.
+    """
+    check_folder(output, overwrite, resuming=resuming)
+    folder = output.folder
+    try:
+        for parent in (folder, output.metrics.parent, output.checkpoints):
+            parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise FileError(f"{folder}: no permission to write; expected a writable folder")
+        if not resuming:
+            for path in _existing(output):
+                if path.is_file():
+                    path.unlink()
+            remove_all(output.checkpoints)
+        remove_old(output.checkpoints, 0)
+    except OSError as exc:
+        raise _in_our_words(exc, folder) from None
+
+
+@contextmanager
+def locked(output: OutputConfig) -> Iterator[None]:
+    """Hold the run folder and the folder of checkpoints: no other process writes there meanwhile.
+
+    Raises:
+        FileError: another process holds one of them, or it cannot be made.
+    """
+    with ExitStack() as held:
+        for path in (output.folder, output.checkpoints):
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                fd = os.open(path, os.O_RDONLY)
+            except OSError as exc:
+                raise _in_our_words(exc, path) from None
+            held.callback(os.close, fd)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise FileError(f"{path}: in use by another process; expected one run at a time") from None
+            except OSError:
+                pass  # a file system without locks
+        yield
+
+
+def rows_to_keep(checkpoint: Checkpoint, output: OutputConfig, last: int) -> Path | None:
+    """The metrics file whose rows up to step `last` a resumed run goes on from; None where a new folder finds none.
+
+    Raises:
+        MismatchError: the run's own file does not reach to that step.
+    """
+    stored = checkpoint.config.output
+    own = lies_in(checkpoint, output)
+    beside = checkpoint.path.resolve().parent.parent / "metrics.csv" if checkpoint.path else stored.metrics
+    for path in (output.metrics,) if own else (beside, stored.metrics):
+        try:
+            rows = read_metrics(path)
+        except BytekilnError:
+            if own and path.exists():
+                raise
+            rows = []
+        reached = rows[-1].step if rows else -1
+        if reached >= last:
+            return path
+        if own:
+            raise MismatchError(
+                f"{path}: found rows up to step {reached}; expected them up to step {last}, that of {checkpoint.path}"
+            )
+    return None
+
+
+def _existing(output: OutputConfig) -> list[Path]:
+    files = dict.fromkeys([*(output.folder / name for name in OWN_FILES), output.metrics])
+    return [
+        *(p for p in files if p.is_file()),
+        *(p for _, p in checkpoints_in(output.checkpoints) if is_checkpoint(p)),
+    ]
+
+
+def _in_our_words(exc: OSError, folder: Path) -> BytekilnError:
+    if isinstance(exc, BytekilnError):
+        return exc
+    reason = (exc.strerror or str(exc)).lower()
+    return FileError(f"{exc.filename or folder}: {reason}; expected a writable folder for the run")

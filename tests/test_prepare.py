@@ -1,0 +1,187 @@
+"""Before the first step: what a run may delete and overwrite (its own files only), and what a resume refuses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bytekiln import train as train_module
+from bytekiln.checkpoint import load_checkpoint
+from bytekiln.config import from_flat
+from bytekiln.errors import ConfigError, FileError, MismatchError, OutputExistsError
+from bytekiln.metrics import read_metrics
+from bytekiln.runfolder import locked
+from bytekiln.train import train
+from lm_runs import ONE_THREAD, tiny
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_overwrite_deletes_nothing_but_its_own(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    for name in ("precious/letter.txt", "checkpoint_notes/x.txt", "note.txt"):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text("mine")
+    values = {"out_dir": str(home / "run9"), "checkpoint_dir": str(home)}
+    mine = files(home)
+    train(tiny(tmp_path, **values), overwrite=True)
+    with pytest.raises(OutputExistsError):
+        train(tiny(tmp_path, **values))
+    train(tiny(tmp_path, **values, max_steps=2), overwrite=True)
+    assert mine.items() <= files(home).items()
+    assert not (home / "checkpoint_6").exists(), "of the old run"
+
+
+def test_resume_by_path_leaves_a_config_of_the_users_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("max_steps = 4\n")
+    train(tiny(tmp_path, checkpoint_dir=str(tmp_path / "checkpoints"), out_dir=str(tmp_path / "r")))
+    train(from_flat({}), resume=tmp_path / "checkpoints/checkpoint_2.pt")
+    assert (tmp_path / "config.toml").read_text() == "max_steps = 4\n"
+    assert not (tmp_path / "metrics.csv").exists()
+    assert len(read_metrics(tmp_path / "r/metrics.csv")) == 7
+
+
+def test_moved_run_goes_on_where_it_is(tmp_path: Path) -> None:
+    train(tiny(tmp_path))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    train(from_flat({}), resume=tmp_path / "moved/checkpoints/checkpoint_2")
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_into_another_folder_is_a_new_output(tmp_path: Path) -> None:
+    a, b, c = (tmp_path / n for n in "abc")
+    train(tiny(tmp_path, out_dir=str(a)))
+    train(tiny(tmp_path, out_dir=str(b), max_steps=2))
+    before = files(a) | files(b)
+    with pytest.raises(OutputExistsError):
+        train(from_flat({}), resume=a / "checkpoints/checkpoint_2", given={"out_dir": str(b)})
+    train(from_flat({}), resume=a / "checkpoints/checkpoint_2", given={"out_dir": str(c)})
+    assert files(a) | files(b) == before
+    assert [r.step for r in read_metrics(c / "metrics.csv")] == list(range(7))
+    final = "checkpoints/checkpoint_final/model.safetensors"
+    assert (c / final).read_bytes() == (a / final).read_bytes()
+
+
+def test_going_back_removes_what_is_newer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tiny(tmp_path))
+    saved = tmp_path / "run/checkpoints"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module._Run, "_take_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(from_flat({}), resume=saved / "checkpoint_2")
+    assert {load_checkpoint(p).step for p in saved.iterdir()} <= {1, 2}
+    monkeypatch.undo()
+    assert train(tiny(tmp_path), resume="auto").status == "completed"
+    assert [r.step for r in read_metrics(tmp_path / "run/metrics.csv")] == list(range(7))
+
+
+def test_checkpoint_ahead_of_the_metrics_is_refused(tmp_path: Path) -> None:
+    train(tiny(tmp_path))
+    metrics = tmp_path / "run/metrics.csv"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:4]))
+    before = files(tmp_path)
+    with pytest.raises(MismatchError, match=r"metrics\.csv: found rows up to step 2"):
+        train(tiny(tmp_path), resume="auto")
+    assert files(tmp_path) == before
+    assert train(from_flat({}), resume=tmp_path / "run/checkpoints/checkpoint_2").steps == 6
+
+
+def test_second_process_in_a_run_folder_is_refused(tmp_path: Path) -> None:
+    train(tiny(tmp_path, max_steps=2))
+    before = files(tmp_path)
+    with locked(tiny(tmp_path).output):
+        for how in ({"overwrite": True}, {"resume": "auto", "given": {"max_steps": 4}}):
+            with pytest.raises(FileError, match="run: in use by another process"):
+                train(tiny(tmp_path), **how)  # type: ignore[arg-type]
+    assert files(tmp_path) == before
+    assert train(tiny(tmp_path), overwrite=True).steps == 6
+
+
+def test_run_inside_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    train(tiny(tmp_path))
+    before = files(tmp_path)
+    with pytest.raises(ConfigError, match="checkpoint_2: found a checkpoint"):
+        train(tiny(tmp_path, out_dir=str(tmp_path / "run/checkpoints/checkpoint_2")), overwrite=True)
+    assert files(tmp_path) == before
+
+
+def test_old_run_outlives_a_new_one_that_cannot_start(tmp_path: Path) -> None:
+    train(tiny(tmp_path))
+    before = files(tmp_path)
+    with pytest.raises(MemoryError, match="parameters does not fit"):
+        train(tiny(tmp_path, d_model=1_000_000, d_ff=1_000_000), overwrite=True)
+    assert files(tmp_path) == before
+
+
+def test_resume_and_overwrite_contradict(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="found both"):
+        train(tiny(tmp_path), resume="auto", overwrite=True)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_during_start_up(tmp_path: Path, command: Callable[..., object], number: int, status: int) -> None:
+    (tmp_path / "config.toml").write_text(tiny(tmp_path).to_toml())
+    code = (
+        "import os, sys\nfrom bytekiln import cli, train\n"
+        f"train.open_data = lambda *_: os.kill(os.getpid(), {int(number)})\n"
+        f"sys.exit(cli.main(['lm-train', {str(tmp_path / 'config.toml')!r}]))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **ONE_THREAD})
+    assert ran.returncode == status, ran.stderr
+    assert "internal error" not in ran.stderr
+
+
+def test_infinite_loss_at_the_start_is_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = train_module.summed_cross_entropy
+    monkeypatch.setattr(train_module, "summed_cross_entropy", lambda *a: real(*a) * float("nan"))
+    result = train(tiny(tmp_path))
+    assert (result.status, result.steps, result.initial_loss) == ("diverged", 0, None)
+    assert (tmp_path / "run/result.json").is_file()
+
+
+def test_stale_manifest_does_not_hide_other_data(tmp_path: Path) -> None:
+    train(tiny(tmp_path, max_steps=2))
+    manifest = (tmp_path / "train.npy.json").read_bytes()
+    ids = np.load(tmp_path / "train.npy")
+    ids[5] = (ids[5] + 1) % 61
+    np.save(tmp_path / "train.npy", ids)
+    assert (tmp_path / "train.npy.json").read_bytes() == manifest
+    with pytest.raises(MismatchError, match=r"train\.npy: found data"):
+        train(tiny(tmp_path), resume="auto", given={"max_steps": 4})
+
+
+def test_tokenizer_of_the_data_is_bound_to_the_run(tmp_path: Path) -> None:
+    train(tiny(tmp_path, max_steps=2))
+    for name in ("train.npy.json", "val.npy.json"):
+        path = tmp_path / name
+        path.write_text(path.read_text().replace("ab" * 32, "cd" * 32))
+    with pytest.raises(MismatchError, match="found tokenizer hash sha256:cdcd"):
+        train(tiny(tmp_path), resume="auto", given={"max_steps": 4})
+
+
+def test_max_steps_may_fall_but_says_so_and_not_below_what_is_done(tmp_path: Path) -> None:
+    train(tiny(tmp_path, max_steps=6))
+    said: list[str] = []
+    two = tmp_path / "run/checkpoints/checkpoint_2"
+    with pytest.raises(ConfigError, match="max_steps: found 4; expected at least 6"):
+        train(tiny(tmp_path), resume="auto", given={"max_steps": 4})
+    assert train(from_flat({}), resume=two, given={"max_steps": 4}, notice=said.append).steps == 4
+    assert said == ["max_steps falls from 6 to 4; the decay now ends there too"]
+
+
+def test_config_alone_is_compared_too(tmp_path: Path) -> None:
+    train(tiny(tmp_path, max_steps=2))
+    with pytest.raises(MismatchError, match=r"lr: found 0\.5"):
+        train(tiny(tmp_path, lr=0.5), resume="auto")
