@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bytekiln.checkpoint import load_checkpoint
+from bytekiln.checkpoint import load_checkpoint, save_checkpoint
 from bytekiln.config import from_flat
 from bytekiln.errors import FileError, MismatchError, OutputExistsError
 from bytekiln.metrics import read_metrics
@@ -68,6 +69,30 @@ def test_raised_max_steps_goes_on(tmp_path: Path, whole: Path) -> None:
     assert (result.status, result.steps) == ("completed", 6)
     assert said == []
     assert weights(tmp_path / "run") == weights(whole / "run")
+
+
+def test_counters_and_clocks_go_on(tmp_path: Path) -> None:
+    """A checkpoint with numbers of which no trace is left unless they are taken over."""
+    train(tiny(tmp_path, max_steps=2))
+    for path in (tmp_path / "run/checkpoints").iterdir():
+        saved = load_checkpoint(path)
+        counted = {"elapsed_s": 1000.0, "training_s": 500.0, "best_val_loss": 0.001, "best_step": 2, "tokens": 100_000}
+        save_checkpoint(path, dataclasses.replace(saved, state={**saved.state, **counted}))
+    best = (tmp_path / "run/checkpoints/checkpoint_best/model.safetensors").read_bytes()
+    result = train(tiny(tmp_path), resume="auto", given={"max_steps": 4})
+    assert (result.status, result.best_val_loss, result.best_step) == ("completed", 0.001, 2)
+    assert (tmp_path / "run/checkpoints/checkpoint_best/model.safetensors").read_bytes() == best
+    assert result.wall_time_s > 1000
+    assert result.tokens == 100_000 + 2 * 3 * 8
+    assert result.tokens_per_s == pytest.approx(result.tokens / 500, rel=0.05)
+    assert all(r.elapsed_s > 1000 for r in read_metrics(tmp_path / "run/metrics.csv")[3:])
+
+
+def test_high_losses_are_counted_across_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bytekiln.train.HIGH_FACTOR", 0.0)
+    assert train(tiny(tmp_path, max_steps=2)).status == "completed"
+    result = train(tiny(tmp_path), resume="auto", given={"max_steps": 6})
+    assert (result.status, result.steps) == ("diverged", 3), "two before the resume and one behind it"
 
 
 def test_rising_end_moves_an_open_decay_and_says_so(tmp_path: Path) -> None:
