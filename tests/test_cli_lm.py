@@ -253,3 +253,64 @@ def test_help_all_has_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         if name != "preset":
             assert f"--{name.replace('_', '-')} " in out, name
             assert field.description in out, name
+
+
+def test_a_checkpoint_as_the_argument_is_resumed(here: Path, command: Callable[..., object]) -> None:
+    assert cli_lm.train(["demo", "--train-data", "train_data.npy", "--out-dir", "r", *SMALL]) == 0
+    two = "r/checkpoints/checkpoint_final"
+    assert cli_lm.train([two, "--max-steps", "4"]) == 0
+    assert len(rows("r")) == 5
+    assert "r/checkpoints" not in [str(p) for p in here.rglob("metrics.csv")]
+    assert "d_model: found 32; expected 16" in command("lm-train", "--resume", two, "--d-model", 32, status=2).stderr
+    assert "found both" in command("lm-train", "r", "--overwrite", status=2).stderr
+
+
+def test_a_file_states_its_values_on_a_resume_too(here: Path) -> None:
+    assert cli_lm.train(["demo", "--train-data", "train_data.npy", "--out-dir", "r", *SMALL]) == 0
+    (here / "c.toml").write_text('max_steps = 3\nout_dir = "r"\n')
+    assert cli_lm.train(["c.toml", "--resume", "auto"]) == 0
+    assert len(rows("r")) == 4
+    (here / "c.toml").write_text('max_steps = 4\nlr = 0.5\nout_dir = "r"\n')
+    with pytest.raises(BytekilnError, match="lr: found"):
+        cli_lm.train(["c.toml", "--resume", "auto"])
+
+
+def test_checkpoints_of_their_own_folder_are_found(here: Path, text: Path, command: Callable[..., object]) -> None:
+    own = ["--tokenizer", "tokenizer.json", "--checkpoint_dir", "checkpoints", "--out-dir", "r"]
+    assert cli_lm.train(["demo", "--train-data", str(text), *own, *SMALL]) == 0
+    (here / "tokenizer.json").unlink()
+    ask = ["--prompt", "the", "--max-new-tokens", 3]
+    first = command("lm-sample", "r", *ask).stdout
+    for argv in (["r"], ["r/config.toml"], ["demo", "--out-dir", "r"], ["r", "--resume", "auto"]):
+        assert command("lm-train", *argv, "--generate", *ask).stdout == first
+    assert "expected cpu or auto" in command("lm-sample", "r", *ask, "--device", "cuda:7", status=2).stderr
+    assert "device: found tpu" in command("lm-sample", "r", *ask, "--device", "tpu", status=2).stderr
+    assert "seed: found" in command("lm-sample", "r", *ask, "--seed", 10**30, status=2).stderr
+    assert cli_lm.train(["r", "--max-steps", "3"]) == 0, "with the run's own tokenizer"
+    assert cli_lm.train(["r/config.toml", "--tokenizer", "r/tokenizer.json"]) == 0
+    assert (here / "r-2/metrics.csv").is_file()
+
+
+def test_spellings_of_types_and_switches(here: Path) -> None:
+    for spelled, meant in (("bfloat16", "bf16"), ("float32", "fp32")):
+        assert load_config("demo", {"dtype": spelled}).training.precision == meant
+    with pytest.raises(ConfigError, match="found float16, which needs loss scaling"):
+        load_config("demo", {"dtype": "float16"})
+    for argv, expected in (
+        (["--decay_lr", "0", "x"], ["--decay-lr=0", "x"]),
+        (["--tie-embeddings", "yes"], ["--tie-embeddings=yes"]),
+        (["--no-rope=true"], ["--position=none"]),
+        (["--no-rope=off"], ["--position=rope"]),
+    ):
+        assert cli_lm._spell_switches(argv) == expected
+    for off in ("0", "no", "off", "False"):
+        assert not load_config("demo", {"decay_lr": off, "compile": off}).optimizer.decay_lr
+    with pytest.raises(ConfigError, match="seed"):
+        load_config("demo", {"seed": 10**30})
+
+
+def test_explicit_values_free_pinned_ones(here: Path) -> None:
+    (here / "c.json").write_text('\ufeff{"out_dir": "pinned", "min_lr": 1e-5}', encoding="utf-8")
+    assert load_config("c.json").output.folder == Path("pinned")
+    assert load_config("c.json", {"run_name": "foo", "save_dir": "bar"}).output.folder == Path("bar/foo")
+    assert load_config("c.json", {"min_lr_ratio": 0.5}).optimizer.min_lr is None

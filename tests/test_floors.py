@@ -24,7 +24,7 @@ FLOORS = [
     ["checkpoint", "result"],
     ["sample", "evaluate", "prepare", "runfolder"],
     ["train"],
-    ["report", "demo_text"],
+    ["report", "demo_text", "sampling"],
     ["cli_bpe", "cli_lm", "demo"],
     ["cli"],
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from bytekiln.errors import FileError, FormatError, OutputExistsError
+from bytekiln.errors import ConfigError, FileError, FormatError, OutputExistsError
 from bytekiln.report import Run, draw, smoothed, summary
 from bytekiln.train import train
 from lm_runs import tiny
@@ -77,3 +78,19 @@ def test_smoothing_starts_at_the_first_value() -> None:
     assert out[0] == 8.0
     assert out[1] < 8.0
     assert out[-1] == pytest.approx(2.0, abs=0.01)
+
+
+def test_damaged_files_and_odd_names(folders: list[Path], tmp_path: Path) -> None:
+    odd = tmp_path / "x_{$"
+    shutil.copytree(folders[0], odd)
+    draw([Run.read(odd)], tmp_path / "x.png")
+    draw([Run.read(odd), Run.read(folders[1])], tmp_path / "y.png")
+    with pytest.raises(ConfigError, match=r"expected \.png"):
+        draw([Run.read(odd)], tmp_path / "x.jpg")
+    for text in ("[]", '{"parameters": "x"}'):
+        (odd / "result.json").write_text(text)
+        with pytest.raises(FormatError, match="found other JSON"):
+            Run.read(odd)
+    (odd / "metrics.csv").write_bytes(b"\xff\xfe")
+    with pytest.raises(FormatError, match="invalid UTF-8"):
+        Run.read(odd)

@@ -22,6 +22,7 @@ from bytekiln.sample import (
     next_token_probabilities,
     prompt_ids,
     tokenizer_for,
+    weights_of,
 )
 from bytekiln.train import train
 from lm_runs import tiny
@@ -153,3 +154,30 @@ def test_run_brings_its_tokenizer(tmp_path: Path, tokenizer: Tokenizer) -> None:
         tokenizer_for(m, None, None, "run")
     with pytest.raises(BytekilnError):
         load_model(tmp_path)
+
+
+def test_only_tokens_of_the_tokenizer_are_drawn_and_prompts_are_checked() -> None:
+    m = model()
+    drawn = list(generate(m, [1], max_new_tokens=40, sampling=Sampling(temperature=5.0), vocab_size=3))
+    assert set(drawn) <= {0, 1, 2}
+    assert list(generate(m, torch.tensor([1, 2]), max_new_tokens=3)) == list(generate(m, [1, 2], max_new_tokens=3))
+    for bad, options in (([99], {}), ([-1], {}), ([1], {"seed": 2**70})):
+        with pytest.raises(ConfigError, match="expected 0"):
+            next(generate(m, bad, **options))
+
+
+def test_a_tiny_temperature_is_greedy() -> None:
+    p = next_token_probabilities(torch.tensor([1.0, 3.0, 2.0]), Sampling(temperature=1e-310))
+    assert p.tolist() == [0, 1, 0]
+
+
+def test_damaged_best_falls_back(tmp_path: Path) -> None:
+    train(tiny(tmp_path))
+    best = tmp_path / "run/checkpoints/checkpoint_best"
+    best.joinpath("model.safetensors").write_bytes(b"x")
+    said: list[str] = []
+    assert weights_of(tmp_path / "run", said.append).step == 6
+    assert "taking the newest whole" in said[0]
+    assert weights_of(tmp_path / "run/checkpoints/checkpoint_2.pt").step == 2
+    with pytest.raises(MismatchError):
+        weights_of(best)

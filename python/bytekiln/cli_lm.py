@@ -7,8 +7,7 @@ Called by `cli`, which turns errors into one line. torch is imported once there 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from bytekiln.config import (
 )
 from bytekiln.console import Parser, notice, table
 from bytekiln.errors import ConfigError, FileError
+from bytekiln.sampling import sampling_flags, write_samples
 
 TRAIN_EXAMPLES = (
     "lm-train demo --train-data train.npy --val-data val.npy --tokenizer tokenizer.json",
@@ -55,7 +55,7 @@ def train(argv: list[str]) -> int:
             raise ConfigError(f"lm-train: found two checkpoints, {source} and --resume {resume}; expected one")
         source, path, resume = None, None, source
     if options.generate:
-        return _generate(_run_to_sample(path, source, resume, given), options, str(given.get("device", "auto")))
+        return write_samples(_run_to_sample(path, source, resume, given), options, str(given.get("device", "auto")))
     if options.dataset:
         _dataset_files(options.dataset, given)
     if path is not None and path.is_dir():
@@ -95,11 +95,11 @@ def sample(argv: list[str]) -> int:
         ),
     )
     parser.add_argument("run", metavar="RUN", help="run folder (its best checkpoint is taken) or checkpoint folder")
-    _sampling_flags(parser)
+    sampling_flags(parser)
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer; default: the run's own")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N or mps")
     options = parser.parse_args(argv)
-    return _generate(options.run, options, options.device)
+    return write_samples(options.run, options, options.device)
 
 
 def report(argv: list[str]) -> int:
@@ -202,7 +202,7 @@ def _train_parser(*, everything: bool) -> Parser:
             const=value,
             help=f"{field} = {value}" if everything else argparse.SUPPRESS,
         )
-    _sampling_flags(parser, hidden=not everything)
+    sampling_flags(parser, hidden=not everything)
     return parser
 
 
@@ -305,92 +305,3 @@ def _into_a_new_folder(config: Path, given: dict[str, Any]) -> None:
     given.setdefault("out_dir", "")
     for field in ("checkpoint_dir", "metrics_path"):
         given.setdefault(field, "")
-
-
-def _sampling_flags(parser: Parser, *, hidden: bool = False) -> None:
-    group = parser.add_argument_group("sampling") if not hidden else parser
-
-    def add(
-        *names: str, text: str, kind: Callable[[str], object] = str, default: object = None, metavar: str = "X"
-    ) -> None:
-        group.add_argument(
-            *names, type=kind, default=default, metavar=metavar, help=argparse.SUPPRESS if hidden else text
-        )
-
-    add(
-        "--prompt",
-        "--start",
-        text="text to continue, or FILE:path; default: the start of a new text",
-        default="",
-        metavar="TEXT",
-    )
-    add(
-        "--max-new-tokens",
-        text="the most tokens to generate (256); fewer where the text ends",
-        kind=int,
-        default=256,
-        metavar="N",
-    )
-    add("--num-samples", text="how many texts (1)", kind=int, default=1, metavar="N")
-    add(
-        "--temperature",
-        text="0: always the most likely token; 1: the model's own distribution (0.8)",
-        kind=float,
-        default=0.8,
-    )
-    add(
-        "--top-p",
-        text="keep the most likely tokens up to this probability, the crossing one included (1)",
-        kind=float,
-        default=1.0,
-    )
-    add("--top-k", text="keep this many most likely tokens; 0: all (0)", kind=int, default=0, metavar="N")
-    if parser.prog != "lm-train":  # which has a seed among its fields
-        add("--seed", text="the same seed gives the same text (0)", kind=int, default=0, metavar="N")
-
-
-def _generate(run: str, options: argparse.Namespace, device: str) -> int:
-    from bytekiln.model import TransformerLM
-    from bytekiln.prepare import find_device
-    from bytekiln.sample import Sampling, decode_stream, generate, prompt_ids, tokenizer_for, weights_of
-
-    sampling = Sampling(options.temperature, options.top_p, options.top_k)
-    for name in ("max_new_tokens", "num_samples"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"{name}: found {getattr(options, name)}; expected 1 or more")
-    seed = int(options.seed or 0)
-    if not 0 <= seed < 2**63 - options.num_samples:
-        raise ConfigError(f"seed: found {seed}; expected 0 … 2^63 - 1")
-    where = find_device("cpu" if device == "auto" else device)
-    checkpoint = weights_of(run, notice)
-    model = TransformerLM(checkpoint.config.model)
-    model.load_state_dict(checkpoint.model)
-    model.to(where).eval()
-    tokenizer = tokenizer_for(
-        model,
-        options.tokenizer,
-        checkpoint.tokenizer_json,
-        run,
-        trained_with=(checkpoint.state.get("data") or {}).get("tokenizer"),
-    )
-    ids = prompt_ids(tokenizer, options.prompt)
-    if len(ids) + options.max_new_tokens > model.config.context_length:
-        notice(f"longer than the context: the model sees the last {model.config.context_length} tokens at a time")
-    for i in range(options.num_samples):
-        if options.num_samples > 1:
-            print(f"--- sample {i + 1} ---")
-        sys.stdout.write(tokenizer.decode(ids, skip_special_tokens=True))
-        stream = generate(
-            model,
-            ids,
-            max_new_tokens=options.max_new_tokens,
-            sampling=sampling,
-            seed=seed + i,
-            eot_id=tokenizer.eot_id,
-            vocab_size=tokenizer.n_vocab,
-        )
-        for piece in decode_stream(tokenizer, stream):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        print()
-    return 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -24,11 +25,9 @@ Value = str | int | float | bool
 
 def _whole(value: object) -> object:
     """Let `1e5` and `40_000.0` be integers, as people write them."""
-    if isinstance(value, str):
-        try:
-            value = float(value) if any(c in value for c in ".eE") else value
-        except ValueError:
-            return value
+    if isinstance(value, str) and any(c in value for c in ".eE"):
+        with suppress(ValueError):
+            value = float(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -319,8 +318,7 @@ def from_flat(values: Mapping[str, object]) -> RunConfig:
     by_section: dict[str, Any] = {section: {} for section in SECTIONS}
     for name, value in values.items():
         if name not in FIELDS:
-            meant = nearest(name, FIELDS)
-            raise ConfigError(f"config: unknown field {name}" + (f"; did you mean {meant}?" if meant else ""))
+            raise ConfigError(f"config: {_unknown('field', name)}")
         by_section[SECTION_OF[name]][name] = value
     return RunConfig(**by_section)
 
@@ -341,6 +339,11 @@ def _heads_that_would_do(d_model: int, found: int, rope: bool) -> str:
     return f"num_heads: found {found} for d_model {d_model}; {why}expected a divisor of {d_model}: {would}"
 
 
+def _unknown(what: str, name: str) -> str:
+    meant = nearest(name, FIELDS)
+    return f"unknown {what} {name}" + (f"; did you mean {meant}?" if meant else "")
+
+
 def _in_our_words(exc: ValidationError) -> str:
     said = []
     for e in exc.errors():
@@ -348,14 +351,9 @@ def _in_our_words(exc: ValidationError) -> str:
         if isinstance(own, Exception):
             said.append(str(own))
             continue
-        name = (
-            str(e["loc"][-1])
-            if e["loc"] and str(e["loc"][-1]) in FIELDS
-            else str(next((p for p in e["loc"] if p in FIELDS), ".".join(map(str, e["loc"]))))
-        )
+        name = next((str(p) for p in reversed(e["loc"]) if p in FIELDS), ".".join(map(str, e["loc"])))
         if e["type"] == "extra_forbidden":
-            meant = nearest(str(e["loc"][-1]), FIELDS)
-            said.append(f"unknown key {e['loc'][-1]}" + (f"; did you mean {meant}?" if meant else ""))
+            said.append(_unknown("key", str(e["loc"][-1])))
         else:
             said.append(f"{name}: found {e['input']!r}; expected {e['msg'].removeprefix('Input should be ')}")
     return "; ".join(dict.fromkeys(said))

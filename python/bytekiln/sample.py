@@ -152,7 +152,7 @@ def weights_of(run: str | Path, notice: Callable[[str], object] = lambda _: None
     best = folder / "checkpoint_best"
     if not best.is_dir():
         path = resolve(run)
-        if path == Path(run) or path.parent == Path(run):
+        if path.parent != folder:
             return load_checkpoint(path, weights_only=True)
     else:
         try:
