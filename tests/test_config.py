@@ -96,9 +96,8 @@ def test_values_as_people_write_them() -> None:
     assert (c.training.max_steps, c.optimizer.lr, c.optimizer.decay_lr) == (100_000, 3e-4, False)
     assert c.training.compile is True
     assert load_config("demo", {"compile": "auto"}).training.compile == "auto"
-    assert load_config("demo", {"no_rope": True, "no_rmsnorm": True, "post_norm": True}).model.model_dump(
-        include={"norm", "norm_position", "position"}
-    ) == {"norm": "none", "norm_position": "post", "position": "none"}
+    for spelled, (field, value) in cfg.SWITCHES.items():
+        assert load_config("demo", {spelled: True}).flat()[field] == value
 
 
 def test_d_ff() -> None:

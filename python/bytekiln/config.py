@@ -20,16 +20,14 @@ from bytekiln.fields import (
     FIELDS,
     SECTION_OF,
     SECTIONS,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
     OutputConfig,
     RunConfig,
-    TrainingConfig,
-    Value,
     extra_of,
     from_flat,
 )
+from bytekiln.model_config import ModelConfig
+from bytekiln.section import Section, Value
+from bytekiln.training_config import DataConfig, OptimizerConfig, TrainingConfig, stages_of
 
 __all__ = [
     "ALIASES",
@@ -42,6 +40,7 @@ __all__ = [
     "OptimizerConfig",
     "OutputConfig",
     "RunConfig",
+    "Section",
     "TrainingConfig",
     "Value",
     "canonical",
@@ -51,6 +50,7 @@ __all__ = [
     "load_config",
     "presets",
     "read_table",
+    "stages_of",
     "stated_in",
 ]
 
