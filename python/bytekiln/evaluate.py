@@ -1,49 +1,84 @@
-"""Loss on data, deterministic: always the same windows, dropout off. Called by `train`."""
+"""Loss and accuracy on data, deterministic: dropout off, each target counted once. Called by `train`.
+
+In: the objective and batches, of validation or of training data. Out: `Scores`, means over all real targets.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bytekiln.data import TokenData, to_device
-from bytekiln.loss import real_targets
+from bytekiln.data import Batch, to_device
+from bytekiln.errors import FormatError
+from bytekiln.objective import Objective
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    summed_loss: Callable[[Tensor, Tensor], Tensor],
-    data: TokenData,
-    *,
-    batch_size: int,
-    num_batches: int,
-    device: torch.device,
-) -> float:
-    """Mean loss in nats a token over `num_batches` batches of windows spread evenly over the data.
+class Scores(NamedTuple):
+    """What an evaluation found."""
+
+    loss: float
+    """Mean of -ln p(target) in nats a token."""
+    accuracy: float
+    """Share of the targets that the greatest logit hits."""
+    tokens: int
+    """Targets counted."""
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss; infinite where that is beyond a float.
+
+        >>> Scores(loss=0.0, accuracy=1.0, tokens=2).perplexity, Scores(1e6, 0.0, 1).perplexity
+        (1.0, inf)
+        """
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
+
+
+def evaluate(objective: Objective, batches: Iterable[Batch], device: torch.device) -> Scores:
+    """Score the batches in evaluation mode.
+
+    Waits for the device once, at the end: the sums of all batches stay there until then.
 
     Args:
-        model: put into evaluation mode meanwhile.
-        summed_loss: (inputs_BxT, targets_BxT) -> sum of losses; holds precision and compilation.
-        data: fewer windows than asked for are all read once.
-        batch_size: windows at once; the result depends on it in rounding only.
-        num_batches: how many of them.
+        objective: the model and its precision; each of its modules gets its mode back, also after an exception.
+        batches: what to score. How the targets are spread over batches decides rounding only.
         device: where the model is.
+
+    Raises:
+        FormatError: the batches hold no target at all.
     """
-    starts_N = data.spread_starts(batch_size * num_batches)
-    was_training = model.training
-    model.eval()
-    total, count = torch.zeros((), dtype=torch.float64, device="cpu"), 0
+    nll, correct, tokens = [], [], 0
+    with evaluation_mode(objective):
+        for batch in batches:
+            inputs_BxT, targets_BxT, documents_BxT, count = to_device(batch, device)
+            nll_of_batch, correct_of_batch = objective.scores(inputs_BxT, targets_BxT, documents_BxT)
+            nll.append(nll_of_batch)
+            correct.append(correct_of_batch)
+            tokens += count
+    if not tokens:
+        raise FormatError("evaluation: found no target in the data; expected at least one")
+    # One transfer. A batch's count is exact in fp32, and the sums over batches are Python's.
+    nll_N, correct_N = torch.stack([torch.stack(nll), torch.stack(correct).to(nll[0].dtype)]).tolist()
+    return Scores(math.fsum(nll_N) / tokens, sum(correct_N) / tokens, tokens)
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; outside, every submodule is in the mode that it had."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
     try:
-        for i in range(0, len(starts_N), batch_size):
-            inputs_BxT, targets_BxT = data.batch(starts_N[i : i + batch_size])
-            count += real_targets(targets_BxT)
-            total += summed_loss(to_device(inputs_BxT, device), to_device(targets_BxT, device)).cpu()
+        yield
     finally:
-        model.train(was_training)
-    return float(total) / count
+        for part, training in modes:
+            part.training = training
 
 
 def bits_per_byte(loss: float, bytes_per_token: float | None) -> float | None:
