@@ -1,7 +1,8 @@
-"""`metrics.csv`: every digit, every row, and never shortened but for rows that come again."""
+"""`metrics.csv` and the files like it: every digit, every row, and never shortened but for rows that come again."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bytekiln.errors import FileError, FormatError
-from bytekiln.metrics import COLUMNS, MetricsFile, Row, read_metrics
+from bytekiln.metrics import COLUMNS, MetricsFile, Row, RowFile, read_metrics, read_rows
+
+DOCS = Path(__file__).parent.parent / "docs" / "formats.md"
 
 
 def write(path: Path, steps: range) -> None:
@@ -20,17 +23,25 @@ def write(path: Path, steps: range) -> None:
 
 
 def test_columns_are_the_format() -> None:
-    said = "step,tokens,elapsed_s,loss,lr,grad_norm,step_time_s,tokens_per_s,val_loss,train_eval_loss,bits_per_byte"
+    said = (
+        "step,tokens,elapsed_s,loss,lr,grad_norm,step_time_s,tokens_per_s,skipped,val_loss,val_perplexity,"
+        "val_accuracy,bits_per_byte,train_eval_loss,train_eval_accuracy,eval_time_s,expert_load"
+    )
     assert said.split(",") == COLUMNS
+    section = DOCS.read_text("utf-8").split("\n## metrics.csv\n")[1].split("\n## ")[0]
+    assert [line.split("`")[1] for line in section.splitlines() if line.startswith("| `")] == COLUMNS
 
 
-@given(loss=st.floats(allow_nan=False), norm=st.none() | st.floats(allow_nan=False))
-def test_every_digit_comes_back(tmp_path_factory: pytest.TempPathFactory, loss: float, norm: float | None) -> None:
+@given(loss=st.floats(allow_nan=False), norm=st.none() | st.floats(allow_nan=False), skipped=st.integers(0, 1))
+def test_every_digit_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, loss: float, norm: float | None, skipped: int
+) -> None:
     path = tmp_path_factory.getbasetemp() / "metrics.csv"
+    row = Row(1, 2, 3.5, loss=loss, grad_norm=norm, skipped=skipped, expert_load=norm)
     file = MetricsFile(path)
-    file.append(Row(1, 2, 3.5, loss=loss, grad_norm=norm))
+    file.append(row)
     file.close()
-    assert read_metrics(path) == [Row(1, 2, 3.5, loss=loss, grad_norm=norm)]
+    assert read_metrics(path) == [row]
 
 
 def test_going_on_keeps_rows_up_to_the_checkpoint(tmp_path: Path) -> None:
@@ -53,6 +64,45 @@ def test_a_row_is_there_at_once(tmp_path: Path) -> None:
     file.close()
 
 
+@dataclass(frozen=True)
+class Word:
+    """Rows of another kind, several a step."""
+
+    step: int
+    word: str
+    size: float
+    share: float | None = None
+
+
+WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=8)
+
+
+@given(rows=st.lists(st.builds(Word, st.integers(0, 9), WORDS, st.floats(allow_nan=False))), keep=st.integers(-1, 9))
+def test_rows_of_any_kind_are_kept_by_step(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[Word], keep: int
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    file = RowFile(folder / "words.csv", Word, what="words")
+    file.append(*rows)
+    file.close()
+    assert read_rows(folder / "words.csv", Word, "words") == rows
+    other = RowFile(folder / "other.csv", Word, keep, folder / "words.csv", what="words")
+    other.close()
+    expected = [r for r in rows if r.step <= keep]
+    assert other.kept == expected == read_rows(folder / "other.csv", Word, "words")
+
+
+def test_a_full_disk_is_told_once_in_our_words(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.csv")
+    file._out.close()
+    file._out = Path("/dev/full").open("a", encoding="utf-8")  # noqa: SIM115 - as the class does
+    with pytest.raises(FileError, match=r"metrics\.csv: cannot be written: no space left on device; expected"):
+        file.append(Row(1, 2, 3.0))
+    with pytest.raises(FileError, match="no space left"):
+        file.sync()
+    file.close()  # would hide the error above if it raised another one
+
+
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"none.csv: no such file"):
         read_metrics(tmp_path / "none.csv")
@@ -61,8 +111,10 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="line 1: found 'step,loss'"):
         MetricsFile(path, keep_until=3)
     write(path, range(3))
-    path.write_text(path.read_text() + "4,x,1.0,,,,,,,,\n")
-    with pytest.raises(FormatError, match="line 5: found '4,x"):
-        read_metrics(path)
+    good = path.read_text()
+    for wrong in ("4,x,1.0" + "," * 14, "4,1,1.0" + "," * 14, "4,1,1.0,,"):  # a word; no `skipped`; too few
+        path.write_text(f"{good}{wrong}\n")
+        with pytest.raises(FormatError, match=r"line 5: found '4,.*; expected 17 values"):
+            read_metrics(path)
     with pytest.raises(FileError, match="cannot be written"):
         MetricsFile(tmp_path / "no" / "metrics.csv")
