@@ -7,144 +7,38 @@ turns every error into one line. Nothing here imports torch.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from bytekiln import _core
-from bytekiln.console import Parser, Progress, human_bytes, human_time, notice, table
-from bytekiln.errors import FileError, OutputExistsError
+from bytekiln import _core, characters_file
+from bytekiln.bpe_flags import (
+    PATTERN_HELP,
+    Dataset,
+    StageProgress,
+    add_text_flags,
+    check_output,
+    in_processed,
+    share,
+    size,
+    text,
+)
+from bytekiln.characters import AnyTokenizer, CharTokenizer, load_any
+from bytekiln.console import Parser, human_bytes, human_time, notice, table
 from bytekiln.inspection import measure, show_token
 from bytekiln.tokenizer import Tokenizer
 
 EOT = "<|endoftext|>"
-DATA = Path("data")
 VOCAB_SIZES = {"tinystories": 10_000, "owt": 32_000}
 """The vocabularies that `--dataset` trains when `--vocab-size` does not say otherwise."""
 SHORT_BYTES = 1_000_000
 """Below this the speed is mostly that of starting up."""
-
-
-class Dataset(NamedTuple):
-    """Where the files of `--dataset NAME` lie, below the current folder."""
-
-    name: str
-
-    def text(self, split: str) -> Path:
-        """The raw text of a split."""
-        return DATA / f"{self.name}_{split}.txt"
-
-    def tokens(self, split: str) -> Path:
-        """The token file of a split."""
-        return DATA / "processed" / f"{self.name}_{split}.npy"
-
-    @property
-    def tokenizer(self) -> Path:
-        """The dataset's own tokenizer."""
-        return DATA / "processed" / f"{self.name}_tokenizer.json"
-
-    def require(self, path: Path) -> Path:
-        """`path` if it exists; otherwise an error that says how to make it."""
-        if path.exists():
-            return path
-        way = f"make it with: bpe-train --dataset {self.name}"
-        if path.suffix == ".txt":
-            way = "put the dataset's text there (README.md says where TinyStories and OpenWebText come from)"
-        raise FileError(f"{path}: no such file; {way}")
-
-
-def size(text: str) -> int:
-    """A count such as 4096, 32k, 32_000 or 1M.
-
-    >>> size("32k"), size("4_096"), size("1.5M")
-    (32000, 4096, 1500000)
-    """
-    number, factor = text.replace("_", "").replace(",", ""), 1
-    if number[-1:] in "kKmM" and number:
-        factor = 1000 if number[-1] in "kK" else 1_000_000
-        number = number[:-1]
-    value = float(number) * factor
-    if not value.is_integer() or not 0 <= value < 2**32:
-        raise ArgumentTypeError(f"found {text}; expected a whole number below 2^32, such as 4096 or 32k")
-    return int(value)
-
-
-def text(argument: str) -> str:
-    """Text from the command line, where bytes that are not UTF-8 arrive as lone surrogates."""
-    try:
-        argument.encode()
-    except UnicodeEncodeError:
-        raise ArgumentTypeError(f"found {argument!a}; expected UTF-8") from None
-    return argument
-
-
-def threads(text: str) -> int:
-    """A number of threads: 1 or more."""
-    value = int(text)
-    if value < 1:
-        raise ArgumentTypeError(f"found {value}; expected 1 or more")
-    return value
-
-
-PATTERN_HELP = "word pattern of a vocabulary that does not name its own: .tiktoken needs it, vocab.json means gpt2"
-STAGES = {"count": "counting words", "merge": "merging pairs", "encode": "encoding"}
-
-
-class StageProgress:
-    """One bar after another for the core's `progress(stage, done, total)` calls."""
-
-    def __init__(self, stack: ExitStack) -> None:
-        """Bars end with `stack`."""
-        self._stack = stack
-        self._stage = ""
-        self._bar: Progress | None = None
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """Show `done` of `total` of `stage`."""
-        if stage != self._stage or self._bar is None:
-            self._stack.close()
-            unit = "merges" if stage == "merge" else "bytes"
-            self._bar = self._stack.enter_context(Progress(STAGES.get(stage, stage), total or None, unit))
-            self._stage = stage
-        self._bar.update(done)
-
-
-def check_output(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
-    """Refuse an output that cannot or must not be written, before hours of work go into it.
-
-    Neither the output nor the manifest that may come beside it is one of the files read.
-    """
-    parent = out.parent
-    for written in (out, out.with_name(out.name + ".json")):
-        if written.exists() and any(p.exists() and written.samefile(p) for p in inputs):
-            raise FileError(f"{written}: is one of the inputs; expected another output")
-    if not parent.is_dir():
-        raise FileError(f"{out}: its folder {parent} does not exist; create it first: mkdir -p {parent}")
-    if out.is_dir():
-        raise FileError(f"{out}: is a directory; expected the name of a file to write")
-    if out.exists() and not out.is_file():
-        raise FileError(f"{out}: is a pipe or a device; expected the name of a file to write")
-    if (out.exists() or out.is_symlink()) and not overwrite:
-        raise OutputExistsError(f"{out}: exists already; pass --overwrite to replace it, or another name with --out")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise FileError(f"{out}: the folder {parent} cannot be written to")
-
-
-def add_text_flags(parser: Parser) -> None:
-    """The flags that reading text has in every command."""
-    parser.add_argument(
-        "--errors",
-        choices=("error", "replace", "bytes"),
-        default="error",
-        help="invalid UTF-8: stop and name the byte (default), put U+FFFD in its place, or keep the bytes",
-    )
-    parser.add_argument("--threads", type=threads, metavar="N", help="default: one a core; results never depend on it")
 
 
 def train(argv: Sequence[str]) -> int:
@@ -200,7 +94,7 @@ def train(argv: Sequence[str]) -> int:
         args.inputs = args.inputs or [dataset.require(dataset.text("train"))]
         args.vocab_size = args.vocab_size or VOCAB_SIZES.get(dataset.name)
         args.special_token = args.special_token or [EOT]
-        args.out = args.out or _in_processed(dataset.tokenizer)
+        args.out = args.out or in_processed(dataset.tokenizer)
     if not args.inputs:
         parser.error("no input; expected one text file or more, or --dataset X")
     if args.vocab_size is None:
@@ -233,12 +127,6 @@ def train(argv: Sequence[str]) -> int:
     else:
         print(_training_summary(args.out, tokenizer, stats, seconds))
     return 0
-
-
-def _in_processed(path: Path) -> Path:
-    """The dataset layout is ours, so its folder is made here; a folder that the user names never is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def peak_memory_bytes() -> int:
@@ -293,6 +181,7 @@ def encode(argv: Sequence[str]) -> int:
             "bpe-encode --data_path raw.txt --vocab_path vocab.json --merges_path merges.txt \\",
             "    --output_path train.npy --method streaming",
             "bpe-encode --dataset owt       # data/owt_{train,valid}.txt with the dataset's tokenizer",
+            "bpe-encode input.txt --characters --dataset shakespeare-char   # all that lm-train needs of a text",
         ],
     )
     add = parser.add_argument
@@ -322,17 +211,26 @@ def encode(argv: Sequence[str]) -> int:
     add("--method", choices=("streaming",), help="accepted; encoding always streams, in bounded memory")
     add_text_flags(parser)
     add("--dataset", metavar="X", help="encode data/X_{train,valid}.txt into data/processed/X_{train,valid}.npy")
+    add("--characters", action="store_true", help="every character is a token: make the tokenizer and both parts here")
+    add("--val-share", type=share, metavar="S", help="characters: share of the text, at its end, to validate on (0.1)")
+    add("--val-out", type=Path, metavar="F", help="characters: the validation file; --out is the training file")
+    add("--tokenizer-out", type=Path, metavar="F", help="characters: the tokenizer.json to write")
     add("--overwrite", action="store_true", help="replace an existing output")
     args = parser.parse_intermixed_args(argv)
 
     args.inputs += args.data_path
+    if args.characters:
+        return _encode_characters(args, parser)
+    for name in ("--val-share", "--val-out", "--tokenizer-out"):
+        if getattr(args, name[2:].replace("-", "_")) is not None:
+            parser.error(f"{name} without --characters; expected both, or neither")
     jobs = [(args.inputs, args.out)]
     if args.dataset:
         dataset = Dataset(args.dataset)
         if not (args.tokenizer or args.vocab_path):
             args.tokenizer = dataset.require(dataset.tokenizer)
         if not args.inputs and args.out is None:
-            jobs = [([dataset.require(dataset.text(s))], _in_processed(dataset.tokens(s))) for s in ("train", "valid")]
+            jobs = [([dataset.require(dataset.text(s))], in_processed(dataset.tokens(s))) for s in ("train", "valid")]
     for inputs, out in jobs:
         if not inputs:
             parser.error("no input; expected one text file or more, or --dataset X")
@@ -344,24 +242,94 @@ def encode(argv: Sequence[str]) -> int:
     for inputs, out in jobs:
         start = time.perf_counter()
         with ExitStack() as bars:
-            manifest = _core.encode_files(
-                tokenizer,
-                inputs,
-                out,
-                dtype=args.dtype,
-                append_eot=args.append_eot,
-                errors=args.errors,
-                overwrite=args.overwrite,
-                threads=args.threads,
-                progress=StageProgress(bars),
-            )
+            if isinstance(tokenizer, CharTokenizer):
+                _refuse_words(args, parser, f"{args.tokenizer}, a tokenizer of characters")
+                manifest = characters_file.encode(
+                    tokenizer,
+                    inputs,
+                    out,
+                    dtype=args.dtype,
+                    overwrite=args.overwrite,
+                    progress=StageProgress(bars),
+                )
+            else:
+                manifest = _core.encode_files(
+                    tokenizer,
+                    inputs,
+                    out,
+                    dtype=args.dtype,
+                    append_eot=args.append_eot,
+                    errors=args.errors,
+                    overwrite=args.overwrite,
+                    threads=args.threads,
+                    progress=StageProgress(bars),
+                )
         print(_encoding_summary(out, manifest, time.perf_counter() - start))
     return 0
 
 
-def _tokenizer_of(args: Namespace, parser: Parser) -> Tokenizer:
+def _encode_characters(args: Namespace, parser: Parser) -> int:
+    """`bpe-encode --characters`: a vocabulary, a training and a validation part."""
+    _refuse_words(args, parser, "--characters")
+    train, val, tokenizer_out = args.out, args.val_out, args.tokenizer_out
+    if not args.inputs:
+        parser.error("no input; expected one text file or more, such as: bpe-encode input.txt --characters --dataset X")
+    if args.dataset:
+        dataset = Dataset(args.dataset)
+        train = train or in_processed(dataset.tokens("train"))
+        val = val or in_processed(dataset.tokens("valid"))
+        tokenizer_out = tokenizer_out or in_processed(dataset.tokenizer)
+    val_share = Fraction(1, 10) if args.val_share is None else args.val_share
+    if not val_share:
+        if args.val_out:
+            parser.error("--val-out with --val-share 0; expected a share above 0")
+        val = None
+    named = {"--out": train, "--tokenizer-out": tokenizer_out, **({"--val-out": val} if val_share else {})}
+    for flag, path in named.items():
+        if path is None:
+            parser.error(f"{flag} is missing; expected the file to write, or --dataset X")
+        check_output(path, args.inputs, overwrite=args.overwrite, flag=flag)
+    written = [p.resolve() for p in named.values()]
+    written += [p.with_name(p.name + ".json").resolve() for p in (train, val) if p]
+    if len(set(written)) < len(written):
+        parser.error(f"{' and '.join(named)} name the same file; expected different ones, manifests (.npy.json) too")
+    start = time.perf_counter()
+    with ExitStack() as bars:
+        tokenizer, manifests = characters_file.prepare(
+            args.inputs,
+            characters_file.Outputs(tokenizer_out, train, val),
+            val_share=val_share,
+            dtype=args.dtype,
+            overwrite=args.overwrite,
+            progress=StageProgress(bars),
+        )
+    seconds, read = time.perf_counter() - start, sum(m["text_bytes"] for m in manifests)
+    rows = [("characters", f"{tokenizer.n_vocab:,} different ones in {human_bytes(read)}")]
+    rows += [(n, f"{m['tokens']:,} tokens {m['dtype']}") for n, m in zip(("train", "valid"), manifests, strict=False)]
+    rows.append(("time", f"{human_time(seconds)}, {human_bytes(read / seconds)}/s"))
+    print(f"wrote {', '.join(map(str, filter(None, (tokenizer_out, train, val))))}\n{table(rows)}")
+    return 0
+
+
+def _refuse_words(args: Namespace, parser: Parser, why: str) -> None:
+    """Flags about words, special tokens and broken bytes mean nothing where every character is a token."""
+    wordy: dict[str, object] = {
+        "--vocab-path": args.vocab_path,
+        "--merges-path": args.merges_path,
+        "--special-token": args.special_token,
+        "--pattern": args.pattern,
+        "--append-eot": args.append_eot,
+        "--tokenizer": args.tokenizer if args.characters else None,
+        f"--errors {args.errors}": args.errors != "error",
+    }
+    for flag, given in wordy.items():
+        if given:
+            parser.error(f"{flag} with {why}; expected it without")
+
+
+def _tokenizer_of(args: Namespace, parser: Parser) -> AnyTokenizer:
     if args.tokenizer and not (args.vocab_path or args.merges_path):
-        return Tokenizer.from_file(args.tokenizer, special_tokens=args.special_token, pattern=args.pattern)
+        return load_any(args.tokenizer, special_tokens=args.special_token, pattern=args.pattern)
     if args.vocab_path and args.merges_path and not args.tokenizer:
         return Tokenizer.from_vocab_and_merges(
             args.vocab_path, args.merges_path, special_tokens=args.special_token, pattern=args.pattern or "gpt2"

@@ -1,0 +1,158 @@
+"""What the tokenizer's commands share: kinds of arguments, where a dataset's files lie, outputs that are free.
+
+In: command-line arguments. Out: checked values, or an error that says what to do. Called by `cli_bpe`.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import ArgumentTypeError
+from collections.abc import Sequence
+from contextlib import ExitStack
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+from bytekiln.console import Parser, Progress
+from bytekiln.errors import FileError, OutputExistsError
+
+DATA = Path("data")
+
+
+class Dataset(NamedTuple):
+    """Where the files of `--dataset NAME` lie, below the current folder."""
+
+    name: str
+
+    def text(self, split: str) -> Path:
+        """The raw text of a split."""
+        return DATA / f"{self.name}_{split}.txt"
+
+    def tokens(self, split: str) -> Path:
+        """The token file of a split."""
+        return DATA / "processed" / f"{self.name}_{split}.npy"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The dataset's own tokenizer."""
+        return DATA / "processed" / f"{self.name}_tokenizer.json"
+
+    def require(self, path: Path) -> Path:
+        """`path` if it exists; otherwise an error that says how to make it."""
+        if path.exists():
+            return path
+        way = f"make it with: bpe-train --dataset {self.name}, or bpe-encode TEXT --characters --dataset {self.name}"
+        if path.suffix == ".txt":
+            way = "put the dataset's text there (README.md says where TinyStories and OpenWebText come from)"
+        raise FileError(f"{path}: no such file; {way}")
+
+
+def size(text: str) -> int:
+    """A count such as 4096, 32k, 32_000 or 1M.
+
+    >>> size("32k"), size("4_096"), size("1.5M")
+    (32000, 4096, 1500000)
+    """
+    number, factor = text.replace("_", "").replace(",", ""), 1
+    if number[-1:] in "kKmM" and number:
+        factor = 1000 if number[-1] in "kK" else 1_000_000
+        number = number[:-1]
+    value = float(number) * factor
+    if not value.is_integer() or not 0 <= value < 2**32:
+        raise ArgumentTypeError(f"found {text}; expected a whole number below 2^32, such as 4096 or 32k")
+    return int(value)
+
+
+def text(argument: str) -> str:
+    """Text from the command line, where bytes that are not UTF-8 arrive as lone surrogates."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        raise ArgumentTypeError(f"found {argument!a}; expected UTF-8") from None
+    return argument
+
+
+def threads(text: str) -> int:
+    """A number of threads: 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise ArgumentTypeError(f"found {value}; expected 1 or more")
+    return value
+
+
+def share(text: str) -> Fraction:
+    """A share such as 0.1, exact, so that no rounding moves a border; at least 0, below 1.
+
+    >>> share("0.1")
+    Fraction(1, 10)
+    """
+    value = float(text)
+    if not 0 <= value < 1:
+        raise ArgumentTypeError(f"found {text}; expected at least 0 and below 1, such as 0.1")
+    return Fraction(repr(value))
+
+
+PATTERN_HELP = "word pattern of a vocabulary that does not name its own: .tiktoken needs it, vocab.json means gpt2"
+STAGES = {
+    "count": "counting words",
+    "merge": "merging pairs",
+    "characters": "collecting characters",
+    "encode": "encoding",
+}
+
+
+class StageProgress:
+    """One bar after another for the core's `progress(stage, done, total)` calls."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        """Bars end with `stack`."""
+        self._stack = stack
+        self._stage = ""
+        self._bar: Progress | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show `done` of `total` of `stage`."""
+        if stage != self._stage or self._bar is None:
+            self._stack.close()
+            unit = "merges" if stage == "merge" else "bytes"
+            self._bar = self._stack.enter_context(Progress(STAGES.get(stage, stage), total or None, unit))
+            self._stage = stage
+        self._bar.update(done)
+
+
+def check_output(out: Path, inputs: Sequence[Path], *, overwrite: bool, flag: str = "--out") -> None:
+    """Refuse an output that cannot or must not be written, before hours of work go into it.
+
+    Neither the output nor the manifest that may come beside it is one of the files read.
+    """
+    parent = out.parent
+    for written in (out, out.with_name(out.name + ".json")):
+        if written.exists() and any(p.exists() and written.samefile(p) for p in inputs):
+            raise FileError(f"{written}: is one of the inputs; expected another output")
+    if not parent.is_dir():
+        raise FileError(f"{out}: its folder {parent} does not exist; create it first: mkdir -p {parent}")
+    if out.is_dir():
+        raise FileError(f"{out}: is a directory; expected the name of a file to write")
+    if out.exists() and not out.is_file():
+        raise FileError(f"{out}: is a pipe or a device; expected the name of a file to write")
+    if (out.exists() or out.is_symlink()) and not overwrite:
+        raise OutputExistsError(f"{out}: exists already; pass --overwrite to replace it, or another name with {flag}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise FileError(f"{out}: the folder {parent} cannot be written to")
+
+
+def add_text_flags(parser: Parser) -> None:
+    """The flags that reading text has in every command."""
+    parser.add_argument(
+        "--errors",
+        choices=("error", "replace", "bytes"),
+        default="error",
+        help="invalid UTF-8: stop and name the byte (default), put U+FFFD in its place, or keep the bytes",
+    )
+    parser.add_argument("--threads", type=threads, metavar="N", help="default: one a core; results never depend on it")
+
+
+def in_processed(path: Path) -> Path:
+    """The dataset layout is ours, so its folder is made here; a folder that the user names never is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
