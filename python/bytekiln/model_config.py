@@ -15,7 +15,7 @@ from bytekiln.section import Float, Int, Section, setting
 
 PAD_VOCAB_TO = 64
 """Rows of embedding and head are padded to a multiple of this by `pad_vocab`: what matrix units take at once."""
-ExpertKind = Literal["swiglu", "silu", "gelu", "relu2"]
+ExpertKind = Literal["swiglu", "silu", "gelu", "gelu_tanh", "relu2"]
 
 
 class ModelConfig(Section):
@@ -40,11 +40,12 @@ class ModelConfig(Section):
     )
     rope_theta: Float = setting(10000.0, "base of the rotary position angles", gt=0)
     norm: Literal["rms", "layer", "none"] = setting("rms", "normalisation: RMSNorm, LayerNorm, or none")
+    norm_eps: Float = setting(1e-5, "added to the mean square, or to the variance, in every norm", gt=0)
     norm_position: Literal["pre", "post"] = setting("pre", "normalise before each sub-layer or after its residual sum")
     position: Literal["rope", "learned", "none"] = setting("rope", "how the model knows where a token stands")
-    ffn: Literal["swiglu", "silu", "gelu", "relu2", "moe"] = setting(
+    ffn: Literal["swiglu", "silu", "gelu", "gelu_tanh", "relu2", "moe"] = setting(
         "swiglu",
-        "feed-forward: gated SwiGLU (three matrices), a plain activation (two), or a mixture of experts",
+        "feed-forward: gated SwiGLU (three matrices), an activation between two (gelu_tanh: GPT-2's), or experts (moe)",
         also=["ffn_type"],
     )
     causal: bool | Literal["auto"] = setting(
