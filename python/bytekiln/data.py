@@ -1,100 +1,63 @@
-"""Token files to batches. In: paths of token files. Out: (inputs, targets) as int64 tensors.
+"""Opening the data of a run. In: the paths that a config names. Out: `Data`, what training and evaluation read.
 
-Where a window starts is a pure function of (seed, step, place in the effective batch): a resumed run sees
-what the unbroken one saw, and 16 windows in 4 micro-steps are the same as 64 in one. Called by `train`
-and `sample`.
+Everything is checked before anything is computed; the batches themselves come from `sources`. Called by `train`,
+`evaluate` and `sample`.
 """
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from bytekiln.batch import Batch, to_device
+from bytekiln.characters import AnyTokenizer, load_any
 from bytekiln.config import DataConfig, RunConfig
+from bytekiln.corruption import Corruption
 from bytekiln.errors import ConfigError, FileError, FormatError, MismatchError
+from bytekiln.overlap import LENGTH, overlap
+from bytekiln.packing import document_ends
+from bytekiln.prefetch import Prefetcher
+from bytekiln.sources import EvalSource, TrainSource
 from bytekiln.tokenfile import TokenFile
 from bytekiln.tokenizer import Tokenizer
+from bytekiln.windows import Mixture, key_of
 
-FIRST_AND_LAST_BYTES = 1 << 20
-"""How much of each end of a file is hashed."""
+__all__ = [
+    "AnyTokenizer",
+    "Batch",
+    "Data",
+    "EvalSource",
+    "Prefetcher",
+    "TrainSource",
+    "load_tokenizer",
+    "open_data",
+    "to_device",
+    "train_paths",
+]
 
-
-class TokenData:
-    """One token file as a source of windows of `context_length` inputs and their targets, one token later."""
-
-    def __init__(self, file: TokenFile, context_length: int) -> None:
-        """Take a file that is long enough.
-
-        Raises:
-            FormatError: fewer tokens than one window and its last target.
-        """
-        if len(file) < context_length + 1:
-            raise FormatError(
-                f"{file.path}: found {len(file)} tokens; expected at least {context_length + 1}, "
-                "a window of context_length and one target"
-            )
-        self.file, self.context_length = file, context_length
-
-    def __len__(self) -> int:
-        """Tokens in the file."""
-        return len(self.file)
-
-    def batch(self, starts_B: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """The windows that start at `starts_B`, as (inputs_BxT, targets_BxT) int64 on the CPU."""
-        window = np.arange(self.context_length + 1)
-        tokens = torch.from_numpy(self.file.array[starts_B[:, None] + window].astype(np.int64))
-        return tokens[:, :-1], tokens[:, 1:]
-
-    def random_starts(self, seed: int, step: int, count: int) -> NDArray[np.int64]:
-        """Starts of the `count` windows of an optimizer step, drawn with replacement from every possible start.
-
-        Philox is a counter-based generator (Salmon et al. 2011): step t reads its own stretch of the stream, and
-        numpy keeps raw streams stable from version to version. The remainder's bias is below 1e-9.
-        """
-        raw = np.random.Philox(key=seed, counter=[0, 0, step, 0]).random_raw(count)
-        return (raw % np.uint64(len(self.file) - self.context_length)).astype(np.int64)
-
-    def spread_starts(self, count: int) -> NDArray[np.int64]:
-        """Starts of at most `count` windows that do not overlap, spread evenly over the file, always the same."""
-        fitting = (len(self.file) - 1) // self.context_length
-        if count >= fitting:
-            return np.arange(fitting, dtype=np.int64) * self.context_length
-        last = len(self.file) - 1 - self.context_length
-        return np.arange(count, dtype=np.int64) * last // max(count - 1, 1)
-
-    @property
-    def bytes_per_token(self) -> float | None:
-        """Bytes of text in a token, where the manifest knows."""
-        return self.file.text_bytes / len(self.file) if self.file.text_bytes else None
-
-    def fingerprint(self) -> str:
-        """What a resumed run compares: the manifest's checksum, else a hash of length, type and both ends."""
-        if self.file.manifest is not None and self.file.manifest.get("checksum"):
-            return str(self.file.manifest["checksum"])
-        return self.ends()
-
-    def ends(self) -> str:
-        """A hash of length, type and both ends of what the file really holds, whatever its manifest claims."""
-        ends = hashlib.sha256(f"{len(self.file)} {np.dtype(self.file.dtype).name}".encode())
-        count = FIRST_AND_LAST_BYTES // np.dtype(self.file.dtype).itemsize
-        for part in (self.file.array[:count], self.file.array[-count:]):
-            ends.update(np.ascontiguousarray(part).tobytes())
-        return f"sha256-of-ends:{ends.hexdigest()}"
+MASK_TOKENS = ("<mask>", "[MASK]", "<|mask|>")
+"""Special tokens of a tokenizer that are its mask token."""
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Move a batch; on CUDA through pinned memory and without waiting for the copy."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
+class Data(NamedTuple):
+    """All that a run reads."""
+
+    train: TrainSource
+    val: EvalSource | None
+    train_eval: EvalSource
+    vocab_size: int
+    """Tokens of the model's vocabulary, an added mask token included."""
+    mask_id: int | None
+    tokenizer_hash: str | None
+    """Hash of the tokenizer that made the data, where a manifest or a given tokenizer tells."""
+    notices: list[str]
 
 
-def load_tokenizer(config: DataConfig) -> Tokenizer | None:
+def load_tokenizer(config: DataConfig) -> AnyTokenizer | None:
     """The tokenizer that the config names, if it names one.
 
     Raises:
@@ -102,7 +65,7 @@ def load_tokenizer(config: DataConfig) -> Tokenizer | None:
         FileError, FormatError: as `Tokenizer.from_file`.
     """
     if config.tokenizer:
-        return Tokenizer.from_file(config.tokenizer)
+        return load_any(config.tokenizer)
     if bool(config.vocab_path) != bool(config.merges_path):
         missing = "merges_path" if config.vocab_path else "vocab_path"
         raise ConfigError(f"{missing}: found nothing; expected a file, since the tokenizer's other half is given")
@@ -111,44 +74,67 @@ def load_tokenizer(config: DataConfig) -> Tokenizer | None:
     return None
 
 
-def open_data(config: RunConfig, tokenizer: Tokenizer | None) -> tuple[TokenData, TokenData | None, int]:
+def open_data(config: RunConfig, tokenizer: AnyTokenizer | None) -> Data:
     """Open and check everything that training reads, before anything is computed.
 
-    Returns:
-        Training data, validation data if given, and the vocabulary's size: of the config, else of the tokenizer,
-        else of the training data's manifest.
+    The vocabulary's size is the config's, else the tokenizer's, else that of the data's first manifest.
 
     Raises:
-        ConfigError: no training data is named, or nothing tells the vocabulary's size.
+        ConfigError: no training data is named, nothing tells the vocabulary's size or where documents end.
         FileError, FormatError: a file is missing, malformed, too short, or has an id outside the vocabulary.
         MismatchError: tokenizer, training and validation data do not belong together.
     """
-    if not config.data.train_data:
+    d, context, mlm = config.data, config.model.context_length, config.training.objective == "mlm"
+    if not d.train_data:
         raise ConfigError("train_data: found nothing; expected a token file (--train-data FILE, made by bpe-encode)")
-    files = [_open(p, config.data) for p in (config.data.train_data, config.data.val_data) if p]
-    hashes: dict[str, str] = {str(f.path): f.tokenizer_hash for f in files if f.tokenizer_hash}
-    if tokenizer is not None:
-        hashes[config.data.tokenizer or config.data.vocab_path] = tokenizer.hash
-    for where, found in hashes.items():
-        other, expected = next(iter(hashes.items()))
-        if found != expected:
-            raise MismatchError(
-                f"{where}: found tokenizer hash {_short(found)}; expected {_short(expected)}, that of {other}"
-            )
-    vocab_size = config.model.vocab_size or (tokenizer.n_vocab if tokenizer else 0) or files[0].vocab_size or 0
-    if not vocab_size:
-        raise ConfigError(
-            f"vocab_size: unknown, {files[0].path} has no manifest; expected --tokenizer FILE or --vocab-size N"
-        )
-    if tokenizer is not None and tokenizer.n_vocab > vocab_size:
-        raise MismatchError(
-            f"vocab_size: found {vocab_size}; expected at least {tokenizer.n_vocab}, "
-            f"the size of {config.data.tokenizer or config.data.vocab_path}"
-        )
+    training = [_open(path, d) for path in train_paths(d.train_data)]
+    validation = _open(d.val_data, d) if d.val_data else None
+    files = [*training, *([validation] if validation else [])]
+    notices = [f.notice for f in files if f.notice]
+    tokenizer_hash = _one_tokenizer(files, tokenizer, d)
+    known, vocab_size, mask_id = _vocabulary(config, tokenizer, files, notices)
     for f in files:
-        f.check(vocab_size)
-    data = [TokenData(f, config.model.context_length) for f in files]
-    return data[0], data[1] if len(data) > 1 else None, vocab_size
+        f.check(known)
+    eot = tokenizer.eot_id if tokenizer is not None else None
+    eot = next((f.eot_id for f in files if f.eot_id is not None), None) if eot is None else eot
+    if eot is None and (d.windows != "stream" or d.document_mask or d.num_documents):
+        field = "windows" if d.windows != "stream" else "document_mask" if d.document_mask else "num_documents"
+        raise ConfigError(
+            f"{field}: found {getattr(d, field)}, but nothing names the id that ends documents; "
+            "expected a tokenizer with an end-of-text token, or eot_id in a manifest"
+        )
+    tokens = _limited(training, d, eot, notices)
+    for f, ids in zip(files, [*tokens, *([validation.array] if validation else [])], strict=True):
+        if len(ids) < context + 1:
+            rest = "" if len(ids) == len(f) else " left by max_tokens or num_documents"
+            raise FormatError(
+                f"{f.path}: found {len(ids)} tokens{rest}; expected at least {context + 1}, "
+                "a window of context_length and one target"
+            )
+    corruption = masks = None
+    if mask_id is not None:
+        special = set(tokenizer.special_tokens.values()) if tokenizer is not None else set[int]()
+        special |= {eot} if eot is not None else set()
+        if known - len(special | {mask_id}) < 1:
+            raise ConfigError(f"vocab_size: found {known} tokens, all of them special; expected one to replace")
+        share = config.training.mlm_share if mlm else d.token_corruption
+        corruption = Corruption(share, mask_id, known, special, predict=mlm, key=key_of(config.training.seed, -1))
+        masks = Corruption(share, mask_id, known, special, predict=True, key=key_of(-1)) if mlm else None
+    train = TrainSource(training, tokens, config, eot, corruption)
+    train_eval = EvalSource(training, tokens, train.mixture, config, eot, masks)
+    val = None
+    if validation is not None:
+        ids = _plain(validation.array)
+        val = EvalSource([validation], [ids], Mixture([1]), config, eot, masks)
+        notices += _overlaps(training, tokens, validation, ids)
+    return Data(train, val, train_eval, vocab_size, mask_id, tokenizer_hash, notices)
+
+
+def train_paths(text: str) -> list[str]:
+    """The files that `train_data` names: one that exists under the whole text, else parts between commas."""
+    if Path(text).exists():
+        return [text]
+    return [part.strip() for part in text.split(",") if part.strip()] or [text]
 
 
 def _open(path: str, config: DataConfig) -> TokenFile:
@@ -158,6 +144,120 @@ def _open(path: str, config: DataConfig) -> TokenFile:
             f"bpe-encode TEXT --tokenizer tokenizer.json --out {path}"
         )
     return TokenFile.open(path, dtype=config.data_dtype or None)
+
+
+def _one_tokenizer(files: Sequence[TokenFile], tokenizer: AnyTokenizer | None, config: DataConfig) -> str | None:
+    """The hash of the tokenizer that everything was made with, as far as anything tells."""
+    hashes: dict[str, str] = {str(f.path): f.tokenizer_hash for f in files if f.tokenizer_hash}
+    if tokenizer is not None:
+        hashes[config.tokenizer or config.vocab_path or "the run's tokenizer"] = tokenizer.hash
+    for where, found in hashes.items():
+        other, expected = next(iter(hashes.items()))
+        if found != expected:
+            raise MismatchError(
+                f"{where}: found tokenizer hash {_short(found)}; expected {_short(expected)}, that of {other}"
+            )
+    return next(iter(hashes.values()), None)
+
+
+def _vocabulary(
+    config: RunConfig, tokenizer: AnyTokenizer | None, files: Sequence[TokenFile], notices: list[str]
+) -> tuple[int, int, int | None]:
+    """(ids that the data may have, size of the model's vocabulary, id of the mask token where one is needed).
+
+    The mask is the tokenizer's own, else the first id behind what the tokenizer, the manifest or, without either, the
+    files use; the vocabulary grows by one where the config leaves no room. So a resumed run, whose config has the size
+    that was settled, finds the same id.
+    """
+    stated = config.model.vocab_size
+    told = next((f for f in files if f.vocab_size), None)
+    known = tokenizer.n_vocab if tokenizer is not None else (told and told.vocab_size) or 0
+    source = config.data.tokenizer or config.data.vocab_path or "the tokenizer" if tokenizer is not None else ""
+    size = stated or known
+    if not size:
+        raise ConfigError(
+            f"vocab_size: unknown, {files[0].path} has no manifest; expected --tokenizer FILE or --vocab-size N"
+        )
+    if tokenizer is not None and known > size:
+        raise MismatchError(f"vocab_size: found {size}; expected at least {known}, the size of {source}")
+    if config.training.objective != "mlm" and not config.data.token_corruption:
+        return size, size, None
+    if tokenizer is not None:
+        for name in MASK_TOKENS:
+            if (id := tokenizer.special_tokens.get(name)) is not None:
+                return known, size, id
+    if known > size:
+        raise ConfigError(
+            f"vocab_size: found {size}; expected at least {known}, as the manifest of {told and told.path} has it, "
+            "since a mask token comes behind"
+        )
+    known = known or min(size, max(f.max_id for f in files) + 1)
+    size = max(size, known + 1)
+    notices.append(f"mask token: id {known}, added behind the {known} tokens of the data; the model has {size}")
+    return known, size, known
+
+
+def _limited(files: Sequence[TokenFile], config: DataConfig, eot: int | None, notices: list[str]) -> list[NDArray[Any]]:
+    """The ids of each file that `max_tokens` and `num_documents` leave, counted over the files in their order."""
+    tokens, left, documents = [], config.max_tokens, config.num_documents
+    for f in files:
+        ids = _plain(f.array)
+        if config.max_tokens:
+            ids = ids[:left]
+            left -= len(ids)
+        if config.num_documents and eot is not None:
+            ends = document_ends(ids, eot, enough=documents)[:documents] if documents and len(ids) else np.zeros(0, int)
+            documents -= len(ends)
+            ids = ids[: int(ends.max(initial=0))]
+        tokens.append(ids)
+    for name, missing in (("max_tokens", left), ("num_documents", documents)):
+        if missing:
+            asked = getattr(config, name)
+            limit = " within max_tokens" if name == "num_documents" and config.max_tokens else ""
+            notices.append(f"{name}: found {asked - missing:,} in the training data{limit}; {asked:,} were asked for")
+    return tokens
+
+
+def _overlaps(
+    training: Sequence[TokenFile], tokens: Sequence[NDArray[Any]], validation: TokenFile, ids: NDArray[Any]
+) -> list[str]:
+    """What training and validation data have in common, in a sentence, where they have anything."""
+    val = validation.path
+    for f, used in zip(training, tokens, strict=True):
+        checksums = [(x.manifest or {}).get("checksum") for x in (f, validation)]
+        if f.path.resolve() == val.resolve() or (checksums[0] and checksums[0] == checksums[1]):
+            share = len(used) / len(f)
+            return [
+                f"{val}: the same as {f.path}, {_percent(share)} of it training data; its loss tells of memory only"
+            ]
+        ours, theirs = [(x.manifest or {}).get("sources") or [] for x in (f, validation)]
+        seen = {s.get("checksum") for s in ours} - {None}
+        if common := [s for s in theirs if s.get("checksum") in seen]:
+            names = ", ".join(str(s.get("name")) for s in common)
+            share = sum(int(s.get("bytes") or 0) for s in common) / max(
+                1, sum(int(s.get("bytes") or 0) for s in theirs)
+            )
+            return [
+                f"{val}: {_percent(share)} of its text ({names}) went into {f.path} too; "
+                "expected other text to validate on"
+            ]
+    found, sampled, scanned = overlap(tokens, ids)
+    if not found:
+        return []
+    part = "" if scanned > 0.999 else f" ({_percent(scanned)} of it was read)"
+    return [
+        f"{val}: {found} of {sampled} sampled windows of {LENGTH} tokens ({_percent(found / sampled)}) occur in the "
+        f"training data{part}; expected other text to validate on"
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.01 else f"{100 * share:.0f} %"
+
+
+def _plain(array: NDArray[Any]) -> NDArray[Any]:
+    """The same memory without `np.memmap`'s own class, which makes every index slower by some microseconds."""
+    return array.view(np.ndarray)
 
 
 def _short(digest: str) -> str:
