@@ -1,6 +1,7 @@
-"""bytekiln beside its peers: training, encoding, file to token file.
+"""bytekiln beside its peers: training, encoding, file to token file; a language model's step (`peers_lm`).
 
     peers.py train|encode|file|all [--quick] [--threads 1] [--rounds 5] [--only NAME…] [--text FILE]
+    peers.py lm [--help]
 
 Every run is a fresh process. The contestants take turns, so that a slow minute of the machine hits all of
 them, and the order turns round each time. Reported are medians and minima over the rounds: of the whole
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import importlib.metadata
 import inspect
 import json
@@ -419,8 +421,10 @@ def report(contest: str, job: Job, runs: dict[str, Runs]) -> None:
 
 def main() -> int:
     """Command line."""
+    if sys.argv[1:2] == ["lm"]:
+        return int(importlib.import_module("peers_lm").main(sys.argv[2:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("contest", nargs="?", default="all", choices=[*CONTESTS, "all"])
+    parser.add_argument("contest", nargs="?", default="all", choices=[*CONTESTS, "all", "lm"])
     parser.add_argument("--quick", action="store_true", help="8 MB and 2 rounds")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, os.cpu_count() or 1])
     parser.add_argument("--rounds", type=int)

@@ -1,0 +1,210 @@
+"""`lm-plan`: what a run will need, before it runs. Argument list in, exit status out.
+
+Called by `cli`, which turns errors into one line. It reads no data: the vocabulary's size comes from the config, the
+tokenizer, or the manifest beside the token file. torch is imported once there is something to compute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from bytekiln.config import FIELDS, RunConfig, load_config, presets
+from bytekiln.console import Parser, human_bytes, human_count, human_time, notice, table
+from bytekiln.errors import ConfigError
+from bytekiln.run_flags import add_run_flags, given_fields, spell_switches
+
+if TYPE_CHECKING:
+    from bytekiln.plan import Plan
+
+PLAN_EXAMPLES = (
+    "lm-plan tinystories --batch-size 64",
+    "lm-plan large --gpu H100 --memory 80G",
+    "lm-plan runs/demo --json",
+)
+SHOWN = (
+    "vocab_size context_length d_model num_layers num_heads d_ff train_data tokenizer optimizer batch_size "
+    "grad_accum_steps max_steps device precision"
+).split()
+"""Fields that `--help` shows: those that a plan is about. All are there."""
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def plan(argv: list[str]) -> int:
+    """`lm-plan`: 0, also where the run does not fit; that is what it is there to say."""
+    parser = _parser(everything="--help-all" in argv)
+    options = parser.parse_args(spell_switches(argv))
+    if options.source and options.config:
+        raise ConfigError(f"lm-plan: found two configurations, {options.source} and {options.config}; expected one")
+    memory = None if options.memory is None else parse_bytes(options.memory)
+    config = with_vocabulary(load_config(options.source or options.config, given_fields(options), say=notice))
+
+    from bytekiln.plan import make_plan
+
+    made = make_plan(config, memory, options.gpu)
+    print(json.dumps(made.as_json(), indent=1) if options.json else show(made))
+    return 0
+
+
+def parse_bytes(text: str) -> int:
+    """A size as people write it, in bytes; K, M, G and T are decimal, KiB … TiB binary.
+
+    >>> parse_bytes("24G"), parse_bytes("1.5 GB"), parse_bytes("80GiB"), parse_bytes("1e9")
+    (24000000000, 1500000000, 85899345920, 1000000000)
+
+    Raises:
+        ConfigError: it is no size.
+    """
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) ?([KMGT]?)(iB|B)?", text.strip(), re.IGNORECASE)
+    try:
+        number = float(found[1]) if found else 0.0
+    except ValueError:
+        number = 0.0
+    if not found or number <= 0:
+        raise ConfigError(f"--memory: found {text!r}; expected a size, as 24G, 512M or 80GiB")
+    unit = UNITS[found[2].upper()]
+    if (found[3] or "").lower() == "ib":
+        unit = 1024 ** list(UNITS).index(found[2].upper())
+    return int(number * unit)
+
+
+def with_vocabulary(config: RunConfig) -> RunConfig:
+    """The run with the vocabulary that `train` would find, a mask token included, without reading data.
+
+    Raises:
+        ConfigError: nothing tells its size.
+        FileError, FormatError: what should tell it cannot be read.
+    """
+    stated = config.model.vocab_size
+    known, has_mask = 0, False
+    if config.data.tokenizer or config.data.vocab_path:
+        from bytekiln.data import MASK_TOKENS, load_tokenizer
+
+        tokenizer = load_tokenizer(config.data)
+        if tokenizer is not None:
+            known = tokenizer.n_vocab
+            has_mask = any(name in tokenizer.special_tokens for name in MASK_TOKENS)
+    elif config.data.train_data and not stated:
+        known = _of_manifest(config)
+    size = stated or known
+    if not size:
+        raise ConfigError(
+            "vocab_size: unknown; expected --vocab-size N, --tokenizer FILE, or --train-data FILE with its manifest"
+        )
+    if size < known:
+        raise ConfigError(f"vocab_size: found {size}; expected at least {known}, the size of the tokenizer")
+    masked = config.training.objective == "mlm" or config.data.token_corruption > 0
+    if masked and known and not has_mask:
+        size = max(size, known + 1)
+    return config.with_(vocab_size=size)
+
+
+def _of_manifest(config: RunConfig) -> int:
+    from bytekiln.data import train_paths
+    from bytekiln.tokenfile import TokenFile
+
+    first = train_paths(config.data.train_data)[0]
+    return TokenFile.open(first, dtype=config.data.data_dtype or None).vocab_size or 0
+
+
+def show(made: Plan) -> str:
+    """The plan as a table for people."""
+    t, m, f = made.config.training, made.config.model, made.footprint
+    compiled = t.compile is True
+    name = made.config.output.preset or made.config.output.run_name or "run"
+    working = f"{made.active_parameters:,} of them work on a token" if m.ffn == "moe" else ""
+    forward = made.flops_per_token // 3 * m.context_length
+    batch = f"{t.batch_size} × {m.context_length}" + (
+        f" × {t.grad_accum_steps} micro-steps" if t.grad_accum_steps > 1 else ""
+    )
+    fits = made.process_bytes <= made.memory_limit
+    memory = [
+        ("weights", f.weights, ""),
+        ("gradients", f.gradients, ""),
+        ("optimizer", f.optimizer, "averaged weights included" if made.config.optimizer.averaging != "none" else ""),
+        ("activations", f.activations, ""),
+        ("loss", f.loss, "logits and their gradient"),
+        ("peak", f.total, "the parts do not all stand at once" + ("; compiled takes less" if compiled else "")),
+        ("process", made.process_bytes, "with the libraries and the allocator's holes"),
+        ("available", made.memory_limit, "" if fits else "IT DOES NOT FIT"),
+    ]
+    kept = made.checkpoint_bytes * made.checkpoints
+    return "\n\n".join(
+        [
+            f"{name} on {made.device}, {t.precision}, {'compiled' if compiled else 'eager'}",
+            _block("parameters", f"{made.parameters:,}", working, _shares(made.parameters_by_part, "{:,}".format)),
+            _block(
+                "training FLOPs a token",
+                human_count(made.flops_per_token),
+                f"forward of a window: {human_count(forward)}",
+                _shares(made.flops_by_part, human_count),
+            ),
+            _block(f"memory of a step, {batch}", "", "", [(label, human_bytes(n), note) for label, n, note in memory]),
+            table(
+                [
+                    ("largest batch", _largest(made)),
+                    ("time of a step", f"{human_time(made.time.step_s)} ({made.time.basis})"),
+                    (
+                        "time of the run",
+                        f"{_long(made.time.run_s)}: {made.steps:,} steps, {human_count(made.tokens)} tokens, "
+                        "with evaluations",
+                    ),
+                    (
+                        "checkpoints",
+                        f"{human_bytes(made.checkpoint_bytes)} each, {made.checkpoints} kept: {human_bytes(kept)}",
+                    ),
+                ],
+                indent="",
+            ),
+        ]
+    )
+
+
+def _largest(made: Plan) -> str:
+    if not made.largest_batch:
+        return f"not even one window fits into {human_bytes(made.memory_limit)}; expected a smaller model or context"
+    return f"{made.largest_batch:,} windows in a micro-step fit into {human_bytes(made.memory_limit)}"
+
+
+def _long(seconds: float) -> str:
+    days = seconds / 86_400
+    return f"{days:,.1f} days" if days >= 3 else human_time(seconds)
+
+
+def _shares(parts: dict[str, int], written: Any) -> list[tuple[str, str, str]]:  # noqa: ANN401 - int to str
+    total = sum(parts.values())
+    return [(part.replace("_", " "), written(n), f"{100 * n / total:5.1f} %") for part, n in parts.items()]
+
+
+def _block(title: str, total: str, note: str, rows: list[tuple[str, str, str]]) -> str:
+    """A title with its total, and indented rows; numbers stand under each other, flush right."""
+    width = max(len(number) for number in [total, *(number for _, number, _ in rows)])
+    lines = [(title, total.rjust(width), note), *(("  " + label, n.rjust(width), said) for label, n, said in rows)]
+    return table(lines, indent="")
+
+
+def _parser(*, everything: bool) -> Parser:
+    parser = Parser(
+        "lm-plan",
+        usage="lm-plan [PRESET | CONFIG.toml | CONFIG.json | RUN] [flags of lm-train]",
+        description="Say what a run will need before it runs: parameters, FLOPs a token, memory, time, disk, and the "
+        f"largest batch that fits. Nothing is trained or allocated. Presets: {', '.join(presets())}.",
+        examples=PLAN_EXAMPLES,
+    )
+    parser.add_argument("source", nargs="?", metavar="PRESET|CONFIG|RUN", help="what to plan; default: default")
+    parser.add_argument("--help-all", action="help", help="show every field, and the other spellings")
+    parser.add_argument("--config", metavar="FILE", help="the same as the positional argument")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="memory that the run may take, as 24G; default: what the device has"
+    )
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="plan for this GPU, which need not be here: H100, A100, RTX 4090 …; with --memory"
+    )
+    add_run_flags(parser, everything=everything)
+    for action in parser._actions if not everything else ():
+        if action.dest in FIELDS and action.dest not in SHOWN:
+            action.help = argparse.SUPPRESS
+    return parser

@@ -1,0 +1,282 @@
+"""What a run will need, before it runs: parameters, operations, memory, time, disk, and the largest batch that fits.
+
+In: a `RunConfig` whose vocabulary is known. Out: a `Plan`. Called by `cli_plan`. Parameters and operations are exact
+(`accounting`), memory is simulated (`footprint`), time is an estimate from a measurement of half a second (`hardware`)
+and from the published utilisation of the trainer on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from bytekiln.accounting import (
+    TRAINING_OVER_FORWARD,
+    active_parameter_count,
+    forward_flops_by_part,
+    parameter_count,
+    parameters_by_part,
+)
+from bytekiln.config import RunConfig, stages_of
+from bytekiln.errors import ConfigError
+from bytekiln.footprint import Footprint, Simulation
+from bytekiln.hardware import device_name, measure, memory_bytes, peak_flops
+from bytekiln.prepare import attention_of, find_device, resolved
+
+RESERVE = {"cpu": 400_000_000, "cuda": 1_000_000_000}
+"""Memory of the process beside the step: torch's libraries, on a GPU its context and fragments of the allocator."""
+HELD = {"cpu": 1.28, "cuda": 1.05}
+"""What an allocator holds over what is in use: on the CPU measured, 1.11 to 1.28 with `prepare.keep_freed_memory`,
+whose heap gets holes; on a GPU assumed."""
+GPU_UTILISATION = 0.4
+"""Share of a GPU's peak that compiled training of small models reaches (published for one H100: 0.36 to 0.46)."""
+COMPILED = 0.8
+"""Time of a compiled step over that of an eager one on a CPU (measured)."""
+CALL_COSTS = 5.0
+"""What an operation of the model costs over one in a bare loop: module, autograd and its backward's bookkeeping."""
+STRAIGHT_GUESSES = 7
+"""So many peaks the search knows before it goes by halves."""
+BIGGEST_BATCH = 1 << 20
+"""Where the search for the largest batch ends."""
+
+
+class Estimate(NamedTuple):
+    """Seconds, and what they rest on."""
+
+    step_s: float
+    run_s: float
+    basis: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known of a run before it runs."""
+
+    config: RunConfig
+    device: str
+    parameters: int
+    active_parameters: int
+    parameters_by_part: dict[str, int]
+    flops_by_part: dict[str, int]
+    """Training operations a token."""
+    footprint: Footprint
+    process_bytes: int
+    """What the system will see: the peak, the allocator's holes, and the libraries."""
+    memory_limit: int
+    largest_batch: int
+    """Windows in a micro-step; 0 where not even one fits."""
+    steps: int
+    tokens_per_step: int
+    tokens: int
+    time: Estimate
+    checkpoint_bytes: int
+    """One checkpoint."""
+    checkpoints: int
+    """How many are kept."""
+
+    @property
+    def flops_per_token(self) -> int:
+        """Forward and backward."""
+        return sum(self.flops_by_part.values())
+
+    def as_json(self) -> dict[str, object]:
+        """What `lm-plan --json` prints."""
+        f = self.footprint
+        return {
+            "preset": self.config.output.preset,
+            "device": self.device,
+            "precision": self.config.training.precision,
+            "compile": self.config.training.compile,
+            "parameters": self.parameters,
+            "active_parameters": self.active_parameters,
+            "parameters_by_part": self.parameters_by_part,
+            "flops_per_token": self.flops_per_token,
+            "flops_per_token_by_part": self.flops_by_part,
+            "forward_flops_per_sequence": self.flops_per_token
+            * self.config.model.context_length
+            // TRAINING_OVER_FORWARD,
+            "batch_size": self.config.training.batch_size,
+            "memory_bytes": {
+                "weights": f.weights,
+                "gradients": f.gradients,
+                "optimizer": f.optimizer,
+                "activations": f.activations,
+                "loss": f.loss,
+                "total": f.total,
+            },
+            "process_bytes": self.process_bytes,
+            "memory_limit_bytes": self.memory_limit,
+            "largest_batch_size": self.largest_batch,
+            "steps": self.steps,
+            "tokens_per_step": self.tokens_per_step,
+            "tokens": self.tokens,
+            "flops": self.flops_per_token * self.tokens,
+            "step_time_s": self.time.step_s,
+            "run_time_s": self.time.run_s,
+            "time_basis": self.time.basis,
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "checkpoints": self.checkpoints,
+        }
+
+
+def make_plan(config: RunConfig, memory: int | None = None, gpu: str | None = None) -> Plan:
+    """Plan a run.
+
+    Args:
+        config: the run; `vocab_size` must be known.
+        memory: bytes that it may take; None: what the device has.
+        gpu: plan for a GPU of this name, which need not be here: memory is simulated with the CPU's kernels, which keep
+            the same tensors but for attention with dropout, where they keep more.
+
+    Raises:
+        ConfigError: the device is not there or not known, or the config makes no sense.
+    """
+    if gpu is not None:
+        config = _for_gpu(config, gpu, memory)
+    device = find_device(config.training.device)
+    config = resolved(config, config.model.vocab_size, device, lambda _: None)
+    m, t = config.model, config.training
+    simulation = Simulation(config, device, attention_of(config, device))
+    footprint = simulation.step(t.batch_size)
+    limit = memory if memory is not None else memory_bytes(device)
+    kind, name = ("cuda", gpu) if gpu is not None else (device.type, device_name(device))
+    steps, tokens = length_of(config)
+    return Plan(
+        config=config,
+        device=name,
+        parameters=parameter_count(m),
+        active_parameters=active_parameter_count(m),
+        parameters_by_part=parameters_by_part(m),
+        flops_by_part={part: TRAINING_OVER_FORWARD * n for part, n in forward_flops_by_part(m).items()},
+        footprint=footprint,
+        memory_limit=limit,
+        process_bytes=_process(footprint.total, kind),
+        largest_batch=largest_batch(
+            lambda b: _process(simulation.step(b).total, kind),
+            limit,
+            {0: _process(footprint.weights + footprint.optimizer, kind), t.batch_size: _process(footprint.total, kind)},
+        ),
+        steps=steps,
+        tokens_per_step=t.batch_size * t.grad_accum_steps * m.context_length,
+        tokens=tokens,
+        time=estimate(config, device, peak_flops(name, t.precision), footprint, steps, tokens),
+        checkpoint_bytes=simulation.checkpoint_bytes,
+        checkpoints=checkpoints_kept(config, steps),
+    )
+
+
+def _process(total: int, kind: str) -> int:
+    return round(total * HELD.get(kind, 1.0)) + RESERVE.get(kind, 0)
+
+
+def _for_gpu(config: RunConfig, gpu: str, memory: int | None) -> RunConfig:
+    peaks = {precision: peak_flops(gpu, precision) for precision in ("bf16", "fp16", "fp32")}
+    if not any(peaks.values()):
+        raise ConfigError(
+            f"--gpu: found {gpu}; expected a name as CUDA tells it of a known one, as H100, A100 or RTX 4090"
+        )
+    if memory is None:
+        raise ConfigError(f"--memory: found nothing; expected the memory of the {gpu}, as --memory 80G")
+    t = config.training
+    best = "bf16" if peaks["bf16"] else "fp16"
+    return config.with_(
+        device="cpu",
+        attention="sdpa" if t.attention == "flex" else t.attention,
+        precision=best if t.precision == "auto" else t.precision,
+        compile=True if t.compile == "auto" else t.compile,
+    )
+
+
+def length_of(config: RunConfig) -> tuple[int, int]:
+    """(optimizer steps, training targets) of the whole run, batch stages included; `max_time` is not looked at.
+
+    >>> length_of(RunConfig().with_(context_length=8, batch_size=2, max_steps=100, batch_stages="0.5:3"))
+    (100, 3200)
+    """
+    t = config.training
+    unit = t.batch_size * t.grad_accum_steps * config.model.context_length
+    starts, multiples = zip(*stages_of(t.batch_stages), strict=True)
+    lasting = [end - start for start, end in zip(starts, (*starts[1:], 1.0), strict=True)]
+    stages = list(zip(lasting, multiples, strict=True))
+    if config.progress == "tokens":
+        steps = math.ceil(sum(share * t.token_budget / (unit * multiple) for share, multiple in stages))
+        if steps <= t.max_steps:
+            return steps, t.token_budget
+    tokens = round(t.max_steps * unit * sum(share * multiple for share, multiple in stages))
+    if t.token_budget and tokens > t.token_budget:
+        return math.ceil(t.max_steps * t.token_budget / tokens), t.token_budget
+    return t.max_steps, tokens
+
+
+def largest_batch(total: Callable[[int], int], budget: int, known: Mapping[int, int]) -> int:
+    """The largest batch whose peak is within `budget`; 0 where one window is too much.
+
+    Args:
+        total: peak of a batch; it never falls as the batch grows, and is nearly a straight line.
+        budget: bytes.
+        known: peaks to begin with, at least that of no window (or a lower bound) and of one batch.
+
+    >>> largest_batch(lambda b: max(700, 100 + 30 * b), 1000, {0: 100, 1: 700})
+    30
+    >>> largest_batch(lambda b: 100 + 30 * b, 120, {0: 100, 8: 340})
+    0
+    """
+    seen = dict(known)
+    low, high = 0, BIGGEST_BATCH + 1  # low fits, high does not
+    guess = max(seen)
+    while high - low > 1:
+        if guess not in seen:
+            seen[guess] = total(guess)
+        low, high = (guess, high) if seen[guess] <= budget else (low, guess)
+        # On along the line through the two measurements nearest to the budget; where that does not lead there soon,
+        # because the peak has moved to another moment of the step, by halves.
+        (b0, m0), (b1, m1) = sorted(seen.items(), key=lambda p: abs(p[1] - budget))[:2]
+        straight = m1 != m0 and len(seen) <= STRAIGHT_GUESSES
+        guess = math.floor(b0 + (budget - m0) * (b1 - b0) / (m1 - m0)) if straight else (low + high) // 2
+        guess = min(max(guess, low + 1), high - 1)
+    return low
+
+
+def estimate(
+    config: RunConfig, device: torch.device, peak: float | None, footprint: Footprint, steps: int, tokens: int
+) -> Estimate:
+    """Time of a step and of the run, evaluations included.
+
+    On a device of known peak: 40 % of it. On a CPU: products at the rate of products of this width, all else at the
+    rate of additions on tensors of this size, and the cost of calls, each measured now. Elsewhere: 40 % of the rate
+    of products.
+    """
+    m, t = config.model, config.training
+    rows = t.batch_size * m.context_length
+    flops = TRAINING_OVER_FORWARD * sum(forward_flops_by_part(m).values()) * rows
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(t.precision, torch.float32)
+    if peak is not None:
+        micro_s = flops / (GPU_UTILISATION * peak)
+        basis = f"assuming {GPU_UTILISATION:.0%} of the peak, {peak / 1e12:,.0f} TFLOP/s"
+    else:
+        speed = measure(device, dtype, rows, m.d_model)
+        products, memory = speed.flops_per_s / 1e9, speed.bytes_per_s / 1e9
+        basis = f"measured now: products {products:,.0f} GFLOP/s, memory {memory:,.0f} GB/s"
+        if device.type == "cpu":
+            micro_s = flops / speed.flops_per_s + footprint.moved / speed.bytes_per_s
+            micro_s += CALL_COSTS * speed.call_s * footprint.calls
+            micro_s *= COMPILED if t.compile is True else 1.0
+        else:
+            micro_s = flops / (GPU_UTILISATION * speed.flops_per_s)
+    evaluations = (steps // t.eval_interval if t.eval_interval else 1) + 1
+    sets = 2 if config.data.val_data else 1
+    run_s = micro_s * (tokens / rows + evaluations * sets * t.num_eval_batches / TRAINING_OVER_FORWARD)
+    return Estimate(micro_s * t.grad_accum_steps, min(run_s, t.max_time) if t.max_time else run_s, basis)
+
+
+def checkpoints_kept(config: RunConfig, steps: int) -> int:
+    """Checkpoints on the disk at the end: the numbered ones, the best (with validation data), the final one."""
+    t = config.training
+    numbered = steps // t.checkpoint_interval if t.checkpoint_interval else 0
+    if t.keep_checkpoints:
+        numbered = min(numbered, t.keep_checkpoints)
+    return numbered + 1 + bool(config.data.val_data)

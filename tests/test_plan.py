@@ -1,0 +1,383 @@
+"""`lm-plan`: its memory against measured memory, its tables, its largest batch, its errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bytekiln import cli_plan
+from bytekiln.checkpoint import Checkpoint, save_checkpoint
+from bytekiln.config import RunConfig, from_flat
+from bytekiln.errors import ConfigError
+from bytekiln.footprint import Footprint, Simulation
+from bytekiln.hardware import PEAKS, Peak, measure, mfu, peak_flops
+from bytekiln.model import TransformerLM
+from bytekiln.optim import make_optimizer
+from bytekiln.plan import largest_batch, length_of, make_plan
+
+CPU = torch.device("cpu")
+SMALL = {
+    "vocab_size": 50, "context_length": 8, "d_model": 16, "num_layers": 2, "num_heads": 2, "d_ff": 24, "batch_size": 3,
+    "precision": "fp32", "compile": False, "device": "cpu",
+}  # fmt: skip
+
+
+def footprint(**values: object) -> Footprint:
+    config = from_flat({**SMALL, **values})
+    return Simulation(config, CPU).step(config.training.batch_size)
+
+
+# --- simulated memory against measured memory ---------------------------------------------------------------
+
+MEASURED_STEP = """
+import gc, json, sys, torch
+from bytekiln.config import from_flat
+from bytekiln.model import TransformerLM
+from bytekiln.objective import Objective
+from bytekiln.optim import clip_gradients, make_optimizer
+
+def resident(what):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(what))
+
+def built(config):
+    model = TransformerLM(config.model)
+    return model, Objective(model, config), make_optimizer(model, config.optimizer)
+
+def step(config, model, objective, optimizer):
+    t = config.training
+    for _ in range(t.grad_accum_steps):
+        ids = torch.randint(0, config.model.vocab_size, (t.batch_size, config.model.context_length))
+        (objective(ids, ids).total / ids.numel()).backward()
+    clip_gradients(model, 1.0)
+    optimizer.step(1e-4, torch.ones((), dtype=torch.bool))
+    optimizer.zero_grad()
+
+values = json.loads(sys.argv[1])
+config = from_flat(values)
+tiny = from_flat({**values, "d_model": 32, "d_ff": 64, "num_heads": 2, "num_layers": 1, "vocab_size": 64})
+parts = built(tiny)
+step(tiny, *parts)  # kernels and their own buffers are there from here on
+del parts
+gc.collect()
+before = resident("VmRSS")
+parts = built(config)
+step(config, *parts)
+open("/proc/self/clear_refs", "w").write("5")  # the high-water mark begins anew (proc(5))
+step(config, *parts)
+print(resident("VmHWM") - before)
+"""
+
+
+def measured_bytes(values: dict[str, object]) -> int:
+    """High-water mark of a step's resident memory over that of the process before it.
+
+    Every block above 64 kB is mapped and unmapped by itself, so that what is freed is gone and what is resident is
+    what tensors hold; with a heap that keeps freed blocks one would measure its holes as well.
+    """
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED_STEP, json.dumps(values)], env=env, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
+
+
+SHAPES: dict[str, dict[str, object]] = {
+    "llama": {"vocab_size": 4000, "d_model": 256, "num_layers": 6, "num_heads": 8, "context_length": 256,
+              "batch_size": 4},
+    "gpt2 with dropout": {"vocab_size": 10_000, "d_model": 256, "num_layers": 2, "num_heads": 8, "context_length": 128,
+              "batch_size": 16, "norm": "layer", "position": "learned", "ffn": "gelu", "tie_embeddings": True,
+              "dropout": 0.1},
+    "muon, mostly weights": {"vocab_size": 1000, "d_model": 384, "num_layers": 8, "num_heads": 8,
+              "context_length": 128, "batch_size": 2, "grad_accum_steps": 3, "optimizer": "muon"},
+    "experts": {"vocab_size": 1000, "d_model": 256, "num_layers": 2, "num_heads": 8, "context_length": 128,
+              "batch_size": 8, "ffn": "moe", "num_experts": 4},
+    "all logits at once": {"vocab_size": 8000, "d_model": 192, "num_layers": 3, "num_heads": 6, "num_kv_heads": 2,
+              "context_length": 128, "batch_size": 12, "loss_chunk": 0, "qk_norm": True, "averaging": "none"},
+}  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in SHAPES if n != "llama")])
+def test_simulated_memory_is_what_is_measured(name: str) -> None:
+    values = {**SHAPES[name], "precision": "fp32", "compile": False}
+    config = from_flat(values)
+    simulated = Simulation(config, CPU).step(config.training.batch_size).total
+    assert 100e6 < simulated < 700e6  # enough for the noise to be small
+    assert simulated == pytest.approx(measured_bytes(values), rel=0.1)
+
+
+# --- what the parts must be, by hand ------------------------------------------------------------------------
+
+
+def numel(config: RunConfig) -> int:
+    return sum(p.numel() for p in TransformerLM(config.model).parameters())
+
+
+def test_nothing_is_allocated() -> None:
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = footprint(d_model=4096, num_heads=32, d_ff=0, num_layers=4, vocab_size=30_000, context_length=1024)
+    assert found.total > 15e9
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+
+
+@pytest.mark.parametrize(
+    ("values", "copies"),
+    [
+        ({"optimizer": "adamw"}, 2),
+        ({"optimizer": "lion"}, 1),
+        ({"optimizer": "sgd"}, 1),
+        ({"optimizer": "adamw", "averaging": "ema"}, 3),
+        ({"optimizer": "lion", "averaging": "tail"}, 2),
+    ],
+)
+def test_weights_gradients_and_state_are_copies_of_the_parameters(values: dict[str, object], copies: int) -> None:
+    # Widths of 16 floats, 64 bytes, so that nothing but counters is rounded up to the allocator's granule.
+    config = from_flat({**SMALL, **values, "position": "none", "vocab_size": 64, "d_ff": 32})
+    found, weights = footprint(**{**values, "position": "none", "vocab_size": 64, "d_ff": 32}), 4 * numel(config)
+    assert found.weights == weights
+    assert found.gradients == weights
+    assert 0 <= found.optimizer - copies * weights <= 64 * 40  # counters
+
+
+def test_muon_keeps_one_copy_for_matrices_and_two_for_the_rest() -> None:
+    config = from_flat({**SMALL, "optimizer": "muon", "position": "none"})
+    lm = TransformerLM(config.model)
+    matrices = sum(p.numel() for n, p in lm.named_parameters() if n.startswith("layers.") and p.ndim == 2)
+    expected = 4 * (matrices + 2 * (numel(config) - matrices))
+    found = footprint(optimizer="muon", position="none").optimizer
+    assert expected <= found <= expected + 64 * 60
+
+
+def test_memory_grows_by_the_same_for_every_window_and_accumulation_keeps_it() -> None:
+    simulation = Simulation(from_flat({**SMALL, "d_model": 64, "d_ff": 128}), CPU)
+    a, b, c = (simulation.step(n) for n in (8, 16, 24))
+    assert (a.weights, a.optimizer) == (b.weights, b.optimizer)
+    assert b.activations - a.activations == pytest.approx(c.activations - b.activations, rel=0.01)
+    assert simulation.step(8) == a  # nothing is left over from the steps before
+    accumulating = footprint(d_model=64, d_ff=128, batch_size=8, grad_accum_steps=5)
+    assert a.total < accumulating.total <= a.total + a.gradients  # gradients stand while the next forward runs
+
+
+def test_chunked_loss_never_holds_the_logits() -> None:
+    values = {"vocab_size": 5000, "context_length": 64, "batch_size": 16}
+    logits = 4 * 5000 * 64 * 16
+    assert footprint(**values, loss_chunk=0).loss >= 2 * logits
+    assert footprint(**values, loss_chunk=64).loss < logits
+
+
+def test_half_precision_keeps_smaller_activations() -> None:
+    values = {"d_model": 64, "d_ff": 256, "batch_size": 16, "num_layers": 4}
+    assert footprint(**values, precision="bf16").activations < 0.8 * footprint(**values).activations
+
+
+# --- a plan -----------------------------------------------------------------------------------------------------
+
+
+def test_the_whole_plan(tmp_path: Path) -> None:
+    plan = make_plan(from_flat({**SMALL, "max_steps": 40, "checkpoint_interval": 10, "eval_interval": 20}))
+    said = plan.as_json()
+    memory = said["memory_bytes"]
+    assert isinstance(memory, dict)
+    assert said["parameters"] == numel(plan.config) == sum(plan.parameters_by_part.values())
+    assert said["flops_per_token"] == sum(plan.flops_by_part.values())
+    parts = memory["weights"] + memory["gradients"] + memory["optimizer"] + memory["activations"] + memory["loss"]
+    assert max(memory["weights"] + memory["optimizer"], memory["activations"]) < memory["total"] <= parts
+    assert said["steps"] == 40 and said["tokens"] == 40 * 3 * 8
+    assert plan.time.step_s > 0 and 40 * plan.time.step_s <= plan.time.run_s
+    assert plan.checkpoints == 4 + 1
+
+    lm = TransformerLM(plan.config.model)
+    optimizer = make_optimizer(lm, plan.config.optimizer)
+    lm(torch.zeros(1, 8, dtype=torch.int64)).sum().backward()
+    optimizer.step(1e-3)
+    save_checkpoint(tmp_path / "c", Checkpoint(1, plan.config, dict(lm.state_dict()), optimizer.state_tensors()))
+    on_disk = sum(p.stat().st_size for p in (tmp_path / "c").glob("*.safetensors"))
+    assert plan.checkpoint_bytes <= on_disk <= plan.checkpoint_bytes + 20_000  # headers with the names
+
+
+def test_the_largest_batch_fits_and_one_more_does_not() -> None:
+    config = from_flat(SMALL)
+    plan = make_plan(config, memory=420_000_000)
+    simulation = Simulation(plan.config, CPU)
+    last, next_one = (simulation.step(plan.largest_batch + extra).total * 1.28 + 400e6 for extra in (0, 1))
+    assert last <= 420_000_000 < next_one
+
+
+@given(st.integers(0, 10**6), st.integers(1, 10**5), st.integers(0, 10**6), st.integers(0, 10**9), st.integers(1, 3000))
+def test_the_search_finds_the_last_batch_below_the_budget(
+    fixed: int, slope: int, floor: int, budget: int, start: int
+) -> None:
+    calls = []
+
+    def total(batch: int) -> int:
+        calls.append(batch)
+        return max(floor, fixed + slope * batch)
+
+    found = largest_batch(total, budget, {0: fixed, start: max(floor, fixed + slope * start)})
+    assert found == 0 or max(floor, fixed + slope * found) <= budget
+    assert found == 1 << 20 or max(floor, fixed + slope * (found + 1)) > budget
+    assert len(calls) <= 45 and len(set(calls)) == len(calls)
+
+
+def test_length_of_a_run() -> None:
+    base = from_flat({**SMALL, "max_steps": 100})
+    assert length_of(base) == (100, 100 * 24)
+    assert length_of(base.with_(grad_accum_steps=2, batch_stages="0.25:2 0.5:4")) == (100, 48 * (25 + 25 * 2 + 50 * 4))
+    assert length_of(base.with_(token_budget=240)) == (10, 240)
+    assert length_of(base.with_(token_budget=480, batch_stages="0.5:2")) == (15, 480)
+
+
+def test_a_plan_for_a_gpu_that_is_not_here() -> None:
+    config = from_flat({**SMALL, "precision": "auto", "compile": "auto", "max_steps": 10})
+    plan = make_plan(config, memory=80 * 10**9, gpu="NVIDIA H100 80GB HBM3")
+    assert plan.config.training.precision == "bf16" and plan.device == "NVIDIA H100 80GB HBM3"
+    assert plan.time.step_s == pytest.approx(plan.flops_per_token * 24 / (0.4 * 989.4e12))
+    with pytest.raises(ConfigError, match="--gpu: found Voodoo 2; expected"):
+        make_plan(config, memory=10, gpu="Voodoo 2")
+    with pytest.raises(ConfigError, match="--memory: found nothing"):
+        make_plan(config, gpu="H100")
+
+
+# --- hardware ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", Peak(989.4e12, 989.4e12, 494.7e12)),
+        ("NVIDIA H100 PCIe", Peak(756.4e12, 756.4e12, 378.2e12)),
+        ("NVIDIA A100-SXM4-80GB", Peak(312e12, 312e12, 156e12)),
+        ("NVIDIA A100 80GB PCIe", Peak(312e12, 312e12, 156e12)),
+        ("NVIDIA GeForce RTX 4090", Peak(165.2e12, 165.2e12, 82.6e12)),
+        ("NVIDIA L40S", Peak(362.05e12, 362.05e12, 181.025e12)),
+        ("NVIDIA B200", Peak(2250e12, 2250e12, 1125e12)),
+        ("Tesla V100-SXM2-16GB", Peak(None, 125e12, 15.7e12)),
+    ],
+)
+def test_peaks_by_name(name: str, peak: Peak) -> None:
+    assert tuple(peak_flops(name, p) for p in ("bf16", "fp16", "fp32")) == peak
+
+
+@pytest.mark.parametrize(
+    "name", ["NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A1000", "AMD EPYC", ""]
+)
+def test_unknown_devices_have_no_peak(name: str) -> None:
+    assert peak_flops(name, "bf16") is None
+    assert mfu(1e9, 1e3, peak_flops(name, "bf16")) is None
+
+
+def test_no_name_means_two_devices() -> None:
+    import re
+
+    names = [
+        "H100",
+        "H100 PCIe",
+        "H100 NVL",
+        "H200",
+        "A100-PCIE-40GB",
+        "A10",
+        "A10G",
+        "L4",
+        "L40",
+        "L40S",
+        "T4",
+        "V100",
+    ]
+    for name in names:
+        assert sum(re.fullmatch(pattern, name) is not None for pattern in PEAKS) == 1, name
+
+
+def test_utilisation() -> None:
+    assert mfu(6e9, 50_000, 989.4e12) == pytest.approx(0.3032, abs=1e-4)
+
+
+def test_the_measured_rate_is_a_rate_of_this_machine() -> None:
+    speed = measure(CPU, torch.float32, 512, 256, seconds=0.15)
+    assert 1e8 < speed.flops_per_s < 1e14 and 1e8 < speed.bytes_per_s < 1e13 and 1e-8 < speed.call_s < 1e-2
+
+
+# --- the command -----------------------------------------------------------------------------------------------
+
+
+def flags(**values: object) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in {**SMALL, **values}.items()]
+
+
+def test_json_has_the_names_that_are_promised(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli_plan.plan(["debug", *flags(), "--json", "--memory", "1G"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert isinstance(said["parameters"], int) and isinstance(said["flops_per_token"], int)
+    assert set(said["memory_bytes"]) >= {"weights", "gradients", "optimizer", "activations", "total"}
+    assert said["memory_limit_bytes"] == 10**9 and said["largest_batch_size"] > 0
+    for name in ("active_parameters", "parameters_by_part", "step_time_s", "run_time_s", "checkpoint_bytes", "device"):
+        assert said[name]
+
+
+def test_the_table_shows_the_parts_and_their_shares(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli_plan.plan(["debug", *flags(ffn="moe", num_experts=4), "--memory", "1M"]) == 0
+    said = capsys.readouterr().out
+    for words in ("of them work on a token", "router", "feed forward", "activations", "IT DOES NOT FIT",
+                  "not even one window fits into 1.0 MB", "time of the run", "checkpoints"):  # fmt: skip
+        assert words in said
+    assert max(map(len, said.splitlines())) <= 120
+
+
+def test_a_run_folder_and_a_manifest_tell_the_vocabulary(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import bytekiln
+
+    tokenizer = bytekiln.train_bpe(corpus, vocab_size=300, special_tokens=["<|endoftext|>"])
+    tokenizer.save(tmp_path / "t.json")
+    bytekiln.encode_files(tokenizer, corpus, tmp_path / "train.npy")
+    without = [f for f in flags() if not f.startswith("--vocab-size")]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(from_flat({**SMALL, "vocab_size": 300}).to_toml(), "utf-8")
+    found = []
+    for source in (["tinystories", *flags(vocab_size=300)], [str(tmp_path / "run")],
+                   ["shakespeare-char", *without, f"--tokenizer={tmp_path / 't.json'}"],
+                   ["shakespeare-char", *without, f"--train-data={tmp_path / 'train.npy'}"]):  # fmt: skip
+        assert cli_plan.plan([*source, "--json", "--memory=1G"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["parameters_by_part"]["embedding"])
+    assert found == [300 * 16] * 4
+    assert cli_plan.plan(["shakespeare-char", *without, f"--tokenizer={tmp_path / 't.json'}", "--json",
+                          "--token-corruption=0.1", "--memory=1G"]) == 0  # fmt: skip
+    assert json.loads(capsys.readouterr().out)["parameters_by_part"]["embedding"] == 301 * 16  # the mask token
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["shakespeare-char"], "vocab_size: unknown; expected --vocab-size N, --tokenizer FILE, or --train-data"),
+        (["tinystories", "--memory", "much"], "--memory: found 'much'; expected a size"),
+        (["tinystories", "--memory", "0"], "--memory: found '0'; expected a size"),
+        (["a", "--config", "b"], "found two configurations"),
+        (["tinystories", "--num-heads", "6"], "num_heads: found 6 for d_model 512"),
+        (["tinystories", "--batchsize", "6"], "did you mean --batch-size?"),
+    ],
+)
+def test_mistakes_are_told(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        cli_plan.plan(argv)
+    assert message in str(error.value)
+
+
+def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    lines: dict[str, list[str]] = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            cli_plan.plan([flag])
+        lines[flag] = capsys.readouterr().out.splitlines()
+    assert len(lines["--help"]) <= 60 and any("lm-plan tinystories" in line for line in lines["--help"])
+    assert any("--muon-scale" in line for line in lines["--help-all"])
+    assert not any("--muon-scale" in line for line in lines["--help"])
