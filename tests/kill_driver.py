@@ -22,14 +22,22 @@ from typing import Any
 import torch
 import torch._dynamo  # imported by the first optimizer step otherwise: two seconds in every child
 
-from bytekiln import metrics, train
+from bytekiln import metrics, objective, train
 from lm_runs import tiny
 
 KINDS = ("micro", "evaluate", "fsync", "rename", "rmtree", "row")
 SETTINGS = {"dropout": 0.1, "grad_accum_steps": 3, "max_steps": 7, "keep_checkpoints": 2, "grad_clip": 0.5}
 # the best evaluation, at step 4, is not the last one: a resumed run that forgot it would write another
-SETTINGS |= {"eval_interval": 2, "lr": 0.5, "decay_lr": False}
-CLOCK = ("elapsed_s", "training_s", "step_time_s", "tokens_per_s", "wall_time_s")
+SETTINGS |= {"eval_interval": 2, "lr": 0.5, "decay_lr": False, "sampling": "random"}
+# what else has a memory: an average of the weights, the guard against spikes, patience, statistics of the layers
+SETTINGS |= {
+    "averaging": "ema",
+    "ema_decay": 0.3,
+    "skip_spikes": True,
+    "early_stopping_patience": 50,
+    "stats_interval": 2,
+}
+CLOCK = ("elapsed_s", "training_s", "step_time_s", "tokens_per_s", "wall_time_s", "eval_time_s")
 
 
 class Events:
@@ -38,7 +46,8 @@ class Events:
     def __init__(self, kill_at: int | None) -> None:
         self.log: list[str] = []
         self.kill_at = kill_at
-        self.watch(train, "summed_cross_entropy", lambda *_: "micro" if torch.is_grad_enabled() else "evaluate")
+        self.watch(objective.Objective, "forward", lambda *_, **__: "micro")
+        self.watch(objective.Objective, "scores", lambda *_, **__: "evaluate")
         self.watch(os, "fsync", lambda *_: "fsync")
         self.watch(os, "rename", lambda *_: "rename")
         self.watch(shutil, "rmtree", lambda path, **_: "rmtree" if Path(path).exists() else None)
@@ -113,6 +122,7 @@ def outcome(run: Path) -> dict[str, str]:
     times = [r.elapsed_s for r in rows] + [result["wall_time_s"] + 0.001]  # which is rounded to milliseconds
     if times != sorted(times):
         told["elapsed"] = f"falls: {times}"
+    told["layers"] = (run / "layers.csv").read_text()
     told["checkpoints"] = json.dumps(sorted(p.name for p in (run / "checkpoints").iterdir()))
     return told
 

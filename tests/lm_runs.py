@@ -33,7 +33,7 @@ TINY: dict[str, object] = {
     "precision": "fp32",
     "device": "cpu",
 }
-TIMES = ("elapsed_s", "step_time_s", "tokens_per_s")
+TIMES = ("elapsed_s", "step_time_s", "tokens_per_s", "eval_time_s")
 
 
 def tokens(path: Path, count: int = 600, vocab: int = VOCAB, *, seed: int = 0, manifest: bool = True) -> Path:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from bytekiln import config as cfg
+from bytekiln.accounting import parameter_count
 from bytekiln.config import ALIASES, FIELDS, RunConfig, extra_of, from_flat, load_config, presets
 from bytekiln.errors import ConfigError, FileError, FormatError
-from bytekiln.model import parameter_count
 
 
 @pytest.mark.parametrize("name", presets())

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bytekiln import Tokenizer, train_bpe_from_iterator
+from bytekiln.checkpoint import weights_of
 from bytekiln.config import ModelConfig
 from bytekiln.errors import BytekilnError, ConfigError, FileError, MismatchError
 from bytekiln.model import TransformerLM
@@ -22,7 +23,6 @@ from bytekiln.sample import (
     next_token_probabilities,
     prompt_ids,
     tokenizer_for,
-    weights_of,
 )
 from bytekiln.train import train
 from lm_runs import tiny

@@ -186,6 +186,29 @@ def newest_whole(
     return None
 
 
+def weights_of(run: str | Path, notice: Callable[[str], object] = lambda _: None) -> Checkpoint:
+    """The weights to use: a run folder's best checkpoint's, else its newest whole one's; or those at this path.
+
+    Raises:
+        FileError: no whole checkpoint is there.
+    """
+    folder = folder_of_checkpoints(Path(run))
+    best = folder / "checkpoint_best"
+    if not best.is_dir():
+        path = resolve(run)
+        if path.parent != folder:
+            return load_checkpoint(path, weights_only=True)
+    else:
+        try:
+            return load_checkpoint(best, weights_only=True)
+        except BytekilnError as exc:
+            notice(f"{exc}; taking the newest whole checkpoint")
+    found = newest_whole(folder, notice, weights_only=True)
+    if found is None:
+        raise FileError(f"{folder}: found damaged checkpoints only; expected a whole one")
+    return found[1]
+
+
 def remove_old(folder: Path, keep: int) -> None:
     """Delete all but the `keep` newest numbered checkpoints, and what killed writers left behind."""
     for leftover in folder.glob(".checkpoint_*.tmp"):

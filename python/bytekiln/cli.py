@@ -24,6 +24,7 @@ COMMANDS = {
     "bpe-encode": ("bytekiln.cli_bpe", "encode", "turn text files into a token file"),
     "bpe-inspect": ("bytekiln.cli_bpe", "inspect", "measure a tokenizer on a text"),
     "lm-train": ("bytekiln.cli_lm", "train", "train a Transformer language model"),
+    "lm-plan": ("bytekiln.cli_plan", "plan", "count parameters, FLOPs, memory and time before a run"),
     "lm-sample": ("bytekiln.cli_lm", "sample", "generate text from a trained model"),
     "lm-report": ("bytekiln.cli_lm", "report", "draw the curves of a run"),
 }
@@ -115,6 +116,11 @@ def bpe_inspect() -> int:
 def lm_train() -> int:
     """Entry point of `lm-train`."""
     return run("lm-train")
+
+
+def lm_plan() -> int:
+    """Entry point of `lm-plan`."""
+    return run("lm-plan")
 
 
 def lm_sample() -> int:

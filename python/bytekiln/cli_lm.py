@@ -6,13 +6,16 @@ Called by `cli`, which turns errors into one line. torch is imported once there 
 
 from __future__ import annotations
 
-import argparse
+import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from bytekiln.config import SECTION_OF, RunConfig, load_config, presets, stated_in
 from bytekiln.console import Parser, notice, table
 from bytekiln.errors import ConfigError, FileError
+from bytekiln.result import Result
 from bytekiln.run_flags import add_run_flags, given_fields, spell_switches
 from bytekiln.sampling import sampling_flags, write_samples
 
@@ -22,11 +25,12 @@ TRAIN_EXAMPLES = (
     "lm-train runs/lr1e-3                       goes on where the run was interrupted",
     "lm-train runs/lr1e-3/config.toml --seed 7  repeats the run in a new folder",
 )
-STATUS = {"completed": 0, "diverged": 3}
+STATUS = {"completed": 0, "early_stopped": 0, "evaluated": 0, "diverged": 3}
 
 
 def train(argv: list[str]) -> int:
     """`lm-train`: 0 completed, 3 diverged, 130 and 143 interrupted after a checkpoint."""
+    began = time.perf_counter()
     parser = _train_parser(everything="--help-all" in argv)
     options = parser.parse_args(spell_switches(argv))
     given = given_fields(options)
@@ -44,29 +48,76 @@ def train(argv: list[str]) -> int:
     if options.dataset:
         _dataset_files(options.dataset, given)
     if path is not None and path.is_dir():
+        if options.overwrite and options.eval_only:
+            raise ConfigError("lm-train: found --eval-only and --overwrite; expected one of them")
         resume = resume or "auto"
         given.setdefault("out_dir", source)
     elif path is not None and resume:
         given = {**stated_in(path), **given}
     elif path is not None and path.name == "config.toml" and _is_run(path.parent):
         _into_a_new_folder(path, given)
+    if given.get("init_from") and source is None and resume is None:
+        from bytekiln.convert import config_of
+
+        given = {**config_of(str(given["init_from"])), **given}  # no preset says a shape: it is that of the weights
     config = _config(source, resume, given)
     if source and config.output.preset:
         given["preset"] = config.output.preset
 
+    if options.show_batch:
+        return _show_batch(config)
+
     from bytekiln.train import train as run
 
-    result = run(config, resume=resume, overwrite=options.overwrite, given=given, say=_say, notice=notice)
-    print(f"{result.status}: {result.why}")
+    result = run(
+        config,
+        resume=resume,
+        overwrite=options.overwrite,
+        eval_only=options.eval_only,
+        given=given,
+        changes=[name for given_names in options.allow_change for name in given_names.split(",")],
+        began=began,
+        say=_say,
+        notice=notice,
+    )
+    if os.environ.get("RANK", "0") == "0":
+        for line in _summary(result):
+            print(line)
+    if result.status == "interrupted":
+        return 128 + (result.signal or 2)
+    return STATUS[result.status]
+
+
+def _summary(result: Result) -> Iterator[str]:
+    """How a run ended, in a few lines."""
+    yield f"{result.status}: {result.why}"
     if result.final_val_loss is not None:
         bits = f", {result.final_bits_per_byte:.4f} bits a byte" if result.final_bits_per_byte is not None else ""
         best = (
             f", best {result.best_val_loss:.4f} at step {result.best_step}" if result.best_val_loss is not None else ""
         )
-        print(f"validation loss {result.final_val_loss:.4f}{bits}{best}")
-    if result.status == "interrupted":
-        return 128 + (result.signal or 2)
-    return STATUS[result.status]
+        yield f"validation loss {result.final_val_loss:.4f}{bits}{best}"
+    if result.status == "evaluated":
+        yield f"training loss {result.final_train_eval_loss:.4f} in evaluation mode"
+    elif result.tokens_per_s:
+        share = "unknown" if result.mfu is None else f"{100 * result.mfu:.1f} %"
+        compiled = f", {result.recompiles} recompiles" if result.recompiles is not None else ""
+        yield f"{result.tokens_per_s:,.0f} tokens/s, MFU {share}{compiled}"
+    if result.skipped_steps:
+        yield f"{result.skipped_steps} updates were left out"
+
+
+def _show_batch(config: RunConfig) -> int:
+    """Print the first batch that the run would train on, and train nothing."""
+    from bytekiln.data import load_tokenizer, open_data
+    from bytekiln.preview import show_batch
+
+    tokenizer = load_tokenizer(config.data)
+    data = open_data(config, tokenizer)
+    for line in data.notices:
+        notice(line)
+    print(show_batch(data.train.batch(0, 0, 0, config.training.batch_size), tokenizer))
+    return 0
 
 
 def sample(argv: list[str]) -> int:
@@ -169,7 +220,18 @@ def _train_parser(*, everything: bool) -> Parser:
         metavar="auto|PATH",
         help="go on from the newest whole checkpoint, or from PATH",
     )
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="on a resume: let this field change, though the run's numbers change with it",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing run")
+    parser.add_argument(
+        "--eval-only", action="store_true", help="no training: evaluate the run, or the weights of --init-from"
+    )
+    parser.add_argument("--show-batch", action="store_true", help="no training: print the first batch and its targets")
     parser.add_argument(
         "--generate", action="store_true", help="no training: generate text from the run, flags as lm-sample"
     )
@@ -188,10 +250,10 @@ def _dataset_files(dataset: str, given: dict[str, Any]) -> None:
         if field not in given:
             path = folder / f"{dataset}_{split}.npy"
             if not path.exists():
-                raise FileError(
-                    f"{path}: no such file; make it with: "
-                    f"bpe-train --dataset {dataset} && bpe-encode --dataset {dataset}"
-                )
+                how = f"bpe-train --dataset {dataset} && bpe-encode --dataset {dataset}"
+                if dataset.endswith("-char"):
+                    how = f"bpe-encode TEXT --characters --dataset {dataset}"
+                raise FileError(f"{path}: no such file; make it with: {how}")
             given[field] = str(path)
 
 

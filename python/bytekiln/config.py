@@ -58,6 +58,9 @@ SWITCHES = {"no_rope": ("position", "none"), "no_rmsnorm": ("norm", "none"), "po
 """Spellings that stand for a value of another field."""
 
 
+UNLIMITED_STEPS = 10**9
+"""`max_steps` of a run that ends by time or tokens."""
+
 ALIASES: dict[str, str] = {also: name for name in FIELDS for also in extra_of(name, "also")}
 
 
@@ -92,7 +95,8 @@ def load_config(
     Args:
         source: preset, TOML or JSON file, or run folder; None: the preset `default`. `train_X.py` means preset X.
         given: values that win over the source, any spelling. `lr` or `min_lr_ratio` without `min_lr` frees a pinned
-            `min_lr`; `run_name` or `save_dir` without `out_dir` frees a pinned `out_dir`.
+            `min_lr`; `run_name` or `save_dir` without `out_dir` frees a pinned `out_dir`; `max_time` or
+            `token_budget` without `max_steps` frees a pinned `max_steps`.
         say: told in one line when a name was understood as another.
 
     Raises:
@@ -105,6 +109,8 @@ def load_config(
         base.pop("min_lr", None)
     if {"run_name", "save_dir"} & set(explicit) and "out_dir" not in explicit:
         base.pop("out_dir", None)
+    if any(str(explicit.get(n, 0)) != "0" for n in ("max_time", "token_budget")) and "max_steps" not in explicit:
+        base["max_steps"] = UNLIMITED_STEPS
     merged: dict[str, object] = {**base, **explicit}
     if preset:
         merged["preset"] = preset

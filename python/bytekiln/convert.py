@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytekiln.checkpoint import Checkpoint, folder_of_checkpoints, is_checkpoint, load_checkpoint, newest_whole, resolve
+from bytekiln.checkpoint import Checkpoint, is_checkpoint, weights_of
 from bytekiln.config import ModelConfig
-from bytekiln.errors import BytekilnError, FileError, FormatError, MismatchError
+from bytekiln.errors import FileError, FormatError, MismatchError
 from bytekiln.hf_config import described, implied
 from bytekiln.hf_weights import PICKLES, from_huggingface, read_weights, to_huggingface
 from bytekiln.model import TransformerLM
@@ -99,9 +99,7 @@ def _source(path: Path, notice: Notice) -> tuple[ModelConfig, Callable[[], dict[
             + (" (pickles are never opened)" if path.suffix in PICKLES else "")
         )
     if (path / "config.json").is_file():
-        theirs, notices = implied(path / "config.json")
-        for line in notices:
-            notice(f"{path}: {line}")
+        theirs = implied(path / "config.json")
         return theirs, lambda: from_huggingface(read_weights(path), theirs, str(path))
     if path.is_dir() and any(path.glob("*.safetensors")) and not is_checkpoint(path):
         raise FileError(f"{path / 'config.json'}: no such file; expected it beside the weights")
@@ -110,25 +108,12 @@ def _source(path: Path, notice: Notice) -> tuple[ModelConfig, Callable[[], dict[
 
 
 def _own_weights(path: Path, notice: Notice) -> Checkpoint:
-    """As `sample.weights_of`: a run folder's best checkpoint, else its newest whole one; or the one at this path."""
-    folder = folder_of_checkpoints(path)
     try:
-        if is_checkpoint(path) or not folder.is_dir():
-            return load_checkpoint(resolve(path), weights_only=True)
+        return weights_of(path, notice)
     except FileError as exc:
         if path.exists():
             raise
         raise FileError(f"{exc}, or a folder with config.json and model.safetensors; nothing is downloaded") from None
-    best = folder / "checkpoint_best"
-    if best.is_dir():
-        try:
-            return load_checkpoint(best, weights_only=True)
-        except BytekilnError as exc:
-            notice(f"{exc}; taking the newest whole checkpoint")
-    found = newest_whole(folder, notice, weights_only=True)
-    if found is None:
-        raise FileError(f"{folder}: found no whole checkpoint; expected one to start from")
-    return found[1]
 
 
 def _compare(config: ModelConfig, theirs: ModelConfig, where: str, notice: Notice) -> None:

@@ -13,34 +13,33 @@ from typing import Any
 
 from bytekiln.config import ModelConfig
 from bytekiln.errors import ConfigError, FileError, FormatError
-from bytekiln.model import NORM_EPS
 from bytekiln.section import Value
 
-ACTIVATIONS = {"gelu": "gelu", "silu": "silu", "swish": "silu", "relu2": "relu2"}
+ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu": "gelu",
+    "silu": "silu",
+    "swish": "silu",
+    "relu2": "relu2",
+}
 """GPT-2's `activation_function` and our `ffn`."""
-TANH_GELU = {"gelu_new", "gelu_pytorch_tanh", "gelu_fast"}
-"""Spellings of 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))), at most 4.8e-4 from the exact gelu."""
 
 
-def implied(path: Path) -> tuple[ModelConfig, list[str]]:
-    """The model that a `config.json` describes, and what of it ours does in another way."""
+def implied(path: Path) -> ModelConfig:
+    """The model that a `config.json` describes."""
     said = _read_json(path)
     kind = said.get("model_type")
     if kind not in ("gpt2", "llama"):
         raise FormatError(f"{path}: model_type: found {kind}; expected gpt2 or llama")
-    notices: list[str] = []
     get = _Getter(path, said)
     get.refuse("quantization_config", None)
-    fields = _implied_by_llama(get) if kind == "llama" else _implied_by_gpt2(get, notices)
+    fields = _implied_by_llama(get) if kind == "llama" else _implied_by_gpt2(get)
     eps_name = "rms_norm_eps" if kind == "llama" else "layer_norm_epsilon"
     eps = get.number(eps_name, 1e-6 if kind == "llama" else 1e-5)
-    if eps != NORM_EPS:
-        notices.append(
-            f"{eps_name}: found {eps:g}; here norms add {NORM_EPS:g}: a vector of mean square s comes out "
-            f"scaled by about 1 - {(NORM_EPS - eps) / 2:.2g}/s"
-        )
     try:
-        return ModelConfig(context_length=1, **fields), notices
+        return ModelConfig(context_length=1, norm_eps=eps, **fields)
     except ConfigError as exc:
         raise FormatError(f"{path}: {exc}") from None
 
@@ -106,7 +105,7 @@ def _implied_by_llama(get: _Getter) -> dict[str, Any]:
     }
 
 
-def _implied_by_gpt2(get: _Getter, notices: list[str]) -> dict[str, Any]:
+def _implied_by_gpt2(get: _Getter) -> dict[str, Any]:
     said = get.said
     for name, expected in (
         ("scale_attn_weights", True),
@@ -115,12 +114,7 @@ def _implied_by_gpt2(get: _Getter, notices: list[str]) -> dict[str, Any]:
     ):
         get.refuse(name, expected)
     activation = said.get("activation_function", "gelu_new")
-    if activation in TANH_GELU:
-        notices.append(
-            f"activation_function: found {activation}, the tanh approximation; here gelu is exact: "
-            "a unit differs by at most 0.00048"
-        )
-    elif activation not in ACTIVATIONS:
+    if activation not in ACTIVATIONS:
         get.refuse("activation_function", "gelu_new")
     width = get.whole("n_embd")
     return {
@@ -174,7 +168,7 @@ def described(config: ModelConfig, eot_id: int | None) -> dict[str, Any]:
             "n_inner": config.d_ff,
             "n_positions": config.max_seq_len,
             "activation_function": next(k for k, v in ACTIVATIONS.items() if v == config.ffn),
-            "layer_norm_epsilon": NORM_EPS,
+            "layer_norm_epsilon": config.norm_eps,
             **{f"{where}_pdrop": config.dropout for where in ("resid", "embd", "attn")},
             **both,
         }
@@ -189,7 +183,7 @@ def described(config: ModelConfig, eot_id: int | None) -> dict[str, Any]:
         "intermediate_size": config.d_ff,
         "max_position_embeddings": config.max_seq_len,
         "hidden_act": "silu",
-        "rms_norm_eps": NORM_EPS,
+        "rms_norm_eps": config.norm_eps,
         # transformers 4 reads the first, 5 the second
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},

@@ -25,7 +25,7 @@ from bytekiln.layer_warnings import ACTIVATION, EXPERT_LOAD, GRADIENT, NEAR_ZERO
 from bytekiln.metrics import RowFile
 
 if TYPE_CHECKING:
-    from bytekiln.data import Batch
+    from bytekiln.batch import Batch
 
 LOWEST, BINS = -17, 24
 """The histogram's inner bins are [4^k, 4^(k+1)) for k = -17 … 6, that is 5.8e-11 … 16384. Powers of two are told

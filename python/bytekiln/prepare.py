@@ -6,25 +6,42 @@ In: a config as the user gave it. Out: the one that is stored. Called by `train`
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Mapping
+import importlib
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from bytekiln.accounting import flops_per_token, parameter_count
+from bytekiln.attention import Attend, choose
+from bytekiln.batch import Batch
 from bytekiln.checkpoint import Checkpoint, checkpoints_in, load_checkpoint, newest_whole, resolve
 from bytekiln.config import ModelConfig, RunConfig, Value, canonical, changed_mathematics
+from bytekiln.convert import load_initial
 from bytekiln.errors import ConfigError, FileError, MismatchError
-from bytekiln.model import TransformerLM, parameter_count
+from bytekiln.model import TransformerLM
 
 Say = Callable[[str], object]
-Loss = Callable[[Tensor, Tensor], Tensor]
 COMPILE_COST_S, COMPILE_GAIN, CPU_FLOPS_PER_THREAD = 30.0, 0.2, 5e10
 """What torch.compile costs and brings on a CPU (measured: 27 s cold, 1.25 times as fast), to decide `auto`."""
+PATHS = (
+    "train_data",
+    "val_data",
+    "tokenizer",
+    "vocab_path",
+    "merges_path",
+    "init_from",
+    "checkpoint_dir",
+    "metrics_path",
+    "tensorboard_dir",
+)
+"""Fields that are stored as absolute paths, so that a run can be repeated from any folder."""
 
 
 def find_checkpoint(
-    config: RunConfig, resume: str, given: Mapping[str, object] | None, notice: Say
+    config: RunConfig, resume: str, given: Mapping[str, object] | None, notice: Say, changes: Collection[str] = ()
 ) -> tuple[RunConfig, Checkpoint | None]:
     """The checkpoint to go on from, and the run's own config with what was given on top."""
     values: dict[str, object] = {canonical(k, "given"): v for k, v in (given or {}).items()}
@@ -53,8 +70,14 @@ def find_checkpoint(
     if given is None:  # what the config says that is not merely every field's default
         defaults, said = RunConfig().flat(), config.flat()
         names = [n for n in said if said[n] != defaults.get(n)]
+    allowed = {canonical(c, "--allow-change") for c in changes}
     for name, was, now in changed_mathematics(stored, wanted if given is not None else config, names):
-        raise MismatchError(f"{name}: found {now}; expected {was}, with which the run in {path} was started")
+        if name not in allowed:
+            raise MismatchError(
+                f"{name}: found {now}; expected {was}, with which the run in {path} was started "
+                f"(--allow-change {name} goes on with the new value)"
+            )
+        notice(f"{name}: changes from {was} to {now} at step {checkpoint.step}, as allowed")
     was, now = stored.training.max_steps, wanted.training.max_steps
     if now < checkpoint.step:
         raise ConfigError(f"max_steps: found {now}; expected at least {checkpoint.step}, the step of {path}")
@@ -91,9 +114,10 @@ def resolved(config: RunConfig, vocab_size: int, device: torch.device, say: Say)
     """Every choice made, every path absolute: what is stored."""
     t, o = config.training, config.output
     chosen: dict[str, Value] = {"vocab_size": vocab_size, "out_dir": str(o.folder.absolute())}
-    for name in ("train_data", "val_data", "tokenizer", "vocab_path", "merges_path", "checkpoint_dir", "metrics_path"):
-        if value := config.flat().get(name):
-            chosen[name] = str(Path(str(value)).absolute())
+    for name in PATHS:
+        if value := str(config.flat().get(name) or ""):
+            several = name == "train_data" and "," in value and not Path(value).exists()
+            chosen[name] = ",".join(str(Path(v).absolute()) for v in (value.split(",") if several else [value]))
     if t.precision == "auto":
         chosen["precision"] = "bf16" if _bf16_is_fast(device) else "fp32"
     if t.compile == "auto":
@@ -109,7 +133,9 @@ def _worth_compiling(config: RunConfig, device: torch.device) -> tuple[bool, str
     if device.type != "cpu":
         return False, f"not tried on {device.type}"
     tokens = t.max_steps * t.batch_size * t.grad_accum_steps * config.model.context_length
-    seconds = 6 * parameter_count(config.model) * tokens / (CPU_FLOPS_PER_THREAD * torch.get_num_threads())
+    seconds = flops_per_token(config.model) * tokens / (CPU_FLOPS_PER_THREAD * torch.get_num_threads())
+    if t.max_time:
+        seconds = min(seconds, t.max_time)
     gain = seconds * COMPILE_GAIN
     pays = gain > 2 * COMPILE_COST_S
     return pays, f"would save about {gain:.0f} s of {seconds:.0f} s and costs about {COMPILE_COST_S:.0f} s"
@@ -124,9 +150,16 @@ def _bf16_is_fast(device: torch.device) -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device that a config's name means; with several processes a machine, `cuda` is each one's own.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{local_rank}"
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -159,29 +192,48 @@ def keep_freed_memory() -> None:
     mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def make_model(config: ModelConfig, device: torch.device) -> TransformerLM:
+def make_model(config: ModelConfig, device: torch.device, attend: Attend | None = None) -> TransformerLM:
     """The model, freshly initialised.
 
     Raises:
         MemoryError: it does not fit.
     """
     try:
-        return TransformerLM(config).to(device)
+        return TransformerLM(config, attend=attend).to(device)
     except RuntimeError as exc:
         if not isinstance(exc, torch.OutOfMemoryError) and "memory" not in str(exc):
             raise
         wanted = f"a model of {parameter_count(config):,} parameters"
-        raise MemoryError(f"{wanted} does not fit; expected a smaller one") from None
+        raise MemoryError(f"{wanted} does not fit; expected a smaller one (lm-plan tells what would fit)") from None
 
 
-def compiled(loss: Loss, config: RunConfig, device: torch.device, notice: Say) -> Loss:
-    """The loss compiled and tried once; or itself, where the compiler fails."""
-    faster: Loss = torch.compile(loss)
-    c, T = config.training, config.model.context_length
+def attention_of(config: RunConfig, device: torch.device) -> Attend:
+    """The attention kernel of the run.
+
+    Raises:
+        ConfigError: it does not work on this device.
+    """
+    return choose(config.training.attention, config.model, device, documents=config.data.document_mask)
+
+
+def initial_weights(config: RunConfig, say: Say) -> dict[str, Tensor]:
+    """The weights that `init_from` names."""
+    say(f"Starting from the weights of {config.training.init_from}")
+    return load_initial(config.training.init_from, config.model, say)
+
+
+def compiled(loss: nn.Module, batch: Batch, notice: Say) -> Callable[..., Any]:
+    """The objective compiled and tried once on a batch of the run; or itself, where the compiler fails."""
+    faster = torch.compile(loss)
     try:
-        ids_BxT = torch.zeros(c.batch_size, T, dtype=torch.int64, device=device)
-        faster(ids_BxT, ids_BxT).backward()  # type: ignore[no-untyped-call]
+        faster(*batch[:3]).total.backward()
     except Exception as exc:  # whatever the compiler's many parts raise, training can go on without it
         notice(f"torch.compile failed, going on without it: {type(exc).__name__}: {str(exc).splitlines()[0][:200]}")
         return loss
     return faster
+
+
+def graphs_compiled() -> int:
+    """Graphs that torch.compile has made in this process so far."""
+    counters = importlib.import_module("torch._dynamo.utils").counters
+    return int(counters["stats"]["unique_graphs"])

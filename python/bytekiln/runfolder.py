@@ -16,8 +16,17 @@ from bytekiln.checkpoint import Checkpoint, checkpoints_in, is_checkpoint, remov
 from bytekiln.config import OutputConfig
 from bytekiln.errors import BytekilnError, ConfigError, FileError, MismatchError, OutputExistsError
 from bytekiln.metrics import read_metrics
+from bytekiln.samples_file import remove_samples
 
-OWN_FILES = ("config.toml", "metrics.csv", "result.json", "tokenizer.json")
+OWN_FILES = (
+    "config.toml",
+    "metrics.csv",
+    "layers.csv",
+    "result.json",
+    "diverged.json",
+    "tokenizer.json",
+    "tracking.json",
+)
 
 
 def lies_in(checkpoint: Checkpoint, output: OutputConfig) -> bool:
@@ -70,6 +79,7 @@ def prepare_folder(output: OutputConfig, overwrite: bool, *, resuming: bool) -> 
                 if path.is_file():
                     path.unlink()
             remove_all(output.checkpoints)
+            remove_samples(folder)
         remove_old(output.checkpoints, 0)
     except OSError as exc:
         raise _in_our_words(exc, folder) from None

@@ -7,17 +7,17 @@ and by users.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bytekiln.checkpoint import Checkpoint, folder_of_checkpoints, load_checkpoint, newest_whole, resolve
-from bytekiln.errors import BytekilnError, ConfigError, FileError, MismatchError
+from bytekiln.characters import AnyTokenizer, from_json_any, load_any
+from bytekiln.checkpoint import weights_of
+from bytekiln.errors import ConfigError, FileError, MismatchError
 from bytekiln.model import KVCache, TransformerLM
-from bytekiln.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def generate(
         ids.append(token)
 
 
-def decode_stream(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
+def decode_stream(tokenizer: AnyTokenizer, ids: Iterator[int]) -> Iterator[str]:
     """Text of the tokens as soon as it is whole characters; broken UTF-8 becomes U+FFFD."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in ids:
@@ -146,36 +146,17 @@ def load_model(run: str | Path, *, device: str = "cpu") -> tuple[TransformerLM, 
     return model.to(device).eval(), checkpoint.tokenizer_json
 
 
-def weights_of(run: str | Path, notice: Callable[[str], object] = lambda _: None) -> Checkpoint:
-    """The checkpoint to sample from: a run folder's best, else its newest whole one; or the one at this path."""
-    folder = folder_of_checkpoints(Path(run))
-    best = folder / "checkpoint_best"
-    if not best.is_dir():
-        path = resolve(run)
-        if path.parent != folder:
-            return load_checkpoint(path, weights_only=True)
-    else:
-        try:
-            return load_checkpoint(best, weights_only=True)
-        except BytekilnError as exc:
-            notice(f"{exc}; taking the newest whole checkpoint")
-    found = newest_whole(folder, notice, weights_only=True)
-    if found is None:
-        raise FileError(f"{folder}: found damaged checkpoints only; expected a whole one")
-    return found[1]
-
-
 def tokenizer_for(
     model: TransformerLM, given: str | None, stored: str | None, run: str | Path, *, trained_with: str | None = None
-) -> Tokenizer:
+) -> AnyTokenizer:
     """The tokenizer to speak with: the given one, else the run's own.
 
     Raises:
         FileError: neither is there.
         MismatchError: it is another than the run's, or larger than the model's vocabulary.
     """
-    own = Tokenizer.from_json(stored) if stored else None
-    tokenizer = Tokenizer.from_file(given) if given else own
+    own = from_json_any(stored) if stored else None
+    tokenizer = load_any(given) if given else own
     if tokenizer is None:
         raise FileError(f"{run}: found no tokenizer.json in the run; expected --tokenizer FILE")
     expected = own.hash if own is not None else trained_with
@@ -191,7 +172,7 @@ def tokenizer_for(
     return tokenizer
 
 
-def prompt_ids(tokenizer: Tokenizer, start: str) -> list[int]:
+def prompt_ids(tokenizer: AnyTokenizer, start: str) -> list[int]:
     """Ids of a prompt; special tokens in it count as such. An empty one starts a text: the end-of-text token.
 
     Args:

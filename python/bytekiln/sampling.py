@@ -53,9 +53,10 @@ def sampling_flags(parser: Parser, *, hidden: bool = False) -> None:
 
 
 def write_samples(run: str, options: argparse.Namespace, device: str) -> int:
+    from bytekiln.checkpoint import weights_of
     from bytekiln.model import TransformerLM
     from bytekiln.prepare import find_device
-    from bytekiln.sample import Sampling, decode_stream, generate, prompt_ids, tokenizer_for, weights_of
+    from bytekiln.sample import Sampling, decode_stream, generate, prompt_ids, tokenizer_for
 
     sampling = Sampling(options.temperature, options.top_p, options.top_k)
     for name in ("max_new_tokens", "num_samples"):

@@ -5,12 +5,17 @@ Called by `train`.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+GRACE_S = 2.5
+"""How long a call into C (a backward pass, say) may keep Python from noticing a signal before `late` acts instead."""
 
 
 class Interrupted(BaseException):
@@ -20,18 +25,32 @@ class Interrupted(BaseException):
 class Signals:
     """Turns the first SIGTERM or Ctrl-C into `Interrupted`, at once or where `hold` ends.
 
-    A second Ctrl-C raises KeyboardInterrupt wherever it comes.
+    A second Ctrl-C raises KeyboardInterrupt wherever it comes. Python runs a handler only between two of its own
+    instructions. If one call takes longer than `GRACE_S`, a thread that is woken by the signal itself calls `late`,
+    which saves what the call does not touch and ends the process.
     """
 
     def __init__(self) -> None:
         """Nothing arrived yet."""
         self.number: int | None = None
+        self.late: Callable[[int], object] | None = None
+        """Called in a thread when the main one does not answer; must not return to the job."""
+        self.deferred = False
+        """Never interrupt by yourself: several processes first agree where (they look at `number`)."""
         self._holding = False
         self._before: dict[int, Any] = {}
+        self._noticed = threading.Event()
+        self._turn = threading.Lock()
+        self._pipe: tuple[int, int] | None = None
+        self._old_wakeup = -1
 
     def __enter__(self) -> Self:
         """Take over the handlers; only the main thread may, elsewhere the process's own rules stay."""
         if threading.current_thread() is threading.main_thread():
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[1], False)
+            threading.Thread(target=self._watch, args=(self._pipe[0],), daemon=True).start()
+            self._old_wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
             self._before = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -41,17 +60,52 @@ class Signals:
         """Give them back; an `Interrupted` that nobody caught is the process's own matter again."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._pipe is not None:
+            signal.set_wakeup_fd(self._old_wakeup)
+            self._noticed.set()
+            os.close(self._pipe[1])  # the thread reads the end of the pipe and closes the other side
+            self._pipe = None
         if isinstance(exc, Interrupted) and self.number is not None:
             signal.raise_signal(self.number)
 
+    def _watch(self, reader: int) -> None:
+        try:
+            while word := os.read(reader, 1):
+                if word[0] not in (signal.SIGTERM, signal.SIGINT) or self._noticed.wait(GRACE_S):
+                    continue
+                with self._turn:  # from here on the main thread waits, should it come back
+                    if not self._noticed.is_set() and not self._holding and self.late is not None:
+                        self.late(word[0])
+        finally:
+            os.close(reader)
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None:
+        if self._noticed.is_set() and self.number is not None:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
+        # Not `with`: the handler may interrupt itself, and the thread that holds the turn ends the process.
+        while not self._turn.acquire(blocking=False):
+            time.sleep(0.01)
+        self._noticed.set()
+        self._turn.release()
         self.number = number
-        if not self._holding:
+        if self.deferred:
+            overdue = threading.Timer(GRACE_S, self._overdue, (number,))
+            overdue.daemon = True
+            overdue.start()
+        elif not self._holding:
             raise Interrupted
+
+    def _overdue(self, number: int) -> None:
+        with self._turn:
+            if not self._holding and self.late is not None:
+                self.late(number)
+
+    def claim(self) -> None:
+        """The main thread has noticed and acts: from here on `late` is not called."""
+        with self._turn:
+            self.late = None
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -61,5 +115,5 @@ class Signals:
             yield
         finally:
             self._holding = outer
-        if self.number is not None and not outer:
+        if self.number is not None and not outer and not self.deferred:
             raise Interrupted

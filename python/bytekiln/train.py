@@ -3,43 +3,56 @@
 In: a `RunConfig`. Out: a folder with `config.toml`, `metrics.csv`, `result.json` and `checkpoints/`
 (docs/formats.md), and a `Result`. Called by `cli_lm` and by users.
 
-Everything random is a pure function of (seed, step): the windows, and the dropout masks, because torch's
-generator is seeded anew for every step. So a checkpoint needs weights, moments and the step's number, and a
-run that was killed anywhere ends where the unbroken one ends, bit for bit on a CPU.
+`learner` moves the weights and `record` writes; here it is decided when to look, evaluate, save, and end. A run that
+was killed anywhere ends where the unbroken one ends, bit for bit on a CPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
+import json
 import math
+import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
+from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from bytekiln.checkpoint import Checkpoint, checkpoints_in, remove_all, remove_old, save_checkpoint
+from bytekiln.accounting import active_parameter_count, flops_per_token, parameter_count
+from bytekiln.characters import AnyTokenizer, from_json_any
+from bytekiln.checkpoint import Checkpoint, checkpoints_in
 from bytekiln.config import RunConfig
 from bytekiln.console import Progress
-from bytekiln.data import TokenData, load_tokenizer, open_data, to_device
+from bytekiln.data import Batch, Data, Prefetcher, load_tokenizer, open_data
 from bytekiln.errors import ConfigError, DivergedError, MismatchError
-from bytekiln.evaluate import bits_per_byte, evaluate
-from bytekiln.loss import real_targets, summed_cross_entropy
-from bytekiln.metrics import MetricsFile, Row, write_atomically
-from bytekiln.model import parameter_count
-from bytekiln.optim import clip_gradients, load_state_tensors, make_optimizer, set_learning_rate, state_tensors
-from bytekiln.prepare import Say, compiled, find_checkpoint, find_device, keep_freed_memory, make_model, resolved
+from bytekiln.evaluate import bits_per_byte
+from bytekiln.hardware import mfu, peak_flops
+from bytekiln.horizon import Horizon, limits
+from bytekiln.layer_stats import LayerStats, bars, gradient_norms
+from bytekiln.learner import Learner, Numbers, Taken, read
+from bytekiln.metrics import Row
+from bytekiln.prepare import Say, find_checkpoint, find_device, initial_weights, keep_freed_memory, resolved
+from bytekiln.ranks import Ranks, processes
+from bytekiln.record import Record
 from bytekiln.result import Result, lines_of
+from bytekiln.run_state import State
 from bytekiln.runfolder import check_folder, lies_in, locked, prepare_folder, rows_to_keep
-from bytekiln.schedule import learning_rate
+from bytekiln.samples_file import check_prompts
+from bytekiln.schedule import batch_multiple, fraction, learning_rate
 from bytekiln.signals import Interrupted, Signals
-from bytekiln.tokenizer import Tokenizer
 
 HIGH_ROWS, HIGH_FACTOR = 3, 2.0
 """A run has diverged when this many rows in succession lie above this multiple of the loss at the start."""
+QUIET_STEPS = 10
+"""After so many steps the garbage collector is told that what is alive stays alive."""
+WHOLE_WITHOUT_VALIDATION = 100
+"""Batches of training data to evaluate where num_eval_batches = 0 has no validation set to follow."""
 
 
 def train(
@@ -47,18 +60,26 @@ def train(
     *,
     resume: str | Path | None = None,
     overwrite: bool = False,
+    eval_only: bool = False,
     given: Mapping[str, object] | None = None,
+    changes: Collection[str] = (),
+    began: float | None = None,
     say: Say = lambda _: None,
     notice: Say = lambda _: None,
 ) -> Result:
     """Train a model, or go on training one.
 
+    Under `torchrun` every process calls this; the first one speaks and writes.
+
     Args:
         config: the run; `config.output` says where it goes.
         resume: "auto" for the newest whole checkpoint of the run folder (none: start), or a checkpoint's path.
         overwrite: replace an existing run.
+        eval_only: evaluate the checkpoint, or the weights of `init_from`, and write nothing.
         given: on a resume, the fields that the caller set on purpose; the others come from the checkpoint. Those
             that change the mathematics must equal the run's; `max_steps` may rise.
+        changes: fields that may change the mathematics all the same.
+        began: `time.perf_counter()` at which `max_time` began to count; None: now.
         say: told the lines of the console. `notice`: told what deserves attention.
 
     Returns:
@@ -69,40 +90,53 @@ def train(
     """
     if resume is not None and overwrite:
         raise ConfigError("found both --resume (or a run's folder) and --overwrite; expected one of them")
-    checkpoint = None
-    if resume is not None:
-        config, checkpoint = find_checkpoint(config, str(resume), given, notice)
-    with Signals() as signals:
-        device = find_device(config.training.device)
+    began = time.perf_counter() if began is None else began
+    with Signals() as signals, processes(config.training.device) as ranks:
+        if not ranks.first:
+            say = notice = lambda _: None
+        checkpoint = None
+        if resume is not None:
+            config, checkpoint = find_checkpoint(config, str(resume), given, notice, changes)
+        device = find_device(config.training.device, ranks.local_rank)
         if device.type == "cpu":
             keep_freed_memory()
-        say(f"Using device: {device}")
+        say(f"Using device: {device}" + (f", {ranks.world} processes" if ranks.world > 1 else ""))
         say("Loading tokenizer...")
         if checkpoint and checkpoint.tokenizer_json and not {"tokenizer", "vocab_path"} & set(given or {}):
-            tokenizer: Tokenizer | None = Tokenizer.from_json(checkpoint.tokenizer_json)
+            tokenizer: AnyTokenizer | None = from_json_any(checkpoint.tokenizer_json)
         else:
             tokenizer = load_tokenizer(config.data)
         say("Tokenizer loaded." if tokenizer else "No tokenizer given: ids are taken as they are.")
         say("Loading training data..." + ("\nLoading validation data..." if config.data.val_data else ""))
-        train_data, val_data, vocab_size = open_data(config, tokenizer)
-        for data in (train_data, val_data):
-            if data is not None and data.file.notice:
-                notice(data.file.notice)
-        if tokenizer is not None and tokenizer.n_vocab < vocab_size and checkpoint is None:
-            notice(f"vocab_size: the model has {vocab_size} tokens, the tokenizer uses {tokenizer.n_vocab} of them")
-        config = resolved(config, vocab_size, device, say)
+        data = open_data(config, tokenizer)
+        for line in data.notices:
+            notice(line)
+        if tokenizer is not None and tokenizer.n_vocab < data.vocab_size and checkpoint is None:
+            notice(
+                f"vocab_size: the model has {data.vocab_size} tokens, the tokenizer uses {tokenizer.n_vocab} of them"
+            )
+        config = resolved(config, data.vocab_size, device, say)
+        why_none, t = check_prompts(config, tokenizer), config.training
+        if why_none and (t.sample_prompts or t.sample_interval):  # asked for, not merely left on
+            notice(why_none)
         tokenizer_json = tokenizer.to_json() if tokenizer else checkpoint.tokenizer_json if checkpoint else None
         resuming = resume is not None and (checkpoint is None or lies_in(checkpoint, config.output))
-        check_folder(config.output, overwrite, resuming=resuming)
-        run = _Run(config, device, signals, train_data, val_data, tokenizer_json, say, notice)
+        if not eval_only:
+            check_folder(config.output, overwrite, resuming=resuming)
+        run = _Run(config, device, ranks, signals, data, tokenizer, tokenizer_json, began, say, notice)
         if checkpoint is not None:
             run.restore(checkpoint)
-        with locked(config.output):
-            if run.is_complete():
-                notice(f"{config.output.folder}: complete at step {run.step}; a greater --max-steps continues it")
-                return run.result("completed", "all steps done")
-            with signals.hold():
-                prepare_folder(config.output, overwrite, resuming=resuming)
+        elif config.training.init_from:
+            run.learner.load_weights(initial_weights(config, say))
+        if eval_only:
+            return run.evaluate_only()
+        with locked(config.output) if ranks.first else nullcontext():
+            if (status := run.how_it_ended()) is not None:
+                notice(f"{config.output.folder}: complete at step {run.s.step}; a greater --max-steps continues it")
+                return run.result(status, "nothing was left to do")
+            if ranks.first:
+                with signals.hold():
+                    prepare_folder(config.output, overwrite, resuming=resuming)
             return run.go()
 
 
@@ -113,237 +147,317 @@ class _Run:
         self,
         config: RunConfig,
         device: torch.device,
+        ranks: Ranks,
         signals: Signals,
-        train_data: TokenData,
-        val_data: TokenData | None,
+        data: Data,
+        tokenizer: AnyTokenizer | None,
         tokenizer_json: str | None,
+        began: float,
         say: Say,
         notice: Say,
     ) -> None:
-        self.config, self.device, self.signals, self.say, self.notice = config, device, signals, say, notice
-        self.train_data, self.val_data, self.tokenizer_json = train_data, val_data, tokenizer_json
+        self.config, self.device, self.ranks, self.signals = config, device, ranks, signals
+        self.data, self.tokenizer, self.tokenizer_json = data, tokenizer, tokenizer_json
+        self.say, self.notice = say, notice
         say("Creating model...")
-        torch.manual_seed(config.training.seed)
-        self.parameters = parameter_count(config.model)
-        self.model = make_model(config.model, device)
-        say(f"Model created with {self.parameters:,} total parameters ({self.parameters:,} trainable)")
-        self.optimizer = make_optimizer(self.model, config.optimizer)
-        self.autocast = config.training.precision == "bf16"
-        self.step = self.tokens = self.high_rows = 0
-        self.owed: Row | None = Row(0, 0, 0.0)
-        """The row of the last step, while its evaluation is still to come; row 0 waits for the first one."""
-        self.last_row: Row | None = None
-        self.initial_loss: float | None = None
-        self.val_loss: float | None = None
-        self.best_val_loss: float | None = None
-        self.best_step: int | None = None
-        self.elapsed_before, self.began = 0.0, time.perf_counter()
-        self.training_s = 0.0
-        self.metrics: MetricsFile | None = None
+        self.parameters, self.active = parameter_count(config.model), active_parameter_count(config.model)
+        self.learner = Learner(config, device, ranks)
+        working = "" if self.active == self.parameters else f", {self.active:,} of them work on a token"
+        say(f"Model created with {self.parameters:,} total parameters ({self.parameters:,} trainable){working}")
+        self.s = State()
+        self.batches: Prefetcher | None = None
+        self.record: Record | None = None
+        """The run's files; None in all processes but the first."""
+        taking_part = config.training.stats_interval and not ranks.first and config.training.parallel == "fsdp"
+        self.layers_of_others = LayerStats(None) if taking_part else None
         self.earlier_rows: Path | None = None
         """The metrics file that a resumed run goes on with."""
-        self.tokenizer_hash = next(
-            (d.file.tokenizer_hash for d in (train_data, val_data) if d is not None and d.file.tokenizer_hash),
-            Tokenizer.from_json(tokenizer_json).hash if tokenizer_json else None,
-        )
+        self.limits: tuple[float, ...] | None = None
+        """What ended the run that is resumed."""
+        self.pending: list[Taken] = []
+        """Steps whose numbers are still on the device."""
+        self.pending_began = 0.0
+        self.horizon = Horizon(config, ranks, began)
 
     # --- the loop -------------------------------------------------------------------------------------------
 
     def go(self) -> Result:
         """From the first step that is not done to the end, whatever end it takes."""
-        c = self.config.training
-        folder = self.config.output.folder
-        with self.signals.hold():
-            (folder / "result.json").unlink(missing_ok=True)
-            # Newer checkpoints go before the rows that they rely on: a kill in between leaves a run that is whole.
-            remove_all(self.config.output.checkpoints, behind=self.step)
-            write_atomically(folder / "config.toml", self.config.to_toml().encode())
-            if self.tokenizer_json is not None:
-                write_atomically(folder / "tokenizer.json", self.tokenizer_json.encode())
-            self.metrics = MetricsFile(self.config.output.metrics, self._last_row_kept(), self.earlier_rows)
-        self.say("Starting training...")
-        self.began = time.perf_counter()
+        t = self.config.training
+        if self.ranks.first:
+            with self.signals.hold():
+                self.record = Record(
+                    self.config,
+                    self.s,
+                    self.tokenizer,
+                    self.tokenizer_json,
+                    self.earlier_rows,
+                    self.say,
+                    self.notice,
+                )
+        self.signals.deferred = self.ranks.world > 1
+        self.signals.late = self._late if t.parallel != "fsdp" else None
+        self.batches = batches = Prefetcher(self.data.train, self.config.data.prefetch, pin=self.device.type == "cuda")
+        collecting = gc.isenabled()
         try:
-            with Progress("training", c.max_steps, "steps") as bar:
-                training_loss = self._compiled_loss()
+            self.say("Starting training...")
+            with Progress("training", *self.horizon.job()) as bar:
+                if t.compile:
+                    self.say("Compiling the model...")
+                    self.learner.compile(self.data.train.batch(0, 0, 0, t.batch_size), self.notice)
+                self.horizon.look_ahead(self.s)
                 self._finish_row()
-                if not (self.config.output.checkpoints / f"checkpoint_{self.step}").exists():
+                if not (self.config.output.checkpoints / f"checkpoint_{self.s.step}").exists():
                     self._save_numbered()  # this run was killed between checkpoint_best and this one
-                while self.step < c.max_steps:
-                    self._take_step(training_loss)
-                    self._finish_row()
-                    bar.update(self.step, **self._bar_fields())
+                quiet_from = self.s.step + QUIET_STEPS
+                while self.horizon.over is None:
+                    if self.ranks.world > 1 and self.ranks.any(self.signals.number is not None):
+                        raise Interrupted  # all at the same step
+                    self._take_step(batches)
+                    if self._due():
+                        self._look()
+                        self._finish_row()
+                        bar.update(self.horizon.done(self.s), **self._bar_fields())
+                    if self.s.step == quiet_from:
+                        gc.collect()
+                        gc.freeze()
+                        gc.disable()
             with self.signals.hold():
                 self._save("checkpoint_final")
-                remove_old(self.config.output.checkpoints, c.keep_checkpoints)
-            return self.finish("completed", "all steps done")
+                if self.record is not None:
+                    self.record.remove_old()
+                    self.record.samples(self.learner, self.s.step)
+            return self._finish(*self.horizon.over)
         except Interrupted:
+            self.signals.claim()
             return self._interrupted()
         except DivergedError as exc:
-            return self.finish("diverged", str(exc))
+            return self._finish("diverged", str(exc))
         finally:
-            self.metrics.close()
+            gc.unfreeze()
+            if collecting:
+                gc.enable()
+            self.signals.late = None
+            batches.close()
+            if self.record is not None:
+                self.record.close()
 
-    def _take_step(self, training_loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """One optimizer step over `grad_accum_steps` micro-steps. Until the update, it can be abandoned."""
-        c = self.config.training
-        began = time.perf_counter()
-        torch.manual_seed(_step_seed(c.seed, self.step))
-        self.model.train()
-        starts = self.train_data.random_starts(c.seed, self.step, c.batch_size * c.grad_accum_steps)
-        batches = [self.train_data.batch(s) for s in np.split(starts, c.grad_accum_steps)]
-        count = sum(real_targets(targets_BxT) for _, targets_BxT in batches)
-        total = torch.zeros((), device=self.device)
-        for inputs_BxT, targets_BxT in batches:
-            loss = training_loss(to_device(inputs_BxT, self.device), to_device(targets_BxT, self.device)) / count
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        norm = clip_gradients(self.model, self.config.optimizer.grad_clip)
-        lr, loss_value, grad_norm = learning_rate(self.step, self.config), float(total), float(norm)
-        if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
-            raise DivergedError(
-                f"step {self.step + 1}: found loss {loss_value} and gradient norm {grad_norm}; expected finite numbers"
-            )
+    def _take_step(self, batches: Prefetcher) -> None:
+        """One optimizer step. Until the update, it can be abandoned."""
+        t, learner = self.config.training, self.learner
+        step, first = self.horizon.step, self.horizon.windows
+        place = self.horizon.place(self.s)
+        lr, share = learning_rate(place, self.config), fraction(place, self.config)
+        if not self.pending:
+            self.pending_began = time.perf_counter()
+        micro_steps = t.grad_accum_steps * batch_multiple(share, self.config)
+        found = learner.gradients(batches, step, first, micro_steps)
+        self._watch_layers(step + 1, found.batches[0])
+        norm = learner.clipped_norm()
         with self.signals.hold():
-            set_learning_rate(self.optimizer, lr)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            seconds = time.perf_counter() - began
-            self.step += 1
-            self.tokens += count
-            self.training_s += seconds
-            self.owed = Row(
-                self.step,
-                self.tokens,
-                round(self._elapsed(), 6),
-                loss=loss_value,
-                lr=lr,
-                grad_norm=grad_norm,
+            windows = first, first + micro_steps * t.batch_size
+            self.pending.append(learner.update(found, norm, step=step, windows=windows, lr=lr, share=share))
+            self.horizon.launched(windows[1], found.tokens)
+            if self.device.type == "cpu":
+                self._look()  # the numbers are here already
+            self.horizon.look_ahead(self.s)
+
+    def _due(self) -> bool:
+        """Whether the last step has to be looked at now; on a GPU looking means waiting for it."""
+        t, step = self.config.training, self.horizon.step
+        often = (t.log_interval, t.eval_interval, t.checkpoint_interval, t.sample_interval)
+        return (
+            self.device.type == "cpu"
+            or any(n and step % n == 0 for n in often)
+            or self.horizon.near(self.s)
+            or self.horizon.over is not None
+        )
+
+    def _look(self) -> None:
+        """Fetch the numbers of the steps since the last time, and write all of their rows but the last."""
+        taken, self.pending = self.pending, []
+        s, numbers = self.s, read(taken)
+        seconds = (time.perf_counter() - self.pending_began) / max(len(taken), 1)
+        for step, told in zip(taken, numbers, strict=True):
+            if s.owed is not None:
+                self._write(s.owed)
+            if not told.alive:
+                self._not_finite(step, told)
+            s.step, s.windows, s.tokens = step.step, step.windows[1], s.tokens + step.tokens
+            s.training_s += seconds
+            s.skipped += not told.taken
+            self.horizon.took(seconds)
+            s.owed = Row(
+                s.step,
+                s.tokens,
+                round(self.horizon.elapsed_s(), 6),
+                loss=told.loss if math.isfinite(told.loss) else None,
+                lr=step.lr,
+                grad_norm=told.grad_norm if math.isfinite(told.grad_norm) else None,
                 step_time_s=round(seconds, 6),
-                tokens_per_s=round(count / seconds, 1),
+                tokens_per_s=round(step.tokens / seconds, 1),
+                skipped=int(not told.taken),
+                expert_load=round(told.expert_load, 4) if told.expert_load else None,
             )
 
     def _finish_row(self) -> None:
         """Evaluate if it is time, write the step's row, save if it is time; in this order, so that what a
         checkpoint says has happened is on the disk before it."""
-        if self.owed is None:
+        if self.s.owed is None:
             return
-        row = self.owed
+        t, row = self.config.training, self.s.owed
         due = self._evaluation_due()
         if due:
             row = self._evaluated(row)
         with self.signals.hold():
-            assert self.metrics is not None
-            self.metrics.append(row)
-            self.owed, self.last_row = None, row
-            self._check_divergence(row)
-            improved = row.val_loss is not None and (self.best_val_loss is None or row.val_loss < self.best_val_loss)
-            if improved and self.step > 0:
-                self.best_val_loss, self.best_step = row.val_loss, self.step
-                self._save("checkpoint_best")
+            self._write(row)
+            if row.val_loss is not None and row.step > 0:
+                self._judge(row.val_loss)
+                self.horizon.look_ahead(self.s)
             self._save_numbered()
-        for line in lines_of(row, logged=due or self.step % self.config.training.log_interval == 0):
+            if self.record is not None and t.sample_interval and row.step and row.step % t.sample_interval == 0:
+                self.record.samples(self.learner, row.step)
+        for line in lines_of(row, logged=due or row.step % t.log_interval == 0):
             self.say(line)
 
-    def _evaluation_due(self) -> bool:
-        c = self.config.training
-        return self.step in (0, c.max_steps) or (c.eval_interval > 0 and self.step % c.eval_interval == 0)
-
-    def _evaluated(self, row: Row) -> Row:
-        c = self.config.training
-        train_loss, val_loss = (
-            None
-            if data is None
-            else evaluate(
-                self.model,
-                self._summed_loss,
-                data,
-                batch_size=c.batch_size,
-                num_batches=c.num_eval_batches,
-                device=self.device,
-            )
-            for data in (self.train_data, self.val_data)
-        )
-        if not all(math.isfinite(x) for x in (train_loss, val_loss) if x is not None):
-            raise DivergedError(
-                f"step {self.step}: found validation loss {val_loss} and training loss {train_loss}; "
-                "expected finite numbers"
-            )
-        if self.step == 0:
-            self.initial_loss = train_loss
-            uniform = math.log(self.config.model.vocab_size)
-            self.say(f"Loss at the start: {train_loss:.4f} (ln {self.config.model.vocab_size:,} = {uniform:.4f})")
-        self.val_loss = val_loss
-        bits = None
-        if val_loss is not None and self.val_data is not None:
-            bits = bits_per_byte(val_loss, self.val_data.bytes_per_token)
-        return dataclasses.replace(row, val_loss=val_loss, train_eval_loss=train_loss, bits_per_byte=bits)
-
-    def _summed_loss(self, inputs_BxT: Tensor, targets_BxT: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            logits_BxTxV = self.model(inputs_BxT)
-        return summed_cross_entropy(logits_BxTxV, targets_BxT)
-
-    def _compiled_loss(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The loss for training steps. Evaluation stays eager: other shapes and modes would be compiled anew."""
-        if not self.config.training.compile:
-            return self._summed_loss
-        self.say("Compiling the model...")
-        try:
-            return compiled(self._summed_loss, self.config, self.device, self.notice)
-        finally:
-            self.optimizer.zero_grad(set_to_none=True)
-
-    def _check_divergence(self, row: Row) -> None:
-        if row.loss is None or self.initial_loss is None:
+    def _write(self, row: Row) -> None:
+        """Write a row, and see whether the run still learns."""
+        s = self.s
+        if self.record is not None:
+            self.record.row(row, s.best_val_loss)
+        s.owed, s.last_row = None, row
+        if row.loss is None or s.initial_loss is None:
             return
-        self.high_rows = self.high_rows + 1 if row.loss > HIGH_FACTOR * self.initial_loss else 0
-        if self.high_rows >= HIGH_ROWS:
+        s.high_rows = s.high_rows + 1 if row.loss > HIGH_FACTOR * s.initial_loss else 0
+        if s.high_rows >= HIGH_ROWS:
             raise DivergedError(
-                f"step {self.step}: found {HIGH_ROWS} losses in succession above {HIGH_FACTOR:g} times the loss at the "
-                f"start, {self.initial_loss:.4f}, the last {row.loss:.4f}; expected them to fall"
+                f"step {row.step}: found {HIGH_ROWS} losses in succession above {HIGH_FACTOR:g} times the loss at the "
+                f"start, {s.initial_loss:.4f}, the last {row.loss:.4f}; expected them to fall"
             )
+
+    def _judge(self, val_loss: float) -> None:
+        """Keep the best weights; count the evaluations that brought none."""
+        s, least = self.s, self.config.training.early_stopping_min_delta
+        s.waiting = 0 if s.best_val_loss is None or val_loss < s.best_val_loss - least else s.waiting + 1
+        if s.best_val_loss is None or val_loss < s.best_val_loss:
+            s.best_val_loss, s.best_step = val_loss, s.step
+            self._save("checkpoint_best")
+
+    def _watch_layers(self, step: int, batch: Batch) -> None:
+        """Statistics of every layer, on the steps that the config wants; they wait for the device."""
+        t = self.config.training
+        layers = self.record.layers if self.record is not None else self.layers_of_others
+        if layers is not None and step % t.stats_interval == 0:
+            for line in layers.record(step, self.learner.model, self.learner.objective, batch):
+                self.notice(line)
+        if t.show_gradients and step % t.log_interval == 0:
+            self.say(bars(gradient_norms(self.learner.model)))
+
+    # --- when it ends ---------------------------------------------------------------------------------------
+
+    def _not_finite(self, step: Taken, told: Numbers) -> None:
+        """Write down what led here. No weight has moved since, so that the step's gradient can be made once more."""
+        assert self.batches is not None
+        first, behind = step.windows
+        micro_steps = (behind - first) // self.config.training.batch_size
+        self.learner.gradients(self.batches, step.step - 1, first, micro_steps)
+        norms = {name: float(x) for name, x in gradient_norms(self.learner.model).items()}
+        if self.record is not None:
+            self.record.diverged(step, told, norms)
+        raise DivergedError(
+            f"step {step.step}: found loss {told.loss} and gradient norm {told.grad_norm}; expected finite numbers"
+        )
 
     def _interrupted(self) -> Result:
         """Write what the abandoned step does not concern, then the checkpoint."""
-        if self.owed is not None and not self._evaluation_due():
-            assert self.metrics is not None
-            self.metrics.append(self.owed)
-            self.owed, self.last_row = None, self.owed
-        self._save(f"checkpoint_{self.step}")
+        self._look()
+        if self.s.owed is not None and not self._evaluation_due():
+            self._write(self.s.owed)
+        self._save(f"checkpoint_{self.s.step}")
         name = signal.Signals(self.signals.number or signal.SIGINT).name
-        return self.finish("interrupted", f"{name} arrived; --resume auto goes on from step {self.step}")
+        return self._finish("interrupted", f"{name} arrived; --resume auto goes on from step {self.s.step}")
 
-    # --- what outlives the process ----------------------------------------------------------------------------
+    def _late(self, number: int) -> None:
+        """In a thread, while the main one is in a long call that moves no weight: save and end the process."""
+        first, self.ranks, self.signals.number = self.ranks.first, Ranks(), number
+        if first:
+            self._interrupted()
+        os._exit(128 + number)
+
+    def how_it_ended(self) -> str | None:
+        """The status of a run for which nothing is left to do or to write."""
+        output = self.config.output
+        final = any(p.name == "checkpoint_final" and n == self.s.step for n, p in checkpoints_in(output.checkpoints))
+        if not final or self.s.owed is not None or self.limits != limits(self.config):
+            return None
+        try:
+            told = json.loads((output.folder / "result.json").read_bytes())
+        except (OSError, ValueError):
+            return None
+        ended = told.get("status") in ("completed", "early_stopped") and told.get("steps") == self.s.step
+        return str(told["status"]) if ended else None
+
+    # --- evaluation -----------------------------------------------------------------------------------------
+
+    def _evaluation_due(self) -> bool:
+        t, step = self.config.training, self.s.step
+        return step == 0 or (t.eval_interval > 0 and step % t.eval_interval == 0) or self.horizon.over is not None
+
+    def _evaluated(self, row: Row) -> Row:
+        """The row with losses on validation data and on as many batches of training data."""
+        began, s, t = time.perf_counter(), self.s, self.config.training
+        self.say("Evaluating...")
+        val, count = None, t.num_eval_batches
+        if self.data.val is not None:
+            batches = list(self.data.val.batches(t.batch_size, t.num_eval_batches))
+            val, count = self.learner.evaluate(batches), len(batches)
+        count = count or WHOLE_WITHOUT_VALIDATION
+        train = self.learner.evaluate(islice(self.data.train_eval.batches(t.batch_size, count), count))
+        self.horizon.evaluation_s = time.perf_counter() - began
+        if not all(math.isfinite(x.loss) for x in (train, val) if x is not None):
+            raise DivergedError(
+                f"step {row.step}: found validation loss {val.loss if val else None} and training loss {train.loss}; "
+                "expected finite numbers"
+            )
+        if row.step == 0:
+            s.initial_loss = train.loss
+            V = self.config.model.padded_vocab_size
+            self.say(f"Loss at the start: {train.loss:.4f} (ln {V:,} = {math.log(V):.4f})")
+        s.train_eval_loss = train.loss
+        row = dataclasses.replace(
+            row,
+            train_eval_loss=train.loss,
+            train_eval_accuracy=train.accuracy,
+            eval_time_s=round(self.horizon.evaluation_s, 6),
+        )
+        if val is None or self.data.val is None:
+            return row
+        s.val_loss, s.val_accuracy = val.loss, val.accuracy
+        return dataclasses.replace(
+            row,
+            val_loss=val.loss,
+            val_perplexity=val.perplexity,
+            val_accuracy=val.accuracy,
+            bits_per_byte=bits_per_byte(val.loss, self.data.val.bytes_per_token),
+        )
+
+    def evaluate_only(self) -> Result:
+        """Evaluate the weights as they are; nothing is written."""
+        row = self._evaluated(Row(self.s.step, self.s.tokens, 0.0))
+        for line in lines_of(row, logged=False):
+            self.say(line)
+        return self.result("evaluated", f"the weights of step {self.s.step}")
+
+    # --- what outlives the process --------------------------------------------------------------------------
 
     def _save(self, name: str) -> None:
-        assert self.metrics is not None
-        path = self.config.output.checkpoints / name
-        self.metrics.sync()
-        self.say(f"Saving checkpoint to {path}")
-        save_checkpoint(
-            path,
-            Checkpoint(
-                step=self.step,
-                config=self.config,
-                model={k: v.detach() for k, v in self.model.state_dict().items()},
-                training=state_tensors(self.model, self.optimizer),
-                state={
-                    "tokens": self.tokens,
-                    "elapsed_s": round(self._elapsed(), 6),
-                    "training_s": round(self.training_s, 6),
-                    "owed": dataclasses.asdict(self.owed) if self.owed else None,
-                    "last_row": dataclasses.asdict(self.last_row) if self.last_row else None,
-                    "initial_loss": self.initial_loss,
-                    "val_loss": self.val_loss,
-                    "best_val_loss": self.best_val_loss,
-                    "best_step": self.best_step,
-                    "high_rows": self.high_rows,
-                    "data": self._data(),
-                },
-                tokenizer_json=self.tokenizer_json,
-            ),
-        )
+        began = time.perf_counter()
+        weights, training = self.learner.tensors()
+        if self.record is not None:
+            self.s.elapsed_s = self.horizon.elapsed_s()
+            self.record.checkpoint(name, self.s, weights, training, self._data())
+        self.ranks.wait()
+        self.horizon.saving_s = time.perf_counter() - began
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over a checkpoint's place in the run.
@@ -352,96 +466,86 @@ class _Run:
             MismatchError: it was trained on other data, or the metrics do not reach to it.
             FormatError: its tensors do not fit the model.
         """
-        s = checkpoint.state
         where = f"checkpoint at step {checkpoint.step}"
+        self.s = State.from_json(checkpoint.state, where)
         for key, found in self._data().items():
-            expected = s["data"].get(key)
+            expected = checkpoint.state["data"].get(key)
             if expected and found and expected != found:
                 what = "tokenizer hash" if key == "tokenizer" else "data"
                 raise MismatchError(
-                    f"{self.train_data.file.path}: found {what} {found}; expected {expected}, that of the {where}"
+                    f"{self.config.data.train_data}: found {what} {found}; expected {expected}, that of the {where}"
                 )
-        self.model.load_state_dict(checkpoint.model)
-        load_state_tensors(self.model, self.optimizer, checkpoint.training, checkpoint.step, where)
-        self.step, self.tokens = checkpoint.step, s["tokens"]
-        self.elapsed_before, self.training_s = s["elapsed_s"], s["training_s"]
-        self.owed, self.last_row = (Row(**s[k]) if s[k] else None for k in ("owed", "last_row"))
-        self.initial_loss, self.val_loss, self.high_rows = s["initial_loss"], s["val_loss"], s["high_rows"]
-        self.best_val_loss, self.best_step = s["best_val_loss"], s["best_step"]
-        self.earlier_rows = rows_to_keep(checkpoint, self.config.output, self._last_row_kept())
+        self.learner.load(checkpoint.model, checkpoint.training, where)
+        self.horizon.resume(self.s)
+        self.limits = limits(checkpoint.config)
+        self.earlier_rows = rows_to_keep(checkpoint, self.config.output, self.s.last_row_kept)
         if not lies_in(checkpoint, self.config.output):
-            self.best_val_loss = self.best_step = None  # the new folder has no checkpoint_best yet
-        self.say(f"Resuming from step {self.step}")
+            self.s.best_val_loss = self.s.best_step = None  # the new folder has no checkpoint_best yet
+        self.say(f"Resuming from step {self.s.step}")
 
-    def _data(self) -> dict[str, str | None]:
-        train = self.train_data
-        return {"train": train.fingerprint(), "ends": train.ends(), "tokenizer": self.tokenizer_hash}
-
-    def _last_row_kept(self) -> int:
-        return self.step - 1 if self.owed is not None else self.step
+    def _data(self) -> dict[str, Any]:
+        train = self.data.train
+        return {"train": train.fingerprint(), "ends": train.ends(), "tokenizer": self.data.tokenizer_hash}
 
     def _save_numbered(self) -> None:
-        c = self.config.training
-        if c.checkpoint_interval and self.step > 0 and self.step % c.checkpoint_interval == 0:
-            self._save(f"checkpoint_{self.step}")
-            remove_old(self.config.output.checkpoints, c.keep_checkpoints)
+        interval = self.config.training.checkpoint_interval
+        if interval and self.s.step > 0 and self.s.step % interval == 0:
+            self._save(f"checkpoint_{self.s.step}")
+            if self.record is not None:
+                self.record.remove_old()
 
-    def is_complete(self) -> bool:
-        """Whether nothing is left to do or to write."""
-        saved = checkpoints_in(self.config.output.checkpoints)
-        final = any(p.name == "checkpoint_final" and step == self.step for step, p in saved)
-        written = (self.config.output.folder / "result.json").is_file()
-        return self.step >= self.config.training.max_steps and self.owed is None and final and written
-
-    def finish(self, status: str, why: str) -> Result:
+    def _finish(self, status: str, why: str) -> Result:
         """Write `result.json` and return what it says."""
         result = self.result(status, why)
-        result.write(self.config.output.folder / "result.json")
+        if self.record is not None:
+            self.record.finish(result)
         return result
 
     def result(self, status: str, why: str) -> Result:
         """How things stand."""
-        row, c = self.last_row, self.config
-        bytes_per_token = self.val_data.bytes_per_token if self.val_data else None
+        s, row, c = self.s, self.s.last_row, self.config
+        bytes_per_token = self.data.val.bytes_per_token if self.data.val is not None else None
+        speed = s.tokens / s.training_s if s.training_s else None
+        peak = None
+        if self.device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name(self.device), c.training.precision)
         return Result(
             status=status,
             why=why,
-            steps=self.step,
+            steps=s.step,
             max_steps=c.training.max_steps,
-            tokens=self.tokens,
+            tokens=s.tokens,
             parameters=self.parameters,
-            initial_loss=self.initial_loss,
-            uniform_loss=math.log(c.model.vocab_size),
+            active_parameters=self.active,
+            initial_loss=s.initial_loss,
+            uniform_loss=math.log(c.model.padded_vocab_size),
             final_train_loss=row.loss if row else None,
-            final_val_loss=self.val_loss,
-            final_bits_per_byte=bits_per_byte(self.val_loss, bytes_per_token) if self.val_loss is not None else None,
-            best_val_loss=self.best_val_loss,
-            best_step=self.best_step,
-            tokens_per_s=round(self.tokens / self.training_s, 1) if self.training_s else None,
-            wall_time_s=round(self._elapsed(), 3),
+            final_val_loss=s.val_loss,
+            final_val_accuracy=s.val_accuracy,
+            final_bits_per_byte=bits_per_byte(s.val_loss, bytes_per_token) if s.val_loss is not None else None,
+            final_train_eval_loss=s.train_eval_loss,
+            best_val_loss=s.best_val_loss,
+            best_step=s.best_step,
+            skipped_steps=s.skipped,
+            tokens_per_s=round(speed, 1) if speed else None,
+            mfu=mfu(flops_per_token(c.model), speed / self.ranks.world, peak) if speed else None,
+            wall_time_s=round(self.horizon.elapsed_s(), 3),
             device=str(self.device),
             precision=c.training.precision,
-            compiled=bool(c.training.compile),
+            compiled=self.learner.recompiles is not None,
+            recompiles=self.learner.recompiles,
+            processes=self.ranks.world,
             signal=self.signals.number,
         )
 
-    def _elapsed(self) -> float:
-        return self.elapsed_before + time.perf_counter() - self.began
+    # --- what is shown --------------------------------------------------------------------------------------
 
     def _bar_fields(self) -> dict[str, object]:
         fields: dict[str, object] = {}
-        if self.last_row is not None and self.last_row.loss is not None:
-            fields["loss"] = round(self.last_row.loss, 4)
-        if self.val_loss is not None:
-            fields["val_loss"] = round(self.val_loss, 4)
-        if self.training_s:
-            fields["tokens/s"] = f"{self.tokens / self.training_s:,.0f}"
+        if self.s.last_row is not None and self.s.last_row.loss is not None:
+            fields["loss"] = round(self.s.last_row.loss, 4)
+        if self.s.val_loss is not None:
+            fields["val_loss"] = round(self.s.val_loss, 4)
+        if self.s.training_s:
+            fields["tokens/s"] = f"{self.s.tokens / self.s.training_s:,.0f}"
         return fields
-
-
-def _step_seed(seed: int, step: int) -> int:
-    """A 63-bit seed for the dropout of one step (the mixer of SplitMix64, Steele et al. 2014)."""
-    z = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) & (2**64 - 1)
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-    return (z ^ (z >> 31)) >> 1

@@ -103,7 +103,9 @@ class OptimizerConfig(Section):
     normuon_beta2: Float = setting(0.95, "NorMuon: decay of the mean square", ge=0, lt=1)
     embedding_lr_scale: Float = setting(1.0, "learning rate of the embeddings over lr", gt=0)
     head_lr_scale: Float = setting(1.0, "learning rate of the output head over lr", gt=0)
-    scalar_lr_scale: Float = setting(1.0, "learning rate of norms, biases and other vectors over lr", gt=0)
+    scalar_lr_scale: Float = setting(
+        1.0, "learning rate of norms, biases, other vectors, routers and gates over lr", gt=0
+    )
     grad_clip: Float = setting(
         1.0, "largest norm of the gradient; 0: no clipping", also=["max_grad_norm"], main=True, ge=0
     )
@@ -172,7 +174,8 @@ class TrainingConfig(Section):
     token_budget: Int = setting(0, "training targets after which the run ends; 0: no limit", math=False, ge=0)
     z_loss: Float = setting(0.0, "weight of the mean square of ln Σ exp(logits) in the loss (PaLM)", ge=0)
     loss_chunk: Annotated[Int, Field(ge=0)] | Literal["auto"] = setting(
-        "auto", "positions whose logits exist at once; 0: all; auto: as many as fill 32 MB"
+        "auto",
+        "positions whose logits exist at once; 0: all; auto: all below 131,072 logits, else as many as fill 32 MB",
     )
     eval_interval: Int = setting(
         1000, "steps between evaluations; 0: only at the start and the end", main=True, math=False, ge=0
@@ -186,10 +189,14 @@ class TrainingConfig(Section):
         ge=0,
     )
     early_stopping_patience: Int = setting(
-        0, "end after so many evaluations without a better validation loss; 0: never", also=["patience"], ge=0
+        0,
+        "end after so many evaluations without a better validation loss; 0: never",
+        also=["patience"],
+        math=False,
+        ge=0,
     )
     early_stopping_min_delta: Float = setting(
-        0.0, "how much lower a validation loss must be to count as better", also=["min_delta"], ge=0
+        0.0, "how much lower a validation loss must be to count as better", also=["min_delta"], math=False, ge=0
     )
     skip_spikes: bool = setting(False, "leave out the update of a step whose loss lies spike_sigma above the usual")
     spike_sigma: Float = setting(6.0, "skip_spikes: standard deviations of the recent losses", gt=0)

@@ -1,0 +1,101 @@
+"""How far a run is, and when it is over: by steps, tokens, seconds, or patience.
+
+In: the steps that were launched, and what evaluations and checkpoints took. Out: the place of the next step in the
+schedule, and the reason to stop. Called by `train`.
+
+Counted are launched steps, whose numbers may still be on the device; a reason to stop is the same in all processes.
+"""
+
+from __future__ import annotations
+
+import time
+
+from bytekiln.config import RunConfig
+from bytekiln.ranks import Ranks
+from bytekiln.run_state import State
+from bytekiln.schedule import Progress
+
+
+class Horizon:
+    """The end of a run, as it is seen from where the run stands."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks, began: float) -> None:
+        """A run that began at `began` of `time.perf_counter()`; see `resume` for one that goes on."""
+        self.config, self.ranks, self.began, self.elapsed_before = config, ranks, began, 0.0
+        self.step, self.windows, self.tokens = 0, 0, 0
+        self.over: tuple[str, str] | None = None
+        """Status and reason, once the run is over. Decided by `look_ahead` alone: time passes between two questions."""
+        self.evaluation_s, self.saving_s, self.step_s = 0.0, 0.5, 0.0
+        """How long the last of each took, of steps the longest lately: what must be left of `max_time` at the end."""
+
+    def resume(self, state: State) -> None:
+        """Go on from where `state` stands; the time in between does not count."""
+        self.step, self.windows, self.tokens = state.step, state.windows, state.tokens
+        self.began, self.elapsed_before = time.perf_counter(), state.elapsed_s
+
+    def launched(self, windows: int, tokens: int) -> None:
+        """One step more is under way; it reads up to window `windows`."""
+        self.step, self.windows, self.tokens = self.step + 1, windows, self.tokens + tokens
+
+    def took(self, seconds: float) -> None:
+        """A step took so long."""
+        self.step_s = max(seconds, 0.9 * self.step_s)
+
+    def elapsed_s(self) -> float:
+        """Time spent on the run, earlier parts included."""
+        return self.elapsed_before + time.perf_counter() - self.began
+
+    def counted_s(self, state: State) -> float:
+        """The clock of `max_time`: the first process's, since all must end at the same step."""
+        steps_only = self.config.training.max_time_counts == "steps"
+        return self.ranks.firsts(state.training_s if steps_only else self.elapsed_s())
+
+    def limit_s(self) -> float:
+        """What `max_time` leaves for steps: the last evaluation and checkpoint must end inside it too."""
+        t = self.config.training
+        reserve = 0.0 if t.max_time_counts == "steps" else 1.1 * (self.evaluation_s + self.saving_s)
+        return self.ranks.firsts(t.max_time - reserve - self.step_s)
+
+    def place(self, state: State) -> Progress:
+        """Where the next step stands in the run."""
+        t = self.config.training
+        seconds, limit = (self.counted_s(state), max(self.limit_s(), 1e-3)) if t.max_time else (0.0, 0.0)
+        return Progress(self.step, t.max_steps, self.tokens, t.token_budget, seconds, limit)
+
+    def near(self, state: State) -> bool:
+        """Whether so little of `max_time` is left that each step has to be waited for."""
+        return self.config.training.max_time > 0 and self.counted_s(state) > 0.95 * self.limit_s()
+
+    def look_ahead(self, state: State) -> None:
+        """Decide whether the run is over: behind each step, whose row is then evaluated, and behind each evaluation."""
+        self.over = self._end(state)
+
+    def _end(self, state: State) -> tuple[str, str] | None:
+        t = self.config.training
+        if t.early_stopping_patience and state.waiting >= t.early_stopping_patience:
+            return "early_stopped", f"{state.waiting} evaluations in succession without a better validation loss"
+        if self.step >= t.max_steps:
+            return "completed", "all steps done"
+        if t.token_budget and self.tokens >= t.token_budget:
+            return "completed", f"{t.token_budget:,} tokens read"
+        if t.max_time and self.counted_s(state) > self.limit_s():
+            return "completed", f"the {t.max_time:g} s are over"
+        return None
+
+    def job(self) -> tuple[float, str]:
+        """The whole of the run, in what its progress counts."""
+        t = self.config.training
+        jobs = {"steps": (t.max_steps, "steps"), "tokens": (t.token_budget, "tokens"), "seconds": (t.max_time, "s")}
+        return jobs[self.config.progress]
+
+    def done(self, state: State) -> float:
+        """How much of `job` is behind."""
+        if self.config.progress == "seconds":
+            return self.counted_s(state)
+        return state.tokens if self.config.progress == "tokens" else state.step
+
+
+def limits(config: RunConfig) -> tuple[float, ...]:
+    """What can be moved to make a run that is over go on."""
+    t = config.training
+    return t.max_steps, t.max_time, t.token_budget, t.early_stopping_patience

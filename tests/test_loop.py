@@ -1,0 +1,333 @@
+"""When a run ends, what it starts from, what it leaves out, and what it tells on the way."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bytekiln import train as train_module
+from bytekiln.checkpoint import load_checkpoint
+from bytekiln.config import UNLIMITED_STEPS, load_config
+from bytekiln.errors import ConfigError, MismatchError
+from bytekiln.metrics import Row, read_metrics
+from bytekiln.model import TransformerLM
+from bytekiln.objective import Objective
+from bytekiln.train import train
+from lm_runs import ONE_THREAD, tiny
+
+
+def rows(folder: Path) -> list[Row]:
+    return read_metrics(folder / "run/metrics.csv")
+
+
+# --- when it ends ---
+
+
+def test_early_stopping_keeps_the_best_model(tmp_path: Path) -> None:
+    """A rate that ruins what was learnt: two evaluations without a better one end the run, the best one stays."""
+    values = {"lr": 0.5, "decay_lr": False, "eval_interval": 1, "max_steps": 50, "warmup_steps": 0}
+    result = train(tiny(tmp_path, **values, early_stopping_patience=2))
+    assert result.status == "early_stopped"
+    assert "2 evaluations in succession" in result.why
+    losses = [r.val_loss for r in rows(tmp_path)[1:]]
+    assert result.best_step == 1 + losses.index(min(losses))
+    assert result.steps == result.best_step + 2 < 50
+    best = load_checkpoint(tmp_path / "run/checkpoints/checkpoint_best")
+    assert best.step == result.best_step
+    assert load_checkpoint(tmp_path / "run/checkpoints/checkpoint_final").step == result.steps
+    said: list[str] = []
+    again = tiny(tmp_path, **values, early_stopping_patience=2)
+    assert train(again, resume="auto", notice=said.append).status == "early_stopped"
+    assert any("complete at step" in line for line in said)
+    more = train(again, resume="auto", given={"early_stopping_patience": 4})
+    assert more.steps > result.steps, "more patience goes on"
+
+
+def test_a_gain_below_min_delta_does_not_count(tmp_path: Path) -> None:
+    values = {"eval_interval": 1, "max_steps": 20, "early_stopping_patience": 3, "early_stopping_min_delta": 100.0}
+    result = train(tiny(tmp_path, **values))
+    assert (result.status, result.steps) == ("early_stopped", 4)
+    assert result.best_step == 4, "the best one is still the lowest"
+
+
+def test_token_budget_ends_the_run_and_its_decay(tmp_path: Path) -> None:
+    config = load_config(None, {**tiny(tmp_path).flat(), "token_budget": 10 * 24, "max_steps": UNLIMITED_STEPS})
+    result = train(config)
+    assert (result.status, result.steps, result.tokens) == ("completed", 10, 240)
+    assert "240 tokens" in result.why
+    rates = [r.lr for r in rows(tmp_path) if r.lr is not None]
+    assert rates[-1] < 0.2 * max(rates)
+
+
+def test_a_budget_frees_the_steps_that_a_preset_pins() -> None:
+    assert load_config("demo", {"max_time": "90m"}).training.max_steps == UNLIMITED_STEPS
+    assert load_config("demo", {"max_time": "90m"}).training.max_time == 5400
+    assert load_config("demo", {"token_budget": 10**6}).training.max_steps == UNLIMITED_STEPS
+    assert load_config("demo", {"max_time": 60, "max_steps": 7}).training.max_steps == 7
+    assert load_config("demo").training.max_steps == 1000
+
+
+@pytest.mark.parametrize("counts", ["all", "steps"])
+def test_max_time_ends_inside_the_limit_with_its_decay_done(tmp_path: Path, counts: str) -> None:
+    limit = 4.0
+    config = load_config(
+        None,
+        {
+            **tiny(tmp_path).flat(),
+            "max_time": limit,
+            "max_time_counts": counts,
+            "max_steps": UNLIMITED_STEPS,
+            "eval_interval": 50,
+            "checkpoint_interval": 0,
+        },
+    )
+    began = time.perf_counter()
+    result = train(config, began=began)
+    spent = time.perf_counter() - began
+    assert result.status == "completed"
+    assert "s are over" in result.why
+    done = rows(tmp_path)
+    steps_s = sum(r.step_time_s for r in done if r.step_time_s is not None)
+    if counts == "all":
+        assert 0.5 * limit < spent < limit + 0.5  # half a second for a machine that has other work
+        assert steps_s < limit
+    else:
+        assert 0.9 * limit < steps_s < limit
+    rates = [r.lr for r in done if r.lr is not None]
+    assert max(rates) == pytest.approx(1e-2, rel=0.02)
+    assert rates[-1] == pytest.approx(1e-3, rel=0.25), "the floor is a tenth"
+
+
+def test_batch_stages_grow_the_batch_and_read_on(tmp_path: Path) -> None:
+    result = train(tiny(tmp_path, batch_stages="0.5:3", max_steps=6))
+    tokens = [r.tokens for r in rows(tmp_path)]
+    assert [b - a for a, b in itertools.pairwise(tokens)] == [24, 24, 24, 72, 72, 72]
+    assert result.tokens == 3 * 24 + 3 * 72
+    stored = load_checkpoint(tmp_path / "run/checkpoints/checkpoint_final")
+    assert stored.state["windows"] == 3 * 3 + 3 * 9
+
+
+# --- what it starts from ---
+
+
+def test_init_from_a_run_starts_a_fresh_schedule(tmp_path: Path) -> None:
+    train(tiny(tmp_path))
+    first = load_checkpoint(tmp_path / "run/checkpoints/checkpoint_best")
+    result = train(tiny(tmp_path, out_dir=str(tmp_path / "again"), init_from=str(tmp_path / "run"), max_steps=2))
+    assert result.steps == 2
+    done = read_metrics(tmp_path / "again/metrics.csv")
+    assert done[0].val_loss == pytest.approx(first.state["best_val_loss"], rel=1e-6)
+    assert done[1].lr == 0.0, "its own warm-up"
+    with pytest.raises(MismatchError, match="d_model: found 32; expected 16"):
+        train(tiny(tmp_path, out_dir=str(tmp_path / "other"), init_from=str(tmp_path / "run"), d_model=32))
+    assert not (tmp_path / "other").exists()
+
+
+def test_eval_only_reads_and_writes_nothing(tmp_path: Path) -> None:
+    trained = train(tiny(tmp_path))
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    said: list[str] = []
+    result = train(tiny(tmp_path), resume="auto", eval_only=True, say=said.append)
+    assert (result.status, result.final_val_loss) == ("evaluated", trained.final_val_loss)
+    assert any("Val Loss" in line for line in said)
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    fresh = train(tiny(tmp_path, out_dir=str(tmp_path / "none")), eval_only=True)
+    assert fresh.final_val_loss == pytest.approx(rows(tmp_path)[0].val_loss)
+    assert not (tmp_path / "none").exists()
+
+
+# --- what it leaves out ---
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, call: int, factor: float) -> None:
+    """Multiply the loss of one training micro-step."""
+    forward, calls = Objective.forward, [0]
+
+    def poisoned(self: Objective, *args: torch.Tensor) -> object:
+        parts = forward(self, *args)
+        calls[0] += 1
+        if calls[0] == call:
+            parts = parts._replace(total=parts.total * factor, nll=parts.nll * factor)
+        return parts
+
+    monkeypatch.setattr(Objective, "forward", poisoned)
+
+
+def test_a_nan_is_dumped_with_the_steps_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, 15, math.nan)
+    result = train(tiny(tmp_path, max_steps=20))
+    assert (result.status, result.steps) == ("diverged", 14)
+    told = json.loads((tmp_path / "run/diverged.json").read_text())
+    assert told["step"] == 15
+    assert told["loss"] == "nan"
+    assert told["windows"] == [14 * 3, 15 * 3]
+    assert [r["step"] for r in told["last_steps"]] == list(range(5, 15))
+    assert load_checkpoint(tmp_path / "run/checkpoints/checkpoint_14").step == 14
+    monkeypatch.undo()
+    assert train(tiny(tmp_path), resume="auto", given={"max_steps": 16}).status == "completed"
+    assert not (tmp_path / "run/diverged.json").exists()
+
+
+def test_spikes_are_skipped_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"max_steps": 70, "skip_spikes": True, "checkpoint_interval": 0, "eval_interval": 0, "log_interval": 1}
+    poison(monkeypatch, 60, 5.0)
+    said: list[str] = []
+    result = train(tiny(tmp_path, **values), say=said.append)
+    assert (result.status, result.skipped_steps) == ("completed", 1)
+    assert [r.step for r in rows(tmp_path) if r.skipped] == [60]
+    assert sum("update left out" in line for line in said) == 1
+
+
+def test_fp16_trains_with_a_scaler_and_resumes(tmp_path: Path) -> None:
+    fp32 = train(tiny(tmp_path, out_dir=str(tmp_path / "fp32")))
+    whole = train(tiny(tmp_path, precision="fp16"))
+    assert whole.final_val_loss == pytest.approx(fp32.final_val_loss, rel=0.02)
+    assert whole.final_val_loss != fp32.final_val_loss
+    train(tiny(tmp_path, precision="fp16", out_dir=str(tmp_path / "cut"), max_steps=3, decay_steps=6))
+    train(tiny(tmp_path, precision="fp16", out_dir=str(tmp_path / "cut")), resume="auto", given={"max_steps": 6})
+    a, b = (load_checkpoint(tmp_path / n / "checkpoints/checkpoint_final") for n in ("run", "cut"))
+    assert float(a.training["guard/scale"]) == 2.0**16
+    for name in a.model:
+        assert torch.equal(a.model[name], b.model[name])
+
+
+# --- what it tells ---
+
+
+def test_averaged_weights_are_evaluated_and_saved(tmp_path: Path) -> None:
+    """The checkpoint's model gives the validation loss that was reported; the trained weights lie beside it."""
+    train(tiny(tmp_path, averaging="ema", ema_decay=0.5))
+    saved = load_checkpoint(tmp_path / "run/checkpoints/checkpoint_final")
+    raw = {k.removeprefix("weights/"): v for k, v in saved.training.items() if k.startswith("weights/")}
+    assert raw.keys() == saved.model.keys()
+    assert any(not torch.equal(raw[k], saved.model[k]) for k in raw)
+    result = train(tiny(tmp_path), resume="auto", eval_only=True)
+    assert result.final_val_loss == pytest.approx(rows(tmp_path)[-1].val_loss, rel=1e-6)
+
+
+def test_perplexity_accuracy_and_the_loads_of_experts(tmp_path: Path) -> None:
+    result = train(tiny(tmp_path, ffn="moe", num_experts=4, d_ff=16, num_eval_batches=0))
+    done = rows(tmp_path)
+    for r in done:
+        if r.val_loss is not None:
+            assert r.val_perplexity == pytest.approx(math.exp(r.val_loss))
+            assert 0 <= r.val_accuracy <= 1
+            assert r.eval_time_s > 0
+        if r.step:
+            assert 1.0 <= r.expert_load <= 4.0
+    assert result.active_parameters < result.parameters
+
+
+def test_layers_samples_and_gradients(tmp_path: Path) -> None:
+    said: list[str] = []
+    train(tiny(tmp_path, stats_interval=2, show_gradients=True), say=said.append)
+    lines = (tmp_path / "run/layers.csv").read_text().splitlines()
+    assert {line.split(",")[0] for line in lines[1:]} == {"2", "4", "6"}
+    assert any("layers.1" in line and "█" in line for text in said for line in text.splitlines())
+
+
+def test_the_collector_is_quiet_during_steps_and_back_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bool, int]] = []
+    forward = Objective.forward
+
+    def watched(self: Objective, *args: torch.Tensor) -> object:
+        seen.append((gc.isenabled(), gc.get_freeze_count()))
+        return forward(self, *args)
+
+    monkeypatch.setattr(Objective, "forward", watched)
+    train(tiny(tmp_path, max_steps=14))
+    assert seen[0][0]
+    assert not seen[-1][0]
+    assert seen[-1][1] > 0
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+def test_console_of_the_guide(tmp_path: Path) -> None:
+    said: list[str] = []
+    train(tiny(tmp_path), say=said.append)
+    text = "\n".join(said)
+    for line in (
+        "Using device: cpu",
+        "Loading tokenizer...",
+        "Loading training data...",
+        "Loading validation data...",
+        "Creating model...",
+        "Starting training...",
+        "Iter      2 | Loss: ",
+        "Iter      4 | Val Loss: ",
+        "Saving checkpoint to ",
+    ):
+        assert line in text
+    parameters = sum(p.numel() for p in TransformerLM(tiny(tmp_path).model).parameters())
+    assert f"Model created with {parameters:,} total parameters ({parameters:,} trainable)" in text
+
+
+def test_a_wrong_start_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="max_time"):
+        train(tiny(tmp_path, progress="seconds"))
+    with pytest.raises(ConfigError, match="flex"):
+        train(tiny(tmp_path, attention="flex"))
+    assert not (tmp_path / "run").exists()
+
+
+LONG_STEP = """
+import sys, torch
+from bytekiln import cli, learner
+
+real = learner.Learner.gradients
+def slow(self, batches, step, first, micro_steps):
+    if step == 3:
+        print("in the long call", flush=True)
+        a = torch.ones(3000, 3000)
+        for _ in range(1):
+            torch.linalg.matrix_power(a, 2**40 - 1)  # one call into C, some eighty products long
+    return real(self, batches, step, first, micro_steps)
+learner.Learner.gradients = slow
+sys.exit(cli.main(["lm-train", sys.argv[1]]))
+"""
+
+
+@pytest.mark.slow
+def test_a_step_longer_than_five_seconds_is_abandoned_and_its_start_saved(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(tiny(tmp_path, checkpoint_interval=0, eval_interval=0).to_toml(), "utf-8")
+    process = subprocess.Popen(
+        [sys.executable, "-c", LONG_STEP, str(tmp_path / "c.toml")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **ONE_THREAD},
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "in the long call" in line:
+            break
+    time.sleep(0.3)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, out
+    assert time.monotonic() - asked < 5
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert (result["status"], result["signal"], result["steps"]) == ("interrupted", int(signal.SIGTERM), 3)
+    assert load_checkpoint(tmp_path / "run/checkpoints/checkpoint_3").step == 3
+    assert train(tiny(tmp_path), resume="auto").status == "completed"
+
+
+def test_high_rows_survive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "HIGH_FACTOR", 0.0)
+    result = train(tiny(tmp_path, max_steps=9))
+    assert (result.status, result.steps) == ("diverged", 3)
