@@ -30,7 +30,9 @@ test-rust: setup ## the tests of the Rust crates
 
 .PHONY: test-python
 test-python: setup ## the tests of the Python package; PYTEST_FLAGS="-k name" chooses
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not alone" -n auto --maxprocesses 8 --dist worksteal $(PYTEST_FLAGS)
+	@# nothing selected (5) is no failure: PYTEST_FLAGS may have chosen others
+	$(BIN)/python -m pytest -m "alone and not slow" $(PYTEST_FLAGS) || [ $$? -eq 5 ]
 
 .PHONY: test-slow
 test-slow: setup ## the tests that take more than half a minute each

@@ -78,7 +78,7 @@ def batches(shape: Shape) -> Callable[[], Any]:
     return lambda: torch.randint(0, shape.vocab, (shape.batch, shape.context + 1), generator=generator)
 
 
-# --- bytekiln, its own modules put together as `step.Stepper` does --------------------------------------------
+# --- bytekiln, its own modules put together as `learner.Learner` does --------------------------------------------
 
 
 def ours(shape: Shape, compiled: bool, **model: Any) -> Step:

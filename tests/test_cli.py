@@ -131,6 +131,7 @@ def test_the_module_dispatches(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean bpe-train?" in capsys.readouterr().err
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("code", ["import bytekiln", "from bytekiln.cli import bpe_encode; bpe_encode()"])
 def test_answers_at_once(code: str) -> None:
     """`import bytekiln` in under 50 ms; `bpe-encode --version` in under 100 ms, Python's own start included."""

@@ -375,6 +375,7 @@ def test_a_really_full_disk(command, corpus: Path, tmp_path: Path) -> None:
         subprocess.run(["umount", small], check=True)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("sign", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_within_a_moment(tmp_path: Path, sign: signal.Signals, status: int) -> None:
     """Ctrl-C in the middle of the core's work: no output, no traceback, the right status, at once."""

@@ -78,6 +78,7 @@ def test_a_budget_frees_the_steps_that_a_preset_pins() -> None:
     assert load_config("demo").training.max_steps == 1000
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("counts", ["all", "steps"])
 def test_max_time_ends_inside_the_limit_with_its_decay_done(tmp_path: Path, counts: str) -> None:
     limit = 4.0

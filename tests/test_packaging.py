@@ -175,6 +175,7 @@ def test_setup_begins_again_after_a_failure(project: Path, path: Path) -> None:
     assert setup(project, path) == ["maturin"]
 
 
+@pytest.mark.alone
 def test_setup_of_an_unchanged_tree_is_quick(project: Path, path: Path) -> None:
     """Under three seconds with the real sources; nothing is printed."""
     shutil.rmtree(project / "rust")

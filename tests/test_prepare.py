@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from bytekiln import train as train_module
 from bytekiln.checkpoint import load_checkpoint
 from bytekiln.config import from_flat
 from bytekiln.errors import ConfigError, FileError, MismatchError, OutputExistsError
 from bytekiln.metrics import read_metrics
+from bytekiln.objective import Objective
 from bytekiln.runfolder import locked
 from bytekiln.train import train
 from lm_runs import ONE_THREAD, tiny
@@ -144,8 +147,13 @@ def test_signal_during_start_up(tmp_path: Path, command: Callable[..., object], 
 
 
 def test_infinite_loss_at_the_start_is_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = train_module.summed_cross_entropy
-    monkeypatch.setattr(train_module, "summed_cross_entropy", lambda *a: real(*a) * float("nan"))
+    real = Objective.scores
+
+    def infinite(self: Objective, *batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nll, correct = real(self, *batch)
+        return nll * math.inf, correct
+
+    monkeypatch.setattr(Objective, "scores", infinite)
     result = train(tiny(tmp_path))
     assert (result.status, result.steps, result.initial_loss) == ("diverged", 0, None)
     assert (tmp_path / "run/result.json").is_file()

@@ -296,6 +296,7 @@ def test_progress_is_called_and_its_error_ends_the_job(tmp_path: Path) -> None:
         bytekiln.train_bpe(path, vocab_size=3000, progress=fail)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("stage", ["count", "merge"])
 def test_ctrl_c_ends_training_within_200_ms(stage: str, tmp_path: Path) -> None:
     """The best of a few attempts counts: the machine may be loaded, but a job that ignores signals never passes."""
