@@ -37,7 +37,8 @@ SETTINGS |= {
     "early_stopping_patience": 50,
     "stats_interval": 2,
 }
-CLOCK = ("elapsed_s", "training_s", "step_time_s", "tokens_per_s", "wall_time_s", "eval_time_s")
+CLOCK = ("elapsed_s", "training_s", "step_time_s", "tokens_per_s", "wall_time_s")
+CLOCK += ("eval_time_s", "evaluation_s", "saving_s")
 
 
 class Events:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from bytekiln import averaging as averaging_module
 from bytekiln.averaging import Averaging, make_averaging
 from bytekiln.config import OptimizerConfig
 from bytekiln.errors import FormatError
+from bytekiln.signals import Interrupted
 from named_model import NoSync, bits, named_model
 
 STEPS = 100
@@ -96,6 +100,30 @@ def test_before_the_tail_it_is_the_last_weights() -> None:
     assert bits(averaged(m, average)) != bits(weights(m))
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_tail_whose_run_became_longer_begins_anew(stored: bool) -> None:
+    """A run of 10 steps, gone on with to 20: the mean of steps 18 … 20 alone, as in a run of 20 from the start."""
+    m, unbroken = named_model(), named_model()
+    average, expected = (averaging(x, averaging="tail", tail_fraction=0.15) for x in (m, unbroken))
+    for t in range(1, 21):
+        move(m, t)
+        move(unbroken, t)
+        expected.update(t / 20)
+        average.update(t / (10 if t <= 10 else 20))
+        if t == 10:
+            assert average.tensors()["average_count"] == 2
+            if stored:
+                kept = {k: v.clone() for k, v in average.tensors().items()}
+                average = averaging(m, averaging="tail", tail_fraction=0.15)
+                average.load(kept, "here")
+                assert bits(average.tensors()) == bits(kept)
+        elif 10 < t < 17:
+            assert average.tensors() == {"average_count": torch.tensor(0.0)}
+            assert bits(averaged(m, average)) == bits(weights(m))
+    assert average.tensors()["average_count"] == 4
+    assert bits(averaged(m, average)) == bits(averaged(unbroken, expected))
+
+
 @pytest.mark.parametrize("kind", ["ema", "tail"])
 @pytest.mark.parametrize("left_out", [{1, 2, 50}, {80, 81, 95}, {100}], ids=["start", "tail", "end"])
 def test_left_out_steps_do_not_count(kind: str, left_out: set[int]) -> None:
@@ -144,10 +172,61 @@ def test_the_swap_keeps_storage_and_survives_errors() -> None:
         assert bits(average.tensors()) == tensors
         raise KeyboardInterrupt
     assert bits(weights(m)) == before
-    with average.swapped(), pytest.raises(AssertionError), average.swapped():
-        pass
-    assert bits(weights(m)) == before
     assert bits(average.tensors()) == tensors
+
+
+def test_a_signal_may_come_at_any_line_of_the_swap() -> None:
+    """Raise before the n-th line that runs in `averaging`, for every n: the weights can be had back, and swapped."""
+    m = nn.Linear(3, 2)
+    average = averaging(m, averaging="ema", ema_decay=0.5)
+    for t in range(3):
+        move(m, t)
+        average.update(t / 3)
+    before, mean = bits(weights(m)), bits(averaged(m, average))
+    assert before != mean
+    broken_off_with_the_average_inside = 0
+
+    def swap(interrupted_at: int) -> bool:
+        """Whether the interruption came."""
+        lines = 0
+
+        def trace(frame: FrameType, event: str, _: object) -> object:
+            nonlocal lines
+            if frame.f_code.co_filename != averaging_module.__file__:
+                return None
+            lines += event == "line"
+            if lines == interrupted_at and event == "line":
+                raise Interrupted
+            return trace
+
+        outer = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with average.swapped():
+                pass
+        except Interrupted:
+            return True
+        finally:
+            sys.settrace(outer)
+        return False
+
+    for n in range(1, 1000):
+        if not swap(n):
+            break
+        broken_off_with_the_average_inside += bits(weights(m)) != before
+        if n % 2:
+            average.restore()
+            average.restore()
+            assert bits(weights(m)) == before
+        with average.swapped():
+            assert bits(weights(m)) == mean
+        assert bits(weights(m)) == before
+        average.update(1.0, torch.tensor(False))
+    assert n > 15 and broken_off_with_the_average_inside > 3
+    move(m, 9)
+    after = bits(weights(m))
+    average.restore()
+    assert bits(weights(m)) == after, "what was put back is forgotten"
 
 
 @pytest.mark.parametrize("kind", ["ema", "tail"])

@@ -366,3 +366,121 @@ def test_explicit_values_free_pinned_ones(here: Path) -> None:
     assert load_config("c.json").output.folder == Path("pinned")
     assert load_config("c.json", {"run_name": "foo", "save_dir": "bar"}).output.folder == Path("bar/foo")
     assert load_config("c.json", {"min_lr_ratio": 0.5}).optimizer.min_lr is None
+
+
+def flat(folder: str) -> dict[str, object]:
+    return load_config(Path(folder) / "config.toml").flat()
+
+
+def test_weights_of_a_run_bring_their_shape(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a preset the model is that of the weights; the same line resumes; a preset's other shape is refused."""
+    assert cli_lm.train(["demo", "--train-data", "train_data.npy", "--out-dir", "r", *SMALL, "--num-kv-heads=1"]) == 0
+    rest = "--batch-size 2 --max-steps 2 --num-eval-batches 1 --device cpu --precision fp32 --compile=false".split()
+    line = ["--init-from", "r", "--train-data", "train_data.npy", "--out-dir", "again", *rest]
+    assert cli_lm.train([*line, "--resume", "auto"]) == 0, "nothing there: it starts"
+    assert [flat("again")[n] for n in ("d_model", "num_kv_heads", "context_length", "d_ff")] == [16, 1, 8, 16]
+    assert cli_lm.train([*line, "--resume", "auto", "--max-steps", "3"]) == 0, "a relative path is the same path"
+    assert [r["step"] for r in rows("again")] == ["0", "1", "2", "3"]
+    with pytest.raises(BytekilnError, match="d_model: found 128; expected 16"):
+        cli_lm.train(["demo", *line, "--out-dir", "other"])
+    assert cli_lm.train(["--init-from", "r", "--eval-only", "--train-data", "train_data.npy", *rest]) == 0
+    assert "in evaluation mode" in capsys.readouterr().out
+
+
+def test_a_huggingface_folder_starts_a_run(here: Path) -> None:
+    from safetensors.torch import save_file
+
+    from bytekiln.config import ModelConfig
+    from bytekiln.convert import export
+    from bytekiln.model import TransformerLM
+
+    config = ModelConfig(vocab_size=61, context_length=8, d_model=16, num_layers=1, num_heads=2, d_ff=32, norm_eps=1e-6)
+    tensors, described = export(TransformerLM(config).state_dict(), config)
+    (here / "theirs").mkdir()
+    save_file(tensors, here / "theirs/model.safetensors")
+    (here / "theirs/config.json").write_text(json.dumps(described))
+    line = (
+        "--init-from theirs --train-data train_data.npy --out-dir r --batch-size 2 --max-steps 2 --num-eval-batches 1"
+    )
+    assert cli_lm.train([*line.split(), "--device", "cpu", "--compile=false"]) == 0
+    assert [flat("r")[n] for n in ("norm_eps", "d_ff", "ffn")] == [1e-6, 32, "swiglu"]
+
+
+def test_the_twin_of_experts_resumes_by_its_own_line(here: Path) -> None:
+    line = ["demo", "--train-data", "train_data.npy", "--out-dir", "r", *SMALL, "--ffn", "moe", "--dense-twin"]
+    assert cli_lm.train(line) == 0
+    assert [flat("r")[n] for n in ("ffn", "d_ff")] == ["swiglu", 32]
+    assert cli_lm.train([*line, "--resume", "auto", "--max-steps", "3"]) == 0
+    assert len(rows("r")) == 4
+
+
+def test_a_stored_config_derives_anew(here: Path) -> None:
+    """More heads are no grouped heads, and a longer window brings its positions."""
+    assert cli_lm.train(["demo", "--train-data", "train_data.npy", "--out-dir", "r", *SMALL]) == 0
+    assert cli_lm.train(["r/config.toml", "--num-heads", "4", "--context-length", "16", "--tensorboard-dir", "tb"]) == 0
+    assert [flat("r-2")[n] for n in ("num_kv_heads", "max_seq_len")] == [4, 16]
+    assert cli_lm.train(["r-2/config.toml"]) == 0
+    assert flat("r-2-2")["tensorboard_dir"] == ""
+
+
+def test_a_run_goes_on_in_another_folder(here: Path) -> None:
+    assert cli_lm.train(["demo", "--train-data", "train_data.npy", "--out-dir", "r", *SMALL]) == 0
+    assert cli_lm.train(["r", "--out-dir", "elsewhere", "--max-steps", "4"]) == 0
+    assert [r["step"] for r in rows("elsewhere")] == ["0", "1", "2", "3", "4"]
+    assert len(rows("r")) == 3
+
+
+def test_another_measure_of_progress_is_refused_unless_allowed(here: Path) -> None:
+    assert cli_lm.train(["demo", "--train-data", "train_data.npy", "--out-dir", "r", *SMALL]) == 0
+    with pytest.raises(BytekilnError, match=r"progress: found tokens; expected steps.*--allow-change progress"):
+        cli_lm.train(["r", "--token-budget", "64"])
+    assert cli_lm.train(["r", "--token-budget", "64", "--allow-change", "progress"]) == 0
+    assert [int(r["tokens"]) for r in rows("r")] == [0, 16, 32, 48, 64]
+
+
+def test_several_files_with_spaces_between(here: Path) -> None:
+    tokens(here / "b.npy", vocab=61, seed=3)
+    line = ["demo", "--train-data", "train_data.npy, b.npy", "--data-weights", "0.7, 0.3", "--out-dir", "r", *SMALL]
+    assert cli_lm.train(line) == 0
+    again = [w.replace("0.7, 0.3", "0.7,0.3").replace("npy, b", "npy,b") for w in line]
+    assert cli_lm.train([*again, "--resume", "auto", "--max-steps", "3"]) == 0
+
+
+def test_windows_free_the_sampling_of_a_preset() -> None:
+    assert load_config("tinystories").data.sampling == "random"
+    assert load_config("tinystories", {"windows": "packed"}).data.sampling == "shuffled"
+
+
+@pytest.mark.parametrize("name", ["debug", "medium", "large"])
+def test_presets_of_the_guide_run(here: Path, name: str) -> None:
+    assert cli_lm.train([name, "--train-data", "train_data.npy", "--out-dir", "r", *SMALL, "--vocab-size", "61"]) == 0
+    assert flat("r")["preset"] == name
+
+
+def test_rates_that_ruin_a_run_are_a_recorded_result(here: Path) -> None:
+    """The assignment's 1e1, 1e2 and 1e3, with evaluations on the way."""
+    for rate in ("1e1", "1e2", "1e3"):
+        more = ["--max-steps", "30", "--eval-interval", "1", "--warmup-steps", "0", "--out-dir", f"lr{rate}"]
+        status = cli_lm.train(["--dataset", "tinystories", "--lr", rate, *SMALL, *more])
+        told = json.loads((here / f"lr{rate}/result.json").read_text())
+        assert (status, told["status"]) in ((3, "diverged"), (0, "completed"))
+        assert cli_lm.report([f"lr{rate}", "--png"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"WORLD_SIZE": "2"}, "expected torchrun to set them all"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE: found 'abc'"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "x", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            "RANK: found 'x'",
+        ),
+    ],
+)
+def test_half_a_torchrun(here: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], words: str) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=words):
+        cli_lm.train(["demo", "--train-data", "train_data.npy", "--out-dir", "r", *SMALL])
+    assert not (here / "r").exists()

@@ -232,6 +232,45 @@ def test_another_eps_comes_along(tmp_path: Path) -> None:
         convert.load_initial(str(tmp_path / "theirs"), usual)
 
 
+def test_an_eps_that_is_not_said_is_theirs(tmp_path: Path) -> None:
+    for make, name, theirs in ((llama, "rms_norm_eps", 1e-6), (gpt2, "layer_norm_epsilon", 1e-5)):
+        folder = tmp_path / name
+        saved(make(), folder)
+        said = json.loads((folder / "config.json").read_text())
+        del said[name]
+        (folder / "config.json").write_text(json.dumps(said))
+        assert getattr(transformers.AutoConfig.from_pretrained(folder), name) == theirs
+        assert convert.config_of(folder)["norm_eps"] == theirs
+
+
+@pytest.mark.parametrize(
+    ("flags", "has", "has_none"),
+    [
+        ({"attention_bias": True}, ["q_proj", "k_proj", "v_proj", "o_proj"], ["mlp.gate_proj", "mlp.down_proj"]),
+        ({"mlp_bias": True}, ["gate_proj", "up_proj", "down_proj"], ["self_attn.q_proj", "self_attn.o_proj"]),
+        ({"attention_bias": True, "mlp_bias": True}, ["v_proj", "down_proj"], []),
+        ({}, [], ["self_attn.q_proj", "mlp.up_proj"]),
+    ],
+    ids=["attention", "mlp", "both", "none"],
+)
+def test_each_part_has_biases_by_its_own_flag(flags: dict, has: list[str], has_none: list[str], tmp_path: Path) -> None:
+    """What a flag promises must be there, and what it denies must not: a bias of 0 is no stand-in."""
+    folder = saved(llama(**flags), tmp_path / "theirs")
+    file = tmp_path / "theirs" / "model.safetensors"
+    good = safetensors.torch.load_file(file)
+    ours(folder)
+    for part in has:
+        name = next(n for n in good if n.endswith(f".{part}.bias"))
+        safetensors.torch.save_file({n: t for n, t in good.items() if n != name}, file)
+        with pytest.raises(FormatError, match=f"found no {name}; expected it in this model"):
+            ours(folder)
+    for part in has_none:
+        name = f"model.layers.1.{part}.bias"
+        safetensors.torch.save_file({**good, name: torch.ones(len(good[name.replace("bias", "weight")]))}, file)
+        with pytest.raises(FormatError, match=f"found {name}; expected no such weight"):
+            ours(folder)
+
+
 def test_padding_leaves_the_logits_and_hardly_moves_the_softmax(tmp_path: Path) -> None:
     theirs = gpt2()
     with torch.no_grad():
@@ -338,7 +377,7 @@ def test_shards(tmp_path: Path) -> None:
         ({"rope_theta": 1e4}, "rope_theta: found 10000.0; expected 500.0"),
         ({"norm": "layer"}, "norm: found layer; expected rms"),
         ({"norm_position": "post"}, "norm_position: found post; expected pre"),
-        ({"position": "learned"}, "position: found learned; expected rope"),
+        ({"position": "learned", "rope_theta": 1e4}, "position: found learned; expected rope"),
         ({"ffn": "silu"}, "ffn: found silu; expected swiglu"),
         ({"qk_norm": True}, "qk_norm: found true; expected false"),
         ({"tie_embeddings": True}, "tie_embeddings: found true; expected false"),

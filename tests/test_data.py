@@ -348,7 +348,40 @@ def test_limits_count_over_the_files_in_order(tmp_path: Path) -> None:
     common = {"train_data": f"{a},{b}", "sampling": "sequential"}
     assert opened(tmp_path, **common, max_tokens=125).train.windows_per_epoch == 12 + 3
     assert opened(tmp_path, **common, num_documents=25).train.windows_per_epoch == 12 + 3
-    refused(FormatError, tmp_path, "b.npy: found 0 tokens left by", **common, num_documents=20)
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"), [({"num_documents": 20}, 0), ({"max_tokens": 100}, 0), ({"max_tokens": 107}, 7)]
+)
+def test_a_file_that_the_limits_empty_is_left_out(limit: dict[str, int], left: int, tmp_path: Path) -> None:
+    ids = np.tile(np.array([1, 2, 3, 4, EOT], np.uint16), 20)
+    a, b = (written(tmp_path / f"{n}.npy", ids, eot_id=EOT) for n in "ab")
+    common = {"sampling": "sequential", "batch_size": 4}
+    data = opened(tmp_path, train_data=f"{a},{b}", data_weights="0.9,0.1", **common, **limit)
+    alone = opened(tmp_path, train_data=str(a), **common)
+    told = [n for n in data.notices if "not read" in n]
+    assert told == [f"{b}: not read, max_tokens or num_documents leave {left} tokens of it"]
+    assert data.train.files == data.train_eval.files and [f.path for f in data.train.files] == [a]
+    assert data.train.windows_per_epoch == alone.train.windows_per_epoch == 12
+    assert torch.equal(data.train.batch(0, 0, 0, 24).inputs_BxT, alone.train.batch(0, 0, 0, 24).inputs_BxT)
+    assert [b.count for b in data.train_eval.batches(4, 0)] == [b.count for b in alone.train_eval.batches(4, 0)]
+    refused(FormatError, tmp_path, "a.npy: found 8 tokens left by", train_data=f"{a},{b}", max_tokens=8)
+    short = written(tmp_path / "short.npy", ids[:7], eot_id=EOT)
+    refused(FormatError, tmp_path, "short.npy: found 7 tokens; expected", train_data=f"{a},{short}")
+
+
+def test_weights_stay_with_their_files_where_one_is_left_out(tmp_path: Path) -> None:
+    ids = np.arange(1, 101, dtype=np.uint16) % EOT
+    a, b, c = (written(tmp_path / f"{n}.npy", ids, eot_id=EOT) for n in "abc")
+    train = opened(tmp_path, train_data=f"{a},{b},{c}", data_weights="1,3,4", max_tokens=200).train
+    assert train.mixture.shares == (1, 3)
+    refused(ConfigError, tmp_path, "data_weights", train_data=f"{a},{b}", data_weights="1,3,4", max_tokens=100)
+
+
+def test_names_of_many_files_may_be_long(tmp_path: Path) -> None:
+    names = [f"{'x' * 90}{i}.npy" for i in range(60)]
+    assert train_paths(" , ".join(names)) == names
+    assert train_paths("a.npy, b.npy ,c.npy") == ["a.npy", "b.npy", "c.npy"]
 
 
 # --- masks ----------------------------------------------------------------------------------------------------

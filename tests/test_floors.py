@@ -31,7 +31,7 @@ FLOORS = [
     ["data", "convert", "sample"],
     ["evaluate", "prepare", "samples_file", "footprint", "horizon"],
     ["learner", "runfolder"],
-    ["record", "plan"],
+    ["record", "plan", "validation"],
     ["train"],
     ["report", "demo_text", "sampling", "run_flags"],
     ["cli_bpe", "cli_lm", "cli_plan", "demo"],

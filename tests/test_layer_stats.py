@@ -40,6 +40,7 @@ DOCS = Path(__file__).parent.parent / "docs" / "formats.md"
 SIZES = (
     st.floats(-1e6, 1e6, width=32)
     | st.floats(-(2.0**-30), 2.0**-30, width=32)
+    | st.floats(width=32, allow_nan=False, allow_infinity=False)
     | st.sampled_from([0.0, *EDGES.tolist()])
 )
 
@@ -98,12 +99,22 @@ def test_numbers_are_those_of_the_specification(values: list[float], near_zero: 
     np.testing.assert_allclose(found[:6], expected[:6], rtol=2e-6, atol=1e-6 * size)
 
 
+@pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-25, 1e25, 3e38])
+def test_squares_neither_vanish_nor_overflow(size: float) -> None:
+    x = torch.tensor([size, -size, 0.0, size])
+    norm, mean, std, *_ = summary(x, 0.0).tolist()
+    size = float(x[0])
+    np.testing.assert_allclose([norm / size, mean / size, std / size], [3**0.5, 0.25, 0.6875**0.5], rtol=1e-6)
+
+
 def test_borders_zero_and_what_is_not_finite() -> None:
     below = np.nextafter(np.float32(1), np.float32(0))
     one = -LOWEST + 1  # the bin that begins at 4^0
     counts = summary(torch.tensor([0.0, 1.0, float(below), -1.0, 1e-40, math.inf, math.nan, 1e30]), 0.0)[6:]
     assert {i: int(n) for i, n in enumerate(counts.tolist()) if n} == {0: 2, one - 1: 1, one: 2, BINS + 1: 3}
     assert math.isnan(summary(torch.tensor([1.0, math.nan]), 0.0)[0])
+    assert summary(torch.tensor([1.0, -math.inf]), 0.0)[[0, 1, 3, 4]].tolist() == [math.inf, -math.inf, -math.inf, 1.0]
+    assert summary(torch.zeros(3), 0.0)[:6].tolist() == [0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
 
 
 def test_large_tensors_are_counted_in_parts_and_both_counters_agree() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -71,6 +73,29 @@ def test_the_check_sees_a_wait() -> None:
 
 def gradient(learner: Learner) -> dict[str, torch.Tensor]:
     return {n: p.grad.clone() for n, p in learner.model.named_parameters() if p.grad is not None}
+
+
+def test_micro_steps_are_weighted_by_their_targets(tmp_path: Path) -> None:
+    """Padded documents: micro-steps with different numbers of targets still add up to the large batch."""
+    ids = np.array([t for n in (2, 7, 3, 6, 2, 4, 7, 5, 3, 2, 6, 4) for t in [*range(1, n), 0]] * 4, dtype=np.uint16)
+    tiny(tmp_path)
+    np.save(tmp_path / "train.npy", ids)
+    about = json.loads((tmp_path / "train.npy.json").read_text())
+    about |= {"tokens": len(ids), "max_id": 6, "eot_id": 0}
+    (tmp_path / "train.npy.json").write_text(json.dumps(about))
+    found, counts = [], []
+    for batch_size, micro_steps in ((12, 1), (2, 6)):
+        config = tiny(tmp_path, batch_size=batch_size, windows="padded", sampling="sequential", context_length=40)
+        learner, batches = learner_of(config)
+        learner.model.double()
+        told = learner.gradients(batches, 0, 0, micro_steps)
+        counts.append([b.count for b in told.batches])
+        found.append((gradient(learner), float(told.loss), told.tokens))
+    assert len(set(counts[1])) > 1, "as many targets in each would hide a wrong weight"
+    assert found[0][2] == found[1][2]
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-6)
+    for name, g in found[1][0].items():
+        torch.testing.assert_close(g, found[0][0][name], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("windows", ["stream", "random"])

@@ -11,18 +11,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from bytekiln import record, train_bpe_from_iterator
 from bytekiln import train as train_module
 from bytekiln.checkpoint import load_checkpoint
 from bytekiln.config import UNLIMITED_STEPS, load_config
-from bytekiln.errors import ConfigError, MismatchError
+from bytekiln.errors import ConfigError, FormatError, MismatchError
 from bytekiln.metrics import Row, read_metrics
 from bytekiln.model import TransformerLM
 from bytekiln.objective import Objective
+from bytekiln.run_state import State
 from bytekiln.train import train
 from lm_runs import ONE_THREAD, tiny
 
@@ -79,6 +82,39 @@ def test_a_budget_frees_the_steps_that_a_preset_pins() -> None:
 
 
 @pytest.mark.alone
+def test_max_time_leaves_room_for_slow_saves_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best, a numbered and the final checkpoint may follow the last step; samples are dropped at the limit."""
+    save, write = record.save_checkpoint, record.write_samples_file
+
+    def slow_save(*args: object) -> None:
+        time.sleep(0.4)
+        save(*args)
+
+    def slow_samples(*args: object, stop: Callable[[], bool]) -> Path | None:
+        end = time.perf_counter() + 30
+        while time.perf_counter() < end:
+            if stop():
+                return None
+            time.sleep(0.01)
+        return write(*args, stop=stop)
+
+    monkeypatch.setattr(record, "save_checkpoint", slow_save)
+    monkeypatch.setattr(record, "write_samples_file", slow_samples)
+    tokenizer = train_bpe_from_iterator(["the kiln is warm"], vocab_size=260)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    base = {**tiny(tmp_path, vocab_size=260).flat(), "max_time": 5.0, "max_steps": UNLIMITED_STEPS}
+    for name in ("train.npy.json", "val.npy.json"):
+        (tmp_path / name).unlink()
+    config = load_config(None, {**base, "tokenizer": str(tmp_path / "tokenizer.json"), "eval_interval": 200})
+    said: list[str] = []
+    began = time.perf_counter()
+    result = train(config, began=began, notice=said.append)
+    assert result.status == "completed"
+    assert time.perf_counter() - began < 5.3
+    assert any("no time was left" in line for line in said)
+
+
+@pytest.mark.alone
 @pytest.mark.parametrize("counts", ["all", "steps"])
 def test_max_time_ends_inside_the_limit_with_its_decay_done(tmp_path: Path, counts: str) -> None:
     limit = 4.0
@@ -119,6 +155,18 @@ def test_batch_stages_grow_the_batch_and_read_on(tmp_path: Path) -> None:
     assert stored.state["windows"] == 3 * 3 + 3 * 9
 
 
+def test_stages_follow_the_budget_not_the_steps(tmp_path: Path) -> None:
+    values = {"batch_stages": "0.5:2", "token_budget": 240, "max_steps": UNLIMITED_STEPS}
+    train(load_config(None, {**tiny(tmp_path).flat(), **values}))
+    tokens = [r.tokens for r in rows(tmp_path)]
+    assert [b - a for a, b in itertools.pairwise(tokens)] == [24] * 5 + [48] * 3
+
+
+def test_patience_needs_validation_data(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="early_stopping_patience: found one without val_data"):
+        train(tiny(tmp_path, val_data="", early_stopping_patience=2))
+
+
 # --- what it starts from ---
 
 
@@ -143,9 +191,11 @@ def test_eval_only_reads_and_writes_nothing(tmp_path: Path) -> None:
     assert (result.status, result.final_val_loss) == ("evaluated", trained.final_val_loss)
     assert any("Val Loss" in line for line in said)
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
-    fresh = train(tiny(tmp_path, out_dir=str(tmp_path / "none")), eval_only=True)
-    assert fresh.final_val_loss == pytest.approx(rows(tmp_path)[0].val_loss)
+    with pytest.raises(ConfigError, match="nothing to evaluate"):
+        train(tiny(tmp_path, out_dir=str(tmp_path / "none")), eval_only=True)
     assert not (tmp_path / "none").exists()
+    first = train(tiny(tmp_path, out_dir=str(tmp_path / "none"), init_from=str(tmp_path / "run")), eval_only=True)
+    assert first.final_val_loss == pytest.approx(trained.best_val_loss)
 
 
 # --- what it leaves out ---
@@ -203,7 +253,85 @@ def test_fp16_trains_with_a_scaler_and_resumes(tmp_path: Path) -> None:
         assert torch.equal(a.model[name], b.model[name])
 
 
+def test_a_loss_beyond_all_numbers_is_a_divergence(tmp_path: Path) -> None:
+    """A validation loss whose perplexity no float holds, with checkpoints and a report to write."""
+    result = train(tiny(tmp_path, lr=1e3, warmup_steps=0, eval_interval=1, max_steps=20, grad_clip=0))
+    assert result.status == "diverged"
+    json.loads((tmp_path / "run/result.json").read_text(), parse_constant=lambda c: pytest.fail(c))
+    assert any(r.val_loss is not None and r.val_loss > 709 and r.val_perplexity is None for r in rows(tmp_path))
+
+
+def test_precision_may_change_where_it_was_allowed(tmp_path: Path) -> None:
+    """The scale of fp16 neither stays in fp32, nor is missing the other way round."""
+    for before, after in (("fp16", "fp32"), ("fp32", "fp16")):
+        folder = tmp_path / before
+        train(tiny(folder, precision=before, max_steps=3))
+        given = {"precision": after, "max_steps": 5}
+        result = train(tiny(folder), resume="auto", given=given, changes=["dtype"])
+        assert (result.status, result.skipped_steps) == ("completed", 0)
+        norms = [r.grad_norm for r in rows(folder)[1:]]
+        assert max(norms) < 5 * min(norms)
+
+
+@pytest.mark.parametrize("given", [{"optimizer": "lion"}, {"averaging": "ema"}])
+def test_a_change_starts_without_a_memory(tmp_path: Path, given: dict[str, object]) -> None:
+    train(tiny(tmp_path, max_steps=3))
+    said: list[str] = []
+    more = {**given, "max_steps": 5}
+    assert train(tiny(tmp_path), resume="auto", given=more, changes=list(given), notice=said.append).steps == 5
+    assert any("starts without a memory at step 3" in line for line in said)
+    with pytest.raises(FormatError, match=r"found \(64, 16\) for layers.0.ffn.w1.weight; expected \(48, 16\)"):
+        wider = {"d_ff": 48, "max_steps": 6}
+        train(tiny(tmp_path), resume="auto", given=wider, changes=["d_ff"])
+
+
+def test_weights_from_elsewhere_may_begin_low(tmp_path: Path) -> None:
+    """A loss that rises from next to nothing is no divergence; one far above an untrained model's is."""
+    train(tiny(tmp_path, max_steps=2))
+    run = object.__new__(train_module._Run)
+    run.config = tiny(tmp_path, init_from=str(tmp_path / "run"))
+    run.s, run.record, run.uniform_loss = State(initial_loss=0.001), None, 4.0
+    for loss in (0.1, 0.2, 0.3, 7.0, 8.1, 8.2):
+        run._write(Row(1, 1, 0.0, loss=loss))
+    with pytest.raises(train_module.DivergedError):
+        run._write(Row(1, 1, 0.0, loss=8.3))
+
+
 # --- what it tells ---
+
+
+def test_training_is_evaluated_on_as_many_windows(tmp_path: Path) -> None:
+    """The same file twice gives the same losses, whatever the number of batches."""
+    tiny(tmp_path)
+    same = str(tmp_path / "train.npy")
+    for batches in (2, 0):
+        train(tiny(tmp_path, val_data=same, num_eval_batches=batches, max_steps=2), overwrite=batches == 0)
+        for r in rows(tmp_path):
+            if r.val_loss is not None:
+                # of a whole set validation reads the last tokens too, training only windows that do not overlap
+                assert r.val_loss == pytest.approx(r.train_eval_loss, rel=5e-3 if batches == 0 else 1e-12)
+
+
+def test_masked_tokens_have_no_bits_per_byte(tmp_path: Path) -> None:
+    result = train(tiny(tmp_path, objective="mlm", sampling="shuffled"))
+    assert result.final_val_loss is not None
+    assert result.final_bits_per_byte is None
+
+
+def test_curves_and_samples_of_a_run(tmp_path: Path) -> None:
+    """TensorBoard's files and samples, through the loop."""
+    tokenizer = train_bpe_from_iterator(["the kiln is warm"], vocab_size=260)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    config = tiny(tmp_path, vocab_size=260)
+    for name in ("train.npy.json", "val.npy.json"):
+        (tmp_path / name).unlink()
+    values = {"tokenizer": str(tmp_path / "tokenizer.json"), "sample_tokens": 5, "sample_prompts": "the\nkiln"}
+    train(config.with_(**values, tensorboard=True, sample_interval=4))
+    names = sorted(p.name for p in (tmp_path / "run/samples").iterdir())
+    assert names == ["step_4.json", "step_6.json"]
+    told = json.loads((tmp_path / "run/samples/step_6.json").read_text())
+    assert [x["prompt"] for x in told["samples"]] == ["the", "kiln"]
+    assert list((tmp_path / "run/tensorboard").glob("events*"))
 
 
 def test_averaged_weights_are_evaluated_and_saved(tmp_path: Path) -> None:

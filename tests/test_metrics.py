@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import re
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ from hypothesis import strategies as st
 
 from bytekiln.errors import FileError, FormatError
 from bytekiln.metrics import COLUMNS, MetricsFile, Row, RowFile, read_metrics, read_rows
+from bytekiln.result import Result
+from bytekiln.run_state import State
 
 DOCS = Path(__file__).parent.parent / "docs" / "formats.md"
 
@@ -32,7 +36,20 @@ def test_columns_are_the_format() -> None:
     assert [line.split("`")[1] for line in section.splitlines() if line.startswith("| `")] == COLUMNS
 
 
-@given(loss=st.floats(allow_nan=False), norm=st.none() | st.floats(allow_nan=False), skipped=st.integers(0, 1))
+@pytest.mark.parametrize(
+    ("title", "kind", "also"),
+    [("result.json", Result, {"format", "version"}), ("Checkpoint folder", State, {"format", "version", "data"})],
+)
+def test_what_is_written_of_a_run_is_described(title: str, kind: type, also: set[str]) -> None:
+    section = DOCS.read_text("utf-8").split(f"\n## {title}\n")[1].split("\n## ")[0]
+    table = section.partition("| `state.json` | |\n")[2].partition("\n\n")[0] if kind is State else section
+    said = {name for line in table.splitlines() for name in re.findall("`([a-z_]+)`", line.split(" | ")[0])}
+    assert {f.name for f in fields(kind)} <= said
+    if kind is State:
+        assert said == {f.name for f in fields(kind)} | also
+
+
+@given(loss=st.floats(), norm=st.none() | st.floats(allow_nan=False), skipped=st.integers(0, 1))
 def test_every_digit_comes_back(
     tmp_path_factory: pytest.TempPathFactory, loss: float, norm: float | None, skipped: int
 ) -> None:
@@ -42,6 +59,22 @@ def test_every_digit_comes_back(
     file.append(row)
     file.close()
     assert read_metrics(path) == [row]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_is_an_empty_cell(tmp_path: Path, value: float) -> None:
+    """A validation loss above 709 has no perplexity that a float could hold."""
+    row = Row(1, 2, 3.5, loss=value, grad_norm=value, val_loss=710.0, val_perplexity=value)
+    assert row == Row(1, 2, 3.5, val_loss=710.0)
+    json.dumps(asdict(row), allow_nan=False)
+    file = MetricsFile(tmp_path / "metrics.csv")
+    file.append(row)
+    file.close()
+    assert (tmp_path / "metrics.csv").read_text().splitlines()[1] == "1,2,3.5,,,,,,0,710.0,,,,,,,"
+    assert read_metrics(tmp_path / "metrics.csv") == [row]
+    older = (tmp_path / "metrics.csv").read_text().replace("710.0,,", f"710.0,{value},")
+    (tmp_path / "metrics.csv").write_text(older)
+    assert read_metrics(tmp_path / "metrics.csv") == [row], "written before there was such a rule"
 
 
 def test_going_on_keeps_rows_up_to_the_checkpoint(tmp_path: Path) -> None:

@@ -352,7 +352,7 @@ def test_equals_its_formulas_in_every_variant(norm: str, norm_position: str) -> 
         equals_its_formulas(
             build(
                 norm=norm, norm_position=norm_position, position=position, ffn=ffn, tie_embeddings=tied,
-                rope_theta=100.0, num_layers=2,
+                rope_theta=100.0 if position == "rope" else 10_000.0, num_layers=2,
             )
         )  # fmt: skip
 

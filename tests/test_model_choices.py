@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import nn
 
 from bytekiln.accounting import parameter_count
-from bytekiln.attention import reference_attention
+from bytekiln.attention import Sight, reference_attention, sdpa_attention
 from bytekiln.config import ModelConfig
 from bytekiln.errors import ConfigError
 from bytekiln.model import KVCache, TransformerLM
@@ -120,9 +120,9 @@ def test_every_possible_pair_is_covered() -> None:
             assert (frozenset(pair.items()) in covered) == bool(accepted(pair)), pair
             impossible += not accepted(pair)
     # ffn other than moe with what belongs to experts; none with post and with embedding_norm; a tied head with two
-    # starts; a window both ways.
+    # starts; a window both ways; another angle in two kinds of positions without any.
     dense = len(CHOICES["ffn"]) - 1
-    assert impossible == dense * sum(len(CHOICES[n]) - 1 for n in OF_EXPERTS) + 2 + 2 + 1
+    assert impossible == dense * sum(len(CHOICES[n]) - 1 for n in OF_EXPERTS) + 2 + 2 + 1 + 2
     assert len(PAIRWISE) < 60
 
 
@@ -325,7 +325,15 @@ def test_padding_of_the_vocabulary() -> None:
         ({"tie_embeddings": True, "head_init": "zero"}, "head_init: found zero with tie_embeddings; expected default"),
         ({"tie_embeddings": True, "head_init": "small"}, "head_init: found small with tie_embeddings"),
         ({"causal": False, "sliding_window": 4}, "sliding_window: found one without causal attention"),
-        ({"sliding_window": 12}, "sliding_window: found 12; expected less than context_length, 12"),
+        ({"sliding_window": 12}, "sliding_window: found 12; expected less than max_seq_len, 12"),
+        ({"sliding_window": 20, "max_seq_len": 20}, "sliding_window: found 20; expected less than max_seq_len, 20"),
+        ({"position": "learned", "rope_theta": 5e5}, "rope_theta: found 500000 with position learned; expected"),
+        ({"position": "none", "rope_theta": 100.0}, "rope_theta: found 100 with position none"),
+        ({"ffn_multiple": 0.03}, r"ffn_multiple: found 0\.03 for d_model 16; expected at least 0\.062, since d_ff"),
+        (
+            {"ffn": "moe", "load_balancing": "none", "load_balancing_weight": 0.1},
+            r"load_balancing_weight: found 0\.1 with load_balancing none; expected load_balancing = loss or bias",
+        ),
         ({"num_kv_heads": 3}, "num_kv_heads: found 3; expected a divisor of num_heads, 4"),
         ({"num_kv_heads": 8}, "num_kv_heads: found 8; expected a divisor"),
         ({"max_seq_len": 4}, "max_seq_len: found 4; expected at least context_length, 12"),
@@ -345,6 +353,43 @@ def test_what_makes_no_sense_is_refused(values: dict[str, object], why: str) -> 
     with pytest.raises(ConfigError, match=why):
         ModelConfig(**SIZES, **values)
     assert accepted({**values, "ffn": "swiglu"} if "ffn" not in values else values) is None
+
+
+def test_what_makes_sense_is_accepted() -> None:
+    def of(**values: object) -> ModelConfig:
+        return ModelConfig(**{**SIZES, **values})
+
+    for window in (12, 19):  # it hides something from what a cache makes longer than a training window
+        assert of(sliding_window=window, max_seq_len=20).sliding_window == window
+    assert of(ffn="moe", num_experts=2, dense_twin=True) == of(d_ff=2 * of().d_ff)
+    assert of(ffn_multiple=0.05).d_ff == 1
+    assert of(position="learned", rope_theta=10_000.0).position == "learned"
+    assert of(ffn="moe", load_balancing="bias", load_balancing_weight=0.1).load_balancing_weight == 0.1
+
+
+def test_a_window_longer_than_training_ones_hides_the_rest() -> None:
+    model = build({"sliding_window": 14, "max_seq_len": 20, "num_layers": 1}).eval()
+    plain = build({"max_seq_len": 20, "num_layers": 1}).eval()
+    x = ids(2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x)[:, :14], plain(x)[:, :14])
+        assert not torch.allclose(model(x)[:, 14:], plain(x)[:, 14:], atol=1e-3)
+
+
+def test_normalised_queries_and_keys_have_the_values_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA autocast gives norms back in float32, which is played here; kernels want one type."""
+    types: list[set[torch.dtype]] = []
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float, sight: Sight) -> torch.Tensor:
+        types.append({q.dtype, k.dtype, v.dtype})
+        return sdpa_attention(q, k, v, dropout, sight)
+
+    norm = F.rms_norm
+    monkeypatch.setattr(F, "rms_norm", lambda x, *rest: norm(x.float(), *rest))
+    model = TransformerLM(ModelConfig(**SIZES, qk_norm=True), attend=attend)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids(2, 12))
+    assert types == [{torch.bfloat16}] * 2
 
 
 class Trained(nn.Module):

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 from bytekiln import cli_plan
 from bytekiln.checkpoint import Checkpoint, save_checkpoint
-from bytekiln.config import RunConfig, from_flat
+from bytekiln.config import UNLIMITED_STEPS, RunConfig, from_flat, load_config
 from bytekiln.errors import ConfigError
 from bytekiln.footprint import Footprint, Simulation
 from bytekiln.hardware import PEAKS, Peak, measure, mfu, peak_flops
 from bytekiln.model import TransformerLM
 from bytekiln.optim import make_optimizer
-from bytekiln.plan import largest_batch, length_of, make_plan
+from bytekiln.plan import BATCHES_WITHOUT_VALIDATION, largest_batch, length_of, make_plan
+from lm_runs import tokens
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -180,6 +181,19 @@ def test_half_precision_keeps_smaller_activations() -> None:
     assert footprint(**values, precision="bf16").activations < 0.8 * footprint(**values).activations
 
 
+@pytest.mark.parametrize(("windows", "held"), [("stream", 0), ("packed", 1), ("padded", 1)])
+def test_masked_models_see_no_padding_and_that_takes_memory(windows: str, held: int) -> None:
+    """Packed and padded windows come with documents: a mask of T² booleans for every window at the least."""
+    values = {"context_length": 256, "batch_size": 4, "objective": "mlm"}
+    plain, found = footprint(**values), footprint(**values, windows=windows)
+    assert found.total - plain.total >= held * 4 * 256 * 256
+    assert (found == plain) is not bool(held)
+    assert (
+        footprint(**{**values, "objective": "next_token"}, windows=windows).calls
+        == footprint(**{**values, "objective": "next_token"}).calls
+    )
+
+
 # --- a plan -----------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +207,8 @@ def test_the_whole_plan(tmp_path: Path) -> None:
     parts = memory["weights"] + memory["gradients"] + memory["optimizer"] + memory["activations"] + memory["loss"]
     assert max(memory["weights"] + memory["optimizer"], memory["activations"]) < memory["total"] <= parts
     assert said["steps"] == 40 and said["tokens"] == 40 * 3 * 8
-    assert plan.time.step_s > 0 and 40 * plan.time.step_s <= plan.time.run_s
+    # 40 steps and 3 evaluations of 100 batches of training data; a forward is a third of a step
+    assert plan.time.run_s == pytest.approx((40 + 3 * 100 / 3) * plan.time.step_s)
     assert plan.checkpoints == 4 + 1
 
     lm = TransformerLM(plan.config.model)
@@ -231,10 +246,110 @@ def test_the_search_finds_the_last_batch_below_the_budget(
 
 def test_length_of_a_run() -> None:
     base = from_flat({**SMALL, "max_steps": 100})
-    assert length_of(base) == (100, 100 * 24)
-    assert length_of(base.with_(grad_accum_steps=2, batch_stages="0.25:2 0.5:4")) == (100, 48 * (25 + 25 * 2 + 50 * 4))
-    assert length_of(base.with_(token_budget=240)) == (10, 240)
-    assert length_of(base.with_(token_budget=480, batch_stages="0.5:2")) == (15, 480)
+    assert length_of(base) == (100, 100 * 24, "max_steps")
+    staged = base.with_(grad_accum_steps=2, batch_stages="0.25:2 0.5:4")
+    assert length_of(staged)[:2] == (100, 48 * (25 + 25 * 2 + 50 * 4))
+    assert length_of(base.with_(token_budget=240)) == (10, 240, "token_budget")
+    assert length_of(base.with_(token_budget=250)) == (11, 250, "token_budget")
+    assert length_of(base.with_(token_budget=480, batch_stages="0.5:2")) == (15, 480, "token_budget")
+    assert length_of(base.with_(token_budget=4800, batch_stages="0.5:2")) == (100, 2400, "max_steps")
+    by_steps = base.with_(token_budget=2400, batch_stages="0.5:2", progress="steps")
+    assert length_of(by_steps) == (75, 2400, "token_budget")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, (60, 60 * 24, "max_time")),
+        ({"grad_accum_steps": 3}, (20, 60 * 24, "max_time")),
+        ({"batch_stages": "0.5:3"}, (40, 60 * 24, "max_time")),  # 30 s of 1, 30 s of 3 micro-steps
+        ({"batch_stages": "0.5:3", "progress": "steps"}, (60, 60 * 24, "max_time")),  # half of 10⁹ steps never comes
+        ({"max_steps": 7}, (7, 7 * 24, "max_steps")),
+        ({"token_budget": 48}, (2, 48, "token_budget")),
+        ({"max_time": 0.5}, (1, 24, "max_time")),
+        ({"evaluation_s": 5, "eval_interval": 0}, (50, 50 * 24, "max_time")),
+        ({"evaluation_s": 5, "eval_interval": 4}, (22, 22 * 24, "max_time")),  # 9 s for every 4 steps
+        ({"evaluation_s": 5, "eval_interval": 4, "max_time_counts": "steps"}, (60, 60 * 24, "max_time")),
+        ({"evaluation_s": 50}, (1, 24, "max_time")),
+    ],
+)
+def test_as_many_steps_as_fit_into_the_time(values: dict[str, object], expected: tuple[int, int, str]) -> None:
+    evaluation_s = float(str(values.get("evaluation_s", 0)))
+    given = {k: v for k, v in values.items() if k != "evaluation_s"}
+    config = from_flat({**SMALL, "max_steps": UNLIMITED_STEPS, "max_time": 60, **given})
+    assert length_of(config, 1.0, evaluation_s) == expected
+
+
+@given(st.integers(1, 300), st.integers(0, 40), st.floats(0.01, 3), st.floats(0, 5), st.integers(1, 4), st.booleans())
+def test_the_planned_run_is_what_a_clock_would_end(
+    max_time: int, eval_interval: int, step_s: float, evaluation_s: float, accumulated: int, staged: bool
+) -> None:
+    """Against a loop that takes step after step, evaluates, and looks at the clock."""
+    config = from_flat(
+        {**SMALL, "max_steps": UNLIMITED_STEPS, "max_time": max_time, "eval_interval": eval_interval,
+         "grad_accum_steps": accumulated, "batch_stages": "0.5:2" if staged else ""}
+    )  # fmt: skip
+    clock, steps, tokens, limit = evaluation_s, 0, 0, max_time - evaluation_s
+    while True:
+        micro_steps = accumulated * (2 if staged and clock >= limit / 2 else 1)
+        if steps and clock + step_s * micro_steps > limit:
+            break
+        clock += step_s * micro_steps
+        steps, tokens = steps + 1, tokens + 24 * micro_steps
+        if eval_interval and steps % eval_interval == 0:
+            clock += evaluation_s
+    found = length_of(config, step_s, evaluation_s)
+    # The plan spreads evaluations over the steps: it is off by what one of them, and the stage's edge, are worth.
+    slack = 3 + evaluation_s / (step_s * accumulated)
+    assert found.steps == pytest.approx(steps, abs=slack)
+    assert found.tokens == pytest.approx(tokens, abs=slack * 48 * accumulated)
+
+
+def test_the_time_of_a_run_is_steps_and_evaluations(tmp_path: Path) -> None:
+    """On a GPU of known peak there is nothing to measure, so that every second can be worked out."""
+    val = tokens(tmp_path / "val.npy", 8 * 3 * 20 + 2)  # 60 whole windows, 61 with the one that overlaps
+    base = {**SMALL, "precision": "bf16", "grad_accum_steps": 2, "eval_interval": 10, "max_steps": 45}
+    small = 1  # byte of memory, in which no largest batch is searched for
+    forward_s = make_plan(from_flat(base), small, "H100").time.step_s / 6
+    for values, batches, sets in (
+        ({"num_eval_batches": 7}, 7, 1),
+        ({"num_eval_batches": 0}, 100, 1),
+        ({"num_eval_batches": 7, "val_data": str(val)}, 7, 2),
+        ({"num_eval_batches": 70, "val_data": str(val)}, 20, 2),
+        ({"num_eval_batches": 0, "val_data": str(val)}, 21, 2),
+        ({"num_eval_batches": 70, "val_data": str(tmp_path / "none.npy")}, 70, 2),
+    ):
+        plan = make_plan(from_flat({**base, **values}), small, "H100")
+        assert plan.evaluation_batches == batches
+        assert plan.time.evaluation_s == pytest.approx(forward_s * batches * sets)
+        # evaluations at 0, 10, 20, 30, 40 and 45
+        assert plan.time.run_s == pytest.approx(45 * 6 * forward_s + 6 * plan.time.evaluation_s)
+    unknown = make_plan(from_flat({**base, "num_eval_batches": 0, "val_data": "none.npy"}), small, "H100")
+    assert unknown.evaluation_batches is None and unknown.as_json()["evaluation_batches"] is None
+    assert unknown.time.run_s == pytest.approx(45 * 6 * forward_s)
+    assert "without evaluations, since val_data tells no size" in cli_plan.show(unknown)
+
+
+def test_a_budget_of_time_ends_a_plan() -> None:
+    values = {**SMALL, "precision": "bf16", "eval_interval": 0, "checkpoint_interval": 1000}
+    step_s = make_plan(from_flat({**values, "max_steps": 1}), 1, "H100").time.step_s
+    config = load_config(None, {**values, "max_time": (2500 + 0.5 + 200 / 3) * step_s})  # two evaluations of 100
+    plan = make_plan(config, 1, "H100")
+    said = plan.as_json()
+    assert config.training.max_steps == UNLIMITED_STEPS
+    assert (said["steps"], said["tokens"], said["ends_by"]) == (2500, 2500 * 24, "max_time")
+    assert said["flops"] == plan.flops_per_token * 2500 * 24
+    assert said["checkpoints"] == 2 + 1
+    assert said["run_time_s"] == pytest.approx((2500 + 200 / 3) * step_s)
+    assert "2,500 steps, 60.0k tokens, with evaluations; as many as fit into max_time" in cli_plan.show(plan)
+    late = cli_plan.show(make_plan(config.with_(max_time=10 * step_s), 1, "H100"))
+    assert "1 step, 24 tokens, with evaluations; more than max_time" in late
+
+
+def test_all_of_no_validation_data_is_what_training_reads() -> None:
+    from bytekiln.validation import WHOLE_WITHOUT_VALIDATION
+
+    assert BATCHES_WITHOUT_VALIDATION == WHOLE_WITHOUT_VALIDATION
 
 
 def test_a_plan_for_a_gpu_that_is_not_here() -> None:
@@ -319,8 +434,20 @@ def test_json_has_the_names_that_are_promised(capsys: pytest.CaptureFixture[str]
     assert isinstance(said["parameters"], int) and isinstance(said["flops_per_token"], int)
     assert set(said["memory_bytes"]) >= {"weights", "gradients", "optimizer", "activations", "total"}
     assert said["memory_limit_bytes"] == 10**9 and said["largest_batch_size"] > 0
+    assert set(said["memory_bytes"]) == {"weights", "gradients", "optimizer", "activations", "loss", "total"}
+    assert said["ends_by"] == "max_steps" and said["evaluation_batches"] == 100
     for name in ("active_parameters", "parameters_by_part", "step_time_s", "run_time_s", "checkpoint_bytes", "device"):
         assert said[name]
+
+
+def test_json_of_a_run_that_time_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["debug", *flags(num_eval_batches=1, checkpoint_interval=10**6), "--memory=1", "--json"]
+    assert cli_plan.plan([*argv, "--max-time=3"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["ends_by"] == "max_time" and 1 < said["steps"] < 10**6
+    assert said["tokens"] == said["steps"] * said["tokens_per_step"] and said["checkpoints"] == 1
+    assert said["steps"] * said["step_time_s"] < said["run_time_s"] <= 3
+    assert 3 - said["run_time_s"] < 2 * said["step_time_s"] + 2 * said["evaluation_time_s"]
 
 
 def test_the_table_shows_the_parts_and_their_shares(capsys: pytest.CaptureFixture[str]) -> None:
@@ -344,14 +471,16 @@ def test_a_run_folder_and_a_manifest_tell_the_vocabulary(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").write_text(from_flat({**SMALL, "vocab_size": 300}).to_toml(), "utf-8")
     found = []
+    # In one byte of memory nothing fits, so that no largest batch is searched for.
+    small = ["--json", "--memory=1"]
     for source in (["tinystories", *flags(vocab_size=300)], [str(tmp_path / "run")],
                    ["shakespeare-char", *without, f"--tokenizer={tmp_path / 't.json'}"],
                    ["shakespeare-char", *without, f"--train-data={tmp_path / 'train.npy'}"]):  # fmt: skip
-        assert cli_plan.plan([*source, "--json", "--memory=1G"]) == 0
+        assert cli_plan.plan([*source, *small]) == 0
         found.append(json.loads(capsys.readouterr().out)["parameters_by_part"]["embedding"])
     assert found == [300 * 16] * 4
-    assert cli_plan.plan(["shakespeare-char", *without, f"--tokenizer={tmp_path / 't.json'}", "--json",
-                          "--token-corruption=0.1", "--memory=1G"]) == 0  # fmt: skip
+    masked = ["shakespeare-char", *without, f"--tokenizer={tmp_path / 't.json'}", "--token-corruption=0.1"]
+    assert cli_plan.plan([*masked, *small]) == 0
     assert json.loads(capsys.readouterr().out)["parameters_by_part"]["embedding"] == 301 * 16  # the mask token
 
 

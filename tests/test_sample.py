@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bytekiln import Tokenizer, train_bpe_from_iterator
+from bytekiln import Tokenizer, cli_lm, train_bpe_from_iterator
 from bytekiln.checkpoint import weights_of
 from bytekiln.config import ModelConfig
 from bytekiln.errors import BytekilnError, ConfigError, FileError, MismatchError
@@ -25,7 +26,7 @@ from bytekiln.sample import (
     tokenizer_for,
 )
 from bytekiln.train import train
-from lm_runs import tiny
+from lm_runs import VOCAB, tiny
 
 LOGITS = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=30).map(torch.tensor)
 
@@ -107,6 +108,53 @@ def test_comes_one_at_a_time() -> None:
         next(generate(model(), []))
 
 
+def test_a_model_that_sees_both_sides_does_not_continue() -> None:
+    shape = {"vocab_size": 40, "d_model": 16, "num_layers": 1, "num_heads": 2, "context_length": 8}
+    both = TransformerLM(ModelConfig(**shape, causal=False)).eval()
+    with pytest.raises(ConfigError, match=r"^model: found a model that fills in masked tokens"):
+        next(generate(both, [1]))
+
+
+@pytest.mark.parametrize("how", ["lm-sample", "--generate"])
+def test_a_masked_run_is_refused_in_a_line(tmp_path: Path, how: str) -> None:
+    """Before its missing tokenizer is told, or a device that is not there."""
+    train(tiny(tmp_path, objective="mlm", max_steps=1, vocab_size=VOCAB + 1))
+    run = str(tmp_path / "run")
+    with pytest.raises(ConfigError, match=f"^{run}: found a model that fills in masked tokens .objective mlm. and"):
+        if how == "lm-sample":
+            cli_lm.sample([run, "--device", "cuda:77"])
+        else:
+            cli_lm.train([run, "--generate"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--seed=x"], "seed: found 'x'; expected a whole number"),
+        (["--seed=1.5"], "seed: found '1.5'; expected a whole number"),
+        (["--seed=inf"], "seed: found 'inf'; expected a whole number"),
+        (["--seed=-1"], "seed: found -1; expected 0 …"),
+        (["--seed=1e30"], "seed: found 1000000000000000019884624838656; expected 0 …"),
+        (["--top-p=1.5"], "top_p: found 1.5; expected more than 0 and at most 1"),
+        (["--top-p=0"], "top_p: found 0.0; expected more than 0 and at most 1"),
+        (["--top-p=nan"], "top_p: found nan; expected more than 0 and at most 1"),
+        (["--top-p=most"], "top-p: invalid float value: 'most'"),
+        (["--top-k=-1"], "top_k: found -1; expected 0 or more"),
+        (["--top-k=2.5"], "top-k: found '2.5'; expected a whole number"),
+        (["--temperature=-1"], "temperature: found -1.0; expected 0 or more"),
+        (["--temperature=inf"], "temperature: found inf; expected 0 or more"),
+        (["--num-samples=0"], "num_samples: found 0; expected 1 or more"),
+        (["--max-new-tokens=0"], "max_new_tokens: found 0; expected 1 or more"),
+    ],
+)
+def test_mistakes_are_told_by_both_commands(tmp_path: Path, flags: list[str], said: str) -> None:
+    """Before anything is opened: there is no run at all."""
+    (tmp_path / "config.toml").touch()
+    for command in (cli_lm.sample, lambda argv: cli_lm.train([*argv, "--generate"])):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            command([str(tmp_path), *flags])
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return train_bpe_from_iterator(["the kiln"], vocab_size=258, special_tokens=["<|endoftext|>"])
@@ -132,7 +180,7 @@ def test_prompts(tokenizer: Tokenizer, tmp_path: Path) -> None:
         prompt_ids(train_bpe_from_iterator(["x"], vocab_size=256), "")
 
 
-def test_run_brings_its_tokenizer(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_run_brings_its_tokenizer(tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
     own = tmp_path / "tokenizer.json"
     tokenizer.save(own)
     for name in ("train", "val"):
@@ -141,6 +189,12 @@ def test_run_brings_its_tokenizer(tmp_path: Path, tokenizer: Tokenizer) -> None:
         (tmp_path / f"{name}.txt").write_text("the kiln is warm " * 20, encoding="utf-8")
         encode_files(tokenizer, tmp_path / f"{name}.txt", tmp_path / f"{name}.npy")
     train(tiny(tmp_path, vocab_size=0, tokenizer=str(own)))
+    texts = []
+    for command, seed in ((cli_lm.sample, "1000"), (cli_lm.sample, "1e3"), (cli_lm.sample, "7")):
+        assert command([str(tmp_path / "run"), "--max-new-tokens=3e1", f"--seed={seed}"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert cli_lm.train([str(tmp_path / "run"), "--generate", "--max-new-tokens=30", "--seed=1e3"]) == 0
+    assert texts[0] == texts[1] == capsys.readouterr().out != texts[2]
     m, stored = load_model(tmp_path / "run")
     assert m.config.vocab_size == 258
     assert tokenizer_for(m, None, stored, "run").hash == tokenizer.hash

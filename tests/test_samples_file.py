@@ -126,6 +126,31 @@ def test_a_prompt_that_cannot_be_read_is_refused_at_the_start(tmp_path: Path) ->
         check_prompts(c, CharTokenizer("abc"))
 
 
+@pytest.mark.parametrize("patience", [0, 5, 12, 16])
+def test_it_can_be_stopped_between_two_tokens(tmp_path: Path, tokenizer: Tokenizer, patience: int) -> None:
+    c = config(tmp_path, sample_prompts="the kiln\nwarm")
+    m = model(c)
+    path = write_samples_file(tmp_path, m, tokenizer, c, 1)
+    assert path is not None
+    written = path.read_bytes()
+    asked, read = 0, []
+    m.register_forward_hook(lambda *_: read.append(1))
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > patience
+
+    assert write_samples_file(tmp_path, m, tokenizer, c, 2, stop) is None
+    assert write_samples_file(tmp_path, m, tokenizer, c, 1, lambda: True) is None
+    assert asked == patience + 1, "not once more"
+    assert len(read) <= patience, "no token is made after it was told to stop"
+    assert [p.name for p in path.parent.iterdir()] == ["step_1.json"] and path.read_bytes() == written
+    assert m.training, "its mode is given back"
+    patient = write_samples_file(tmp_path, m, tokenizer, c, 1, lambda: False)
+    assert patient == path and path.read_bytes() == written
+
+
 def test_only_samples_are_removed(tmp_path: Path, tokenizer: Tokenizer) -> None:
     c = config(tmp_path)
     for step in (10, 20, 30):

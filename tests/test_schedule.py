@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bytekiln.config import RunConfig, load_config
+from bytekiln.config import UNLIMITED_STEPS, RunConfig, load_config
 from bytekiln.schedule import Progress, batch_multiple, fraction, learning_rate
 
 
@@ -114,6 +114,31 @@ def test_progress_is_what_is_counted() -> None:
     assert learning_rate(where, steps) == pytest.approx(0.999)
 
 
+@pytest.mark.parametrize("end", [{"max_steps": 40}, {"token_budget": 400}, {"max_time": 40.0}])
+def test_the_decay_ends_with_whichever_limit_ends_first(end: dict[str, object]) -> None:
+    """10 tokens and a second a step; the two other limits lie beyond."""
+    limits = {"max_steps": 50, "token_budget": 700, "max_time": 60.0}
+    c = RunConfig().with_(lr=1.0, schedule="linear", min_lr=0.0, **{**limits, **end})
+    t = c.training
+
+    def where(step: int) -> Progress:
+        return Progress(step, t.max_steps, 10 * step, t.token_budget, float(step), t.max_time)
+
+    for step in range(61):
+        assert fraction(where(step), c) == pytest.approx(min(step / 40, 1.0))
+        assert learning_rate(where(step), c) == pytest.approx(max(1 - step / 40, 0.0), abs=1e-12)
+    for name, share in (("steps", 20 / t.max_steps), ("tokens", 200 / t.token_budget), ("seconds", 20 / t.max_time)):
+        assert fraction(where(20), c.with_(progress=name)) == share
+
+
+def test_a_run_without_a_limit_of_steps_does_not_count_them() -> None:
+    c = load_config("debug", {"max_time": 10, "lr": 1.0, "schedule": "linear", "min_lr": 0.0, "warmup_steps": 0})
+    assert c.training.max_steps == UNLIMITED_STEPS
+    assert fraction(Progress(UNLIMITED_STEPS // 2, UNLIMITED_STEPS, seconds=1.0, max_time=10.0), c) == 0.1
+    forever = RunConfig().with_(max_steps=UNLIMITED_STEPS)
+    assert fraction(Progress(UNLIMITED_STEPS // 2, UNLIMITED_STEPS), forever) == 0.5
+
+
 def test_a_warm_up_in_steps_beside_a_decay_in_seconds() -> None:
     c = RunConfig().with_(max_time=100, lr=1.0, warmup_steps=4, min_lr=0.0, schedule="linear")
     # the first step comes after 20 s of compiling; the decay begins when the warm-up has ended, at its full rate
@@ -144,13 +169,13 @@ warmups = st.one_of(
 )
 
 
-@given(choices, warmups, st.sampled_from(["steps", "tokens", "seconds"]), st.integers(0, 2**32))
+@given(choices, warmups, st.sampled_from(["steps", "tokens", "seconds"]), st.booleans(), st.integers(0, 2**32))
 @settings(max_examples=150, deadline=None)
 def test_what_holds_for_every_curve(
-    values: dict[str, object], warmup: dict[str, object], progress: str, seed: int
+    values: dict[str, object], warmup: dict[str, object], progress: str, alone: bool, seed: int
 ) -> None:
     budgets = {"tokens": {"token_budget": 10_000}, "seconds": {"max_time": 100.0}, "steps": {}}[progress]
-    c = RunConfig().with_(**values, **warmup, **budgets)
+    c = RunConfig().with_(**values, **warmup, **budgets, progress=progress if alone else "auto")
     o, most = c.optimizer, c.training.max_steps
     # steps of uneven size, whose sizes add up to the budget
     draw = random.Random(seed)
@@ -178,24 +203,26 @@ def test_what_holds_for_every_curve(
             assert falls[0] == pytest.approx(o.lr), "the warm-up ends where the decay begins"
 
 
-@given(choices, warmups, st.integers(1, 999), st.sampled_from(["tokens", "seconds"]))
+@given(choices, warmups, st.integers(1, 999), st.sampled_from(["tokens", "seconds"]), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_tokens_and_seconds_in_proportion_give_the_curve_of_steps(
-    values: dict[str, object], warmup: dict[str, object], each: int, progress: str
+    values: dict[str, object], warmup: dict[str, object], each: int, progress: str, alone: bool
 ) -> None:
     by_steps = RunConfig().with_(**values, **warmup)
     most = by_steps.training.max_steps
     budget = {"token_budget": each * most} if progress == "tokens" else {"max_time": float(each * most)}
-    other = by_steps.with_(**budget)
+    other = by_steps.with_(**budget, progress=progress if alone else "auto")
     for t in range(most + 2):
         where = Progress(t, most, each * t, each * most, float(each * t), float(each * most))
         assert learning_rate(where, other) == pytest.approx(learning_rate(where, by_steps), rel=1e-9, abs=1e-15)
 
 
-@given(choices, st.floats(0.0, 0.9), st.floats(0.0, 0.999))
+@given(choices, st.just(0.0) | st.floats(1e-6, 0.9), st.floats(0.0, 0.999))
 @settings(max_examples=100, deadline=None)
 def test_no_jumps(values: dict[str, object], warmup: float, place: float) -> None:
+    """But for a warm-up that is shorter than the distance looked at here: that is one."""
     c = RunConfig().with_(**values, warmup_rule="fraction", warmup_fraction=warmup, max_time=1.0)
     near = [learning_rate(Progress(5, 100, seconds=min(place + d, 1.0), max_time=1.0), c) for d in (0.0, 1e-9)]
-    steepest = c.optimizer.lr * 1e-9 * max(1 / max(warmup, 1e-6), 60 / (1 - warmup) / values["decay_fraction"])
-    assert abs(near[1] - near[0]) <= steepest + 1e-12 or (warmup == 0.0 and place == 0.0)
+    rise = 1 / warmup if warmup else 0.0
+    steepest = c.optimizer.lr * 1e-9 * max(rise, 60 / (1 - warmup) / values["decay_fraction"])
+    assert abs(near[1] - near[0]) <= steepest + 1e-12

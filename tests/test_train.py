@@ -164,7 +164,7 @@ def test_high_loss_three_times_is_divergence(tmp_path: Path) -> None:
 
 def test_high_rows_must_come_in_succession() -> None:
     run = object.__new__(train_module._Run)
-    run.s, run.record = State(initial_loss=1.0), None
+    run.s, run.record, run.config = State(initial_loss=1.0), None, from_flat({})
     for loss in (3.0, 3.0, 1.5, 3.0, 2.5):
         run._write(Row(1, 1, 0.0, loss=loss))
     with pytest.raises(train_module.DivergedError):

@@ -35,7 +35,8 @@ class Averaging:
         self._means = [local(p.detach()).clone() for _, p in self._named]
         self._count = torch.zeros((), device=self._named[0][1].device)
         self._begun = False
-        self._swapped = False
+        self._kept: list[Tensor] | None = None
+        """The trained weights, while the average is in their place."""
 
     @torch.no_grad()
     def update(self, progress: float, take: Tensor | None = None) -> None:
@@ -44,13 +45,17 @@ class Averaging:
         The first weights are taken whole; then mean ← mean + (weights - mean)·(1 - ema_decay), or ·1/n in the tail.
 
         Args:
-            progress: share of the run that is behind. The tail begins at 1 - tail_fraction.
+            progress: share of the run that is behind. The tail begins at 1 - tail_fraction. Where a resume moves the
+                end away, the share falls back before it: what was averaged is no tail any more, and is forgotten.
             take: whether the step moved the weights; if not, the average stays as it is to the bit.
         """
         c = self._config
+        assert self._kept is None
         if c.averaging == "tail" and progress + _ROUNDING < 1 - c.tail_fraction:
+            if self._begun:
+                self._begun = False
+                self._count.zero_()
             return
-        assert not self._swapped
         first = self._count == 0
         self._count += 1 if take is None else take
         weight = 1 / self._count.clamp(min=1)
@@ -67,21 +72,35 @@ class Averaging:
         """The average is in the model inside the `with`, the weights again after it, whatever happens in it.
 
         Before anything was averaged (a tail that has not begun) the weights are their own average. Costs a copy of
-        the weights for as long as it lasts.
+        the weights for as long as it lasts. If a signal's exception breaks off the copying itself, `restore` finishes
+        it; so one inside another is not told from one that was broken off, and gets the weights back too early.
         """
-        assert not self._swapped
+        self.restore()
         if not self._begun:
             yield
             return
-        parameters = [local(p.detach()) for _, p in self._named]
-        kept = [p.clone() for p in parameters]
-        self._swapped = True
+        kept = [local(p.detach()).clone() for _, p in self._named]
         try:
-            _copy(parameters, self._means)
+            self._kept = kept
+            self._copy_in(self._means)
             yield
         finally:
-            _copy(parameters, kept)
-            self._swapped = False
+            if self._kept is kept:  # else a `restore` came first, and by now these may be old weights
+                self.restore()
+
+    def restore(self) -> None:
+        """Put the trained weights back where a `swapped` that was broken off left others; else do nothing.
+
+        May itself be broken off and called again. Called before an interrupted run is saved.
+        """
+        if self._kept is not None:
+            self._copy_in(self._kept)
+            self._kept = None
+
+    @torch.no_grad()
+    def _copy_in(self, tensors: list[Tensor]) -> None:
+        for (_, p), tensor in zip(self._named, tensors, strict=True):
+            local(p.detach()).copy_(tensor)
 
     def tensors(self) -> dict[str, Tensor]:
         """`average_count`, and `average/NAME` once there is an average; live, so write them before the next step."""
@@ -116,9 +135,3 @@ class Averaging:
 def make_averaging(model: nn.Module, config: OptimizerConfig) -> Averaging | None:
     """The average that `averaging` asks for, if any."""
     return None if config.averaging == "none" else Averaging(model, config)
-
-
-@torch.no_grad()
-def _copy(to: list[Tensor], what: list[Tensor]) -> None:
-    for a, b in zip(to, what, strict=True):
-        a.copy_(b)

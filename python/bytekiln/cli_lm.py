@@ -6,7 +6,6 @@ Called by `cli`, which turns errors into one line. torch is imported once there 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,8 @@ TRAIN_EXAMPLES = (
     "lm-train runs/lr1e-3                       goes on where the run was interrupted",
     "lm-train runs/lr1e-3/config.toml --seed 7  repeats the run in a new folder",
 )
+DEFAULT_CONTEXT = 512
+"""Window of a run that starts from weights and names no preset; fewer where they know fewer positions."""
 STATUS = {"completed": 0, "early_stopped": 0, "evaluated": 0, "diverged": 3}
 
 
@@ -50,23 +51,28 @@ def train(argv: list[str]) -> int:
     if path is not None and path.is_dir():
         if options.overwrite and options.eval_only:
             raise ConfigError("lm-train: found --eval-only and --overwrite; expected one of them")
+        if not resume and {"out_dir", "run_name", "save_dir"} & set(given):
+            resume = source  # goes on elsewhere, from this run's newest checkpoint
         resume = resume or "auto"
         given.setdefault("out_dir", source)
     elif path is not None and resume:
         given = {**stated_in(path), **given}
     elif path is not None and path.name == "config.toml" and _is_run(path.parent):
         _into_a_new_folder(path, given)
-    if given.get("init_from") and source is None and resume is None:
-        from bytekiln.convert import config_of
-
-        given = {**config_of(str(given["init_from"])), **given}  # no preset says a shape: it is that of the weights
-    config = _config(source, resume, given)
+    resumed = _place_of_run(source, resume, given)
+    if resumed is None and source is None and given.get("init_from"):
+        _shape_of_the_weights(given)
+    config = resumed or load_config(source, given, say=notice)
     if source and config.output.preset:
         given["preset"] = config.output.preset
 
+    changes = [name for names in options.allow_change for name in names.split(",")]
+    if changes and resume is None:
+        notice("--allow-change: nothing is resumed; every field may have any value")
     if options.show_batch:
-        return _show_batch(config)
+        return _show_batch(config, resume, given, changes)
 
+    from bytekiln.ranks import is_first
     from bytekiln.train import train as run
 
     result = run(
@@ -75,12 +81,12 @@ def train(argv: list[str]) -> int:
         overwrite=options.overwrite,
         eval_only=options.eval_only,
         given=given,
-        changes=[name for given_names in options.allow_change for name in given_names.split(",")],
+        changes=changes,
         began=began,
         say=_say,
         notice=notice,
     )
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         for line in _summary(result):
             print(line)
     if result.status == "interrupted":
@@ -107,11 +113,15 @@ def _summary(result: Result) -> Iterator[str]:
         yield f"{result.skipped_steps} updates were left out"
 
 
-def _show_batch(config: RunConfig) -> int:
+def _show_batch(config: RunConfig, resume: str | None, given: dict[str, Any], changes: list[str]) -> int:
     """Print the first batch that the run would train on, and train nothing."""
     from bytekiln.data import load_tokenizer, open_data
     from bytekiln.preview import show_batch
 
+    if resume:
+        from bytekiln.prepare import find_checkpoint
+
+        config, _ = find_checkpoint(config, resume, given, notice, changes)
     tokenizer = load_tokenizer(config.data)
     data = open_data(config, tokenizer)
     for line in data.notices:
@@ -178,14 +188,24 @@ def _is_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("checkpoints", "metrics.csv", "result.json"))
 
 
-def _config(source: str | None, resume: str | None, given: dict[str, Any]) -> RunConfig:
-    """The run; of one that is resumed only what says where it is: the rest is its checkpoint's."""
-    if resume:
-        place = load_config(source, {k: v for k, v in given.items() if SECTION_OF[k] == "output"}, say=notice)
-        there = place.output.checkpoints
-        if resume != "auto" or (there.is_dir() and any(there.glob("checkpoint_*"))):
-            return place
-    return load_config(source, given, say=notice)
+def _place_of_run(source: str | None, resume: str | None, given: dict[str, Any]) -> RunConfig | None:
+    """Of a run that is resumed, what says where it is: the rest is its checkpoint's. None: nothing is resumed."""
+    if not resume:
+        return None
+    place = load_config(source, {k: v for k, v in given.items() if SECTION_OF[k] == "output"}, say=notice)
+    there = place.output.checkpoints
+    return place if resume != "auto" or (there.is_dir() and any(there.glob("checkpoint_*"))) else None
+
+
+def _shape_of_the_weights(given: dict[str, Any]) -> None:
+    """Where no preset says a shape, it is that of the weights to start from; given fields win."""
+    from bytekiln.convert import config_of
+
+    implied = config_of(str(given["init_from"]))
+    if "context_length" not in given and "max_seq_len" not in given:
+        given["context_length"] = min(DEFAULT_CONTEXT, int(implied["max_seq_len"]))
+    for name, value in implied.items():
+        given.setdefault(name, value)
 
 
 def _run_to_sample(path: Path | None, source: str | None, resume: str | None, given: dict[str, Any]) -> str:
@@ -265,5 +285,5 @@ def _into_a_new_folder(config: Path, given: dict[str, Any]) -> None:
         notice(f"{config}: repeats the run in {free}")
         given["out_dir"] = str(free)
     given.setdefault("out_dir", "")
-    for field in ("checkpoint_dir", "metrics_path"):
+    for field in ("checkpoint_dir", "metrics_path", "tensorboard_dir"):
         given.setdefault(field, "")

@@ -148,8 +148,8 @@ def show(made: Plan) -> str:
                     ("time of a step", f"{human_time(made.time.step_s)} ({made.time.basis})"),
                     (
                         "time of the run",
-                        f"{_long(made.time.run_s)}: {made.steps:,} steps, {human_count(made.tokens)} tokens, "
-                        "with evaluations",
+                        f"{_long(made.time.run_s)}: {made.length.steps:,} step{'s' * (made.length.steps != 1)}, "
+                        f"{human_count(made.length.tokens)} tokens, {_evaluations(made)}{_end(made)}",
                     ),
                     (
                         "checkpoints",
@@ -166,6 +166,23 @@ def _largest(made: Plan) -> str:
     if not made.largest_batch:
         return f"not even one window fits into {human_bytes(made.memory_limit)}; expected a smaller model or context"
     return f"{made.largest_batch:,} windows in a micro-step fit into {human_bytes(made.memory_limit)}"
+
+
+def _evaluations(made: Plan) -> str:
+    if made.evaluation_batches is None:
+        return "without evaluations, since val_data tells no size"
+    return "with evaluations"
+
+
+def _end(made: Plan) -> str:
+    t = made.config.training
+    if made.length.ends_by == "token_budget":
+        return "; token_budget ends it"
+    if made.length.ends_by == "max_steps":
+        return ""
+    if t.max_time_counts == "all" and made.time.run_s > t.max_time:
+        return f"; more than max_time, {_long(t.max_time)}: an evaluation takes {_long(made.time.evaluation_s)}"
+    return f"; as many as fit into max_time, {_long(t.max_time)}"
 
 
 def _long(seconds: float) -> str:

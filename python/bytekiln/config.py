@@ -96,7 +96,8 @@ def load_config(
         source: preset, TOML or JSON file, or run folder; None: the preset `default`. `train_X.py` means preset X.
         given: values that win over the source, any spelling. `lr` or `min_lr_ratio` without `min_lr` frees a pinned
             `min_lr`; `run_name` or `save_dir` without `out_dir` frees a pinned `out_dir`; `max_time` or
-            `token_budget` without `max_steps` frees a pinned `max_steps`.
+            `token_budget` without `max_steps` frees a pinned `max_steps`, `windows` a pinned `sampling`, and a value
+            frees what a run's stored config has derived from it.
         say: told in one line when a name was understood as another.
 
     Raises:
@@ -105,16 +106,37 @@ def load_config(
     """
     base, preset = _read_source(source, say)
     explicit = _flatten(given or {}, "command line" if given else "values")
+    if set(FIELDS) - {"min_lr"} <= set(base):  # a run's; what a preset or a file of the user's says was meant
+        _free_derived(base, explicit)
     if {"lr", "min_lr_ratio"} & set(explicit) and "min_lr" not in explicit:
         base.pop("min_lr", None)
     if {"run_name", "save_dir"} & set(explicit) and "out_dir" not in explicit:
         base.pop("out_dir", None)
     if any(str(explicit.get(n, 0)) != "0" for n in ("max_time", "token_budget")) and "max_steps" not in explicit:
         base["max_steps"] = UNLIMITED_STEPS
+    if str(explicit.get("windows", "stream")) != "stream" and "sampling" not in explicit:
+        base.pop("sampling", None)
+    for one, other in (("ffn_multiple", "d_ff"), ("d_ff", "ffn_multiple")):  # two ways to say the same
+        if one in explicit and other not in explicit:
+            base.pop(other, None)
     merged: dict[str, object] = {**base, **explicit}
     if preset:
         merged["preset"] = preset
     return from_flat(merged)
+
+
+DERIVED = {"num_heads": "num_kv_heads", "context_length": "max_seq_len", "d_model": "d_ff", "ffn": "d_ff"}
+"""Fields that another one gives its value where they are left open."""
+
+
+def _free_derived(base: dict[str, object], explicit: Mapping[str, object]) -> None:
+    """Leave open in a run's stored config, which is complete, what an explicit value would have derived anew."""
+    shape: dict[str, Any] = {n: base[n] for n in ModelConfig.model_fields if n in base}
+    for parent, child in DERIVED.items():
+        if parent in explicit and child not in explicit and child in base:
+            usual = ModelConfig(**{**shape, child: 0})
+            if getattr(usual, child) == base[child]:
+                base.pop(child)
 
 
 def changed_mathematics(

@@ -17,7 +17,7 @@ from torch import Tensor
 from bytekiln.checkpoint import Checkpoint, is_checkpoint, weights_of
 from bytekiln.config import ModelConfig
 from bytekiln.errors import FileError, FormatError, MismatchError
-from bytekiln.hf_config import described, implied
+from bytekiln.hf_config import described, implied, without_biases
 from bytekiln.hf_weights import PICKLES, from_huggingface, read_weights, to_huggingface
 from bytekiln.model import TransformerLM
 from bytekiln.section import Value
@@ -100,7 +100,8 @@ def _source(path: Path, notice: Notice) -> tuple[ModelConfig, Callable[[], dict[
         )
     if (path / "config.json").is_file():
         theirs = implied(path / "config.json")
-        return theirs, lambda: from_huggingface(read_weights(path), theirs, str(path))
+        none = without_biases(path / "config.json")
+        return theirs, lambda: from_huggingface(read_weights(path), theirs, str(path), none)
     if path.is_dir() and any(path.glob("*.safetensors")) and not is_checkpoint(path):
         raise FileError(f"{path / 'config.json'}: no such file; expected it beside the weights")
     checkpoint = _own_weights(path, notice)

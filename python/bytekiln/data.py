@@ -6,6 +6,7 @@ Everything is checked before anything is computed; the batches themselves come f
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from bytekiln.prefetch import Prefetcher
 from bytekiln.sources import EvalSource, TrainSource
 from bytekiln.tokenfile import TokenFile
 from bytekiln.tokenizer import Tokenizer
-from bytekiln.windows import Mixture, key_of
+from bytekiln.windows import Mixture, key_of, whole_shares
 
 __all__ = [
     "AnyTokenizer",
@@ -103,7 +104,12 @@ def open_data(config: RunConfig, tokenizer: AnyTokenizer | None) -> Data:
             f"{field}: found {getattr(d, field)}, but nothing names the id that ends documents; "
             "expected a tokenizer with an end-of-text token, or eot_id in a manifest"
         )
+    shares = whole_shares(d.data_weights, len(training)) if d.data_weights else None
     tokens = _limited(training, d, eot, notices)
+    kept = _not_cut_short(training, tokens, context, notices)
+    training, tokens = [training[i] for i in kept], [tokens[i] for i in kept]
+    shares = [shares[i] for i in kept] if shares is not None else None
+    files = [*training, *([validation] if validation else [])]
     for f, ids in zip(files, [*tokens, *([validation.array] if validation else [])], strict=True):
         if len(ids) < context + 1:
             rest = "" if len(ids) == len(f) else " left by max_tokens or num_documents"
@@ -120,7 +126,7 @@ def open_data(config: RunConfig, tokenizer: AnyTokenizer | None) -> Data:
         share = config.training.mlm_share if mlm else d.token_corruption
         corruption = Corruption(share, mask_id, known, special, predict=mlm, key=key_of(config.training.seed, -1))
         masks = Corruption(share, mask_id, known, special, predict=True, key=key_of(-1)) if mlm else None
-    train = TrainSource(training, tokens, config, eot, corruption)
+    train = TrainSource(training, tokens, shares, config, eot, corruption)
     train_eval = EvalSource(training, tokens, train.mixture, config, eot, masks)
     val = None
     if validation is not None:
@@ -132,7 +138,7 @@ def open_data(config: RunConfig, tokenizer: AnyTokenizer | None) -> Data:
 
 def train_paths(text: str) -> list[str]:
     """The files that `train_data` names: one that exists under the whole text, else parts between commas."""
-    if Path(text).exists():
+    if os.path.exists(text):  # noqa: PTH110 - Path.exists raises where a list of many files is no possible name
         return [text]
     return [part.strip() for part in text.split(",") if part.strip()] or [text]
 
@@ -216,6 +222,22 @@ def _limited(files: Sequence[TokenFile], config: DataConfig, eot: int | None, no
             limit = " within max_tokens" if name == "num_documents" and config.max_tokens else ""
             notices.append(f"{name}: found {asked - missing:,} in the training data{limit}; {asked:,} were asked for")
     return tokens
+
+
+def _not_cut_short(
+    files: Sequence[TokenFile], tokens: Sequence[NDArray[Any]], context: int, notices: list[str]
+) -> list[int]:
+    """Which files are read: not those of which `max_tokens` or `num_documents` leave less than a window.
+
+    All of them where nothing would be left, or where a file is too short by itself: then it is refused by name.
+    """
+    enough = [len(ids) > context or len(ids) == len(f) for f, ids in zip(files, tokens, strict=True)]
+    if not any(enough):
+        return list(range(len(files)))
+    for f, ids, is_read in zip(files, tokens, enough, strict=True):
+        if not is_read:
+            notices.append(f"{f.path}: not read, max_tokens or num_documents leave {len(ids):,} tokens of it")
+    return [i for i, is_read in enumerate(enough) if is_read]
 
 
 def _overlaps(

@@ -81,19 +81,20 @@ class Guard:
         self.seen = torch.where(finite, self.seen + 1, self.seen)
         return spike
 
-    _NAMES = ("scale", "good_steps", "mean", "variance", "seen")
+    _SPIKES, _SCALE = ("mean", "variance", "seen"), ("scale", "good_steps")
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """What a resumed run needs, as `guard/NAME`."""
-        return {f"guard/{n}": getattr(self, n) for n in self._NAMES}
+        """What a resumed run needs, as `guard/NAME`; the scale only where there is one."""
+        return {f"guard/{n}": getattr(self, n) for n in (*self._SPIKES, *(self._SCALE if self.scaled else ()))}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor], where: str) -> None:
-        """Put back what `state_tensors` gave.
+        """Put back what `state_tensors` gave. A run that changes to fp16 starts with the first scale.
 
         Raises:
             FormatError: a tensor is missing; the message begins with `where`.
         """
-        for name in self._NAMES:
+        stored = self.scaled and "guard/scale" in tensors
+        for name in (*self._SPIKES, *(self._SCALE if stored else ())):
             found = tensors.get(f"guard/{name}")
             if found is None or found.ndim:
                 raise FormatError(f"{where}: found nothing for guard/{name}; expected a number")

@@ -25,6 +25,8 @@ ACTIVATIONS = {
     "relu2": "relu2",
 }
 """GPT-2's `activation_function` and our `ffn`."""
+LLAMA_BIASES = {"attn": "attention_bias", "ffn": "mlp_bias"}
+"""Part of a layer, and Llama's flag for the biases of its linear layers."""
 
 
 def implied(path: Path) -> ModelConfig:
@@ -42,6 +44,17 @@ def implied(path: Path) -> ModelConfig:
         return ModelConfig(context_length=1, norm_eps=eps, **fields)
     except ConfigError as exc:
         raise FormatError(f"{path}: {exc}") from None
+
+
+def without_biases(path: Path) -> frozenset[str]:
+    """The parts of a layer, `attn` and `ffn`, whose linear layers have no biases by a `config.json`'s own flags.
+
+    `ModelConfig.bias` is one flag for both: a Llama that has biases in one part only gets biases of 0 in the other.
+    """
+    said = _read_json(path)
+    if said.get("model_type") != "llama":
+        return frozenset()
+    return frozenset(part for part, flag in LLAMA_BIASES.items() if not said.get(flag, False))
 
 
 class _Getter:
@@ -101,7 +114,7 @@ def _implied_by_llama(get: _Getter) -> dict[str, Any]:
         "position": "rope",
         "ffn": "swiglu",
         "tie_embeddings": bool(said.get("tie_word_embeddings", False)),
-        "bias": bool(said.get("attention_bias", False) or said.get("mlp_bias", False)),
+        "bias": any(bool(said.get(flag, False)) for flag in LLAMA_BIASES.values()),
     }
 
 
@@ -187,8 +200,7 @@ def described(config: ModelConfig, eot_id: int | None) -> dict[str, Any]:
         # transformers 4 reads the first, 5 the second
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "attention_bias": config.bias,
-        "mlp_bias": config.bias,
+        **dict.fromkeys(LLAMA_BIASES.values(), config.bias),
         **both,
     }
 

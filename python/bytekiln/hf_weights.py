@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
 import safetensors.torch
@@ -137,13 +137,16 @@ def half_split(rows: Tensor, heads: int) -> Tensor:
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
-def from_huggingface(tensors: Mapping[str, Tensor], config: ModelConfig, where: str) -> dict[str, Tensor]:
+def from_huggingface(
+    tensors: Mapping[str, Tensor], config: ModelConfig, where: str, without_biases: Set[str] = frozenset()
+) -> dict[str, Tensor]:
     """Our state dict of a model of theirs, with V rows of vocabulary.
 
     Args:
         tensors: as their file names them, with the prefix `model.` or `transformer.` or without.
         config: what `implied` says of it.
         where: for errors.
+        without_biases: parts of a layer (`attn`, `ffn`) that have none there; where ours have, they are 0.
 
     Raises:
         FormatError: a weight is missing, has another shape, or belongs to no such model.
@@ -158,10 +161,10 @@ def from_huggingface(tensors: Mapping[str, Tensor], config: ModelConfig, where: 
     for ours, theirs in _modules(config):
         for kind in ("weight", "bias") if _has_bias(ours, config) else ("weight",):
             name = f"{theirs}.{kind}"
-            tensor = left.get(name)
-            if tensor is None and kind == "bias" and not gpt2:  # biases in the attention or in the MLP alone
+            if kind == "bias" and not without_biases.isdisjoint(ours.split(".")):
                 out[f"{ours}.bias"] = torch.zeros(len(out[f"{ours}.weight"]))
                 continue
+            tensor = left.get(name)
             if tensor is None:
                 raise FormatError(f"{where}: found no {name}; expected it in this model")
             used.add(name)

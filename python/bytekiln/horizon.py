@@ -15,6 +15,9 @@ from bytekiln.ranks import Ranks
 from bytekiln.run_state import State
 from bytekiln.schedule import Progress
 
+SAVES_AT_THE_END = 3
+"""Checkpoints that may follow the last step: the best, a numbered and the final one."""
+
 
 class Horizon:
     """The end of a run, as it is seen from where the run stands."""
@@ -25,8 +28,8 @@ class Horizon:
         self.step, self.windows, self.tokens = 0, 0, 0
         self.over: tuple[str, str] | None = None
         """Status and reason, once the run is over. Decided by `look_ahead` alone: time passes between two questions."""
-        self.evaluation_s, self.saving_s, self.step_s = 0.0, 0.5, 0.0
-        """How long the last of each took, of steps the longest lately: what must be left of `max_time` at the end."""
+        self.step_s = 0.0
+        """The longest step lately."""
 
     def resume(self, state: State) -> None:
         """Go on from where `state` stands; the time in between does not count."""
@@ -50,21 +53,22 @@ class Horizon:
         steps_only = self.config.training.max_time_counts == "steps"
         return self.ranks.firsts(state.training_s if steps_only else self.elapsed_s())
 
-    def limit_s(self) -> float:
-        """What `max_time` leaves for steps: the last evaluation and checkpoint must end inside it too."""
+    def limit_s(self, state: State) -> float:
+        """What `max_time` leaves for steps: the last evaluation and checkpoints must end inside it too."""
         t = self.config.training
-        reserve = 0.0 if t.max_time_counts == "steps" else 1.1 * (self.evaluation_s + self.saving_s)
+        last_saves = SAVES_AT_THE_END * state.saving_s
+        reserve = 0.0 if t.max_time_counts == "steps" else 1.1 * (state.evaluation_s + last_saves)
         return self.ranks.firsts(t.max_time - reserve - self.step_s)
 
     def place(self, state: State) -> Progress:
         """Where the next step stands in the run."""
         t = self.config.training
-        seconds, limit = (self.counted_s(state), max(self.limit_s(), 1e-3)) if t.max_time else (0.0, 0.0)
+        seconds, limit = (self.counted_s(state), max(self.limit_s(state), 1e-3)) if t.max_time else (0.0, 0.0)
         return Progress(self.step, t.max_steps, self.tokens, t.token_budget, seconds, limit)
 
     def near(self, state: State) -> bool:
         """Whether so little of `max_time` is left that each step has to be waited for."""
-        return self.config.training.max_time > 0 and self.counted_s(state) > 0.95 * self.limit_s()
+        return self.config.training.max_time > 0 and self.counted_s(state) > 0.95 * self.limit_s(state)
 
     def look_ahead(self, state: State) -> None:
         """Decide whether the run is over: behind each step, whose row is then evaluated, and behind each evaluation."""
@@ -78,7 +82,7 @@ class Horizon:
             return "completed", "all steps done"
         if t.token_budget and self.tokens >= t.token_budget:
             return "completed", f"{t.token_budget:,} tokens read"
-        if t.max_time and self.counted_s(state) > self.limit_s():
+        if t.max_time and self.counted_s(state) > self.limit_s(state):
             return "completed", f"the {t.max_time:g} s are over"
         return None
 
@@ -87,6 +91,11 @@ class Horizon:
         t = self.config.training
         jobs = {"steps": (t.max_steps, "steps"), "tokens": (t.token_budget, "tokens"), "seconds": (t.max_time, "s")}
         return jobs[self.config.progress]
+
+    def is_late(self) -> bool:
+        """Whether all of `max_time` is over, where it counts everything."""
+        t = self.config.training
+        return t.max_time > 0 and t.max_time_counts == "all" and self.elapsed_s() > t.max_time
 
     def done(self, state: State) -> float:
         """How much of `job` is behind."""

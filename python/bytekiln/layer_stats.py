@@ -119,13 +119,19 @@ def summary(x: Tensor, near_zero: float) -> Tensor:
         near_zero: the size below which a value counts as zero; 0: only zero itself does.
     """
     x = x.detach().float().flatten()
+    wide = torch.float32 if x.device.type == "mps" else torch.float64  # counts beyond 2^24 are not all floats
     low, high = torch.aminmax(x)
     zeros = (x.abs() < near_zero if near_zero else x == 0).float().mean()
-    numbers = torch.stack([torch.linalg.vector_norm(x), x.mean(), x.std(correction=0), low, high, zeros])
-    wide = torch.float32 if x.device.type == "mps" else torch.float64  # counts beyond 2^24 are not all floats
+    # Over the largest value: the squares of gradients below 1e-19, which do vanish so, would be 0 in float32. Norms in
+    # float64 cost more (6.9 ms for 3.8, 4 million values on one core).
+    size = torch.maximum(-low, high).clamp(min=torch.finfo(torch.float32).tiny)
+    size = torch.where(size.isfinite(), size, 1.0)
+    scaled = x / size
+    of_scaled = torch.stack([torch.linalg.vector_norm(scaled), scaled.mean(), scaled.std(correction=0)])
+    numbers = torch.cat([of_scaled.to(wide) * size.to(wide), torch.stack([low, high, zeros]).to(wide)])
     count = counted if x.device.type == "cpu" else counted_without_sync
     counts = torch.stack([count(_bins(part)).to(wide) for part in torch.split(x, AT_ONCE)]).sum(0)
-    return torch.cat([numbers.to(wide), counts])
+    return torch.cat([numbers, counts])
 
 
 def _bins(x: Tensor) -> Tensor:

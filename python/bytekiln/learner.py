@@ -9,7 +9,7 @@ generator is seeded anew for every micro-step. So neither the number of processe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from bytekiln.averaging import make_averaging
 from bytekiln.config import RunConfig
 from bytekiln.data import Batch, Prefetcher, to_device
+from bytekiln.errors import FormatError
 from bytekiln.evaluate import Scores, evaluate
 from bytekiln.guard import Guard
 from bytekiln.objective import Objective
@@ -98,7 +99,8 @@ class Learner:
         self.objective = Objective(self.model, config)
         self.parallel = shared(self.objective, self.model, ranks, t.parallel)
         self.loss: Callable[..., Any] = self.parallel
-        self.optimizer = make_optimizer(self.model, config.optimizer)
+        on_gpu = t.compile is True and device.type == "cuda"
+        self.optimizer = make_optimizer(self.model, config.optimizer, compiled=on_gpu)
         self.averaging = make_averaging(self.model, config.optimizer)
         self.guard = Guard(device, spike_sigma=t.spike_sigma if t.skip_spikes else None, scaled=t.precision == "fp16")
         self._graphs: int | None = None
@@ -183,9 +185,17 @@ class Learner:
 
     @contextmanager
     def shown_weights(self) -> Iterator[None]:
-        """The weights that are evaluated, sampled and saved as the model: averaged, where the run averages."""
+        """The weights that are evaluated, sampled and saved as the model: averaged, where the run averages.
+
+        An interruption may come at any time in here: `restore_weights` before anything is saved.
+        """
         with self.averaging.swapped() if self.averaging is not None else nullcontext():
             yield
+
+    def restore_weights(self) -> None:
+        """Make sure that the model has the weights that are trained."""
+        if self.averaging is not None:
+            self.averaging.restore()
 
     def evaluate(self, batches: Iterable[Batch]) -> Scores:
         """Loss and accuracy on batches."""
@@ -194,6 +204,7 @@ class Learner:
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The weights to use, and all else that a resumed run needs; whole, on every process."""
+        self.restore_weights()
         weights = whole({k: v.detach() for k, v in self.model.state_dict().items()})
         rest = {**whole(self.optimizer.state_tensors()), **self.guard.state_tensors()}
         if self.averaging is not None:
@@ -202,24 +213,40 @@ class Learner:
                 weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         return weights, rest
 
-    def load(self, weights: Mapping[str, Tensor], rest: Mapping[str, Tensor], where: str) -> None:
+    def load(
+        self, weights: Mapping[str, Tensor], rest: Mapping[str, Tensor], where: str, changed: Collection[str] = ()
+    ) -> None:
         """Put back what `tensors` gave.
+
+        Args:
+            weights, rest: of a checkpoint.
+            where: names it in errors.
+            changed: fields that were allowed to change; another optimizer or average starts without a memory.
 
         Raises:
             FormatError: a tensor is missing or has another shape.
         """
         raw = {k.removeprefix(RAW): v for k, v in rest.items() if k.startswith(RAW)}
-        self.load_weights(raw or weights)
+        self.load_weights(raw or weights, where)
         others = (RAW, "guard/", "average")
-        self.optimizer.load_state_tensors({k: v for k, v in rest.items() if not k.startswith(others)}, where)
+        if "optimizer" not in changed:
+            self.optimizer.load_state_tensors({k: v for k, v in rest.items() if not k.startswith(others)}, where)
         self.guard.load_state_tensors(rest, where)
-        if self.averaging is not None:
+        if self.averaging is not None and "averaging" not in changed:
             self.averaging.load(dict(rest), where)
 
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over weights, sharded as the model is."""
+    def load_weights(self, weights: Mapping[str, Tensor], where: str) -> None:
+        """Take over weights, sharded as the model is.
+
+        Raises:
+            FormatError: they are those of another model.
+        """
         now = self.model.state_dict()
-        self.model.load_state_dict({k: like(v, now[k]) if k in now else v for k, v in weights.items()})
+        for name in dict.fromkeys([*now, *weights]):
+            ours, theirs = (tuple(t[name].shape) if name in t else "nothing" for t in (now, weights))
+            if ours != theirs:
+                raise FormatError(f"{where}: found {theirs} for {name}; expected {ours}, as the model has it")
+        self.model.load_state_dict({k: like(v, now[k]) for k, v in weights.items()})
 
 
 def micro_seed(seed: int, step: int, micro: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -20,7 +21,10 @@ from bytekiln.errors import FileError, FormatError
 
 @dataclass(frozen=True)
 class Row:
-    """One optimizer step; losses in nats a token. Row 0 is the evaluation before the first step."""
+    """One optimizer step; losses in nats a token. Row 0 is the evaluation before the first step.
+
+    A measured value that is not finite is none: the cell stays empty, and JSON (`state.json`) has no word for it.
+    """
 
     step: int
     tokens: int
@@ -51,6 +55,13 @@ class Row:
     expert_load: float | None = None
     """Mixture of experts: tokens of the busiest expert of a layer over the mean; 1 is even."""
 
+    def __post_init__(self) -> None:
+        """Take away what is not finite."""
+        for name in _MEASURED:
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                object.__setattr__(self, name, None)
+
 
 class Stepped(Protocol):
     """A frozen dataclass of numbers and texts without line breaks, whose first field is `step`."""
@@ -64,6 +75,7 @@ class Stepped(Protocol):
 
 R = TypeVar("R", bound=Stepped)
 COLUMNS = [f.name for f in fields(Row)]
+_MEASURED = [f.name for f in fields(Row) if f.default is None]
 
 
 def _line(values: Iterable[object]) -> str:

@@ -168,7 +168,8 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = rotary(q, this.start), rotary(k, this.start)
         if self.qk_norm:
-            q, k = (F.rms_norm(x, x.shape[-1:], None, self.norm_eps) for x in (q, k))
+            # CUDA's autocast computes and returns norms in float32; attention wants one type.
+            q, k = (F.rms_norm(x, x.shape[-1:], None, self.norm_eps).type_as(v) for x in (q, k))
         if this.cache is not None:
             k, v = this.cache.extend(self.layer, k, v)
         out_BxHxTxK = self.attend(q, k, v, self.dropout if self.training else 0.0, this.sight)
@@ -252,6 +253,9 @@ class MixtureOfExperts(nn.Module):
     where the load is balanced by a bias) choose the experts; their gates are p divided by the sum of the chosen p.
     With k = 1 that would be 1 and teach the router nothing: there the gate is p itself, as in the Switch Transformer.
     There is no capacity: every token gets its k experts, however uneven the load.
+
+    Every position counts in load and balance, the padding of `windows = padded` too: the model is not told which
+    positions are padding, and a document's number does not say so. Stream and packed windows have (nearly) none.
     """
 
     router_bias: Tensor | None

@@ -124,6 +124,11 @@ class ModelConfig(Section):
             self.settle(
                 d_ff=round(multiple * self.d_model) if multiple else max(64, round(self.d_model * 8 / 3 / 64) * 64)
             )
+            if not self.d_ff:
+                raise ConfigError(
+                    f"ffn_multiple: found {self.ffn_multiple:g} for d_model {self.d_model}; expected at least "
+                    f"{1 / self.d_model:.2g}, since d_ff would be 0"
+                )
         if not self.max_seq_len:
             self.settle(max_seq_len=self.context_length)
         self._refuse_contradictions()
@@ -158,9 +163,14 @@ class ModelConfig(Section):
                 "since the head is the token embedding, which cannot start there",
             ),
             (
-                self.sliding_window >= self.context_length > 0 and self.sliding_window > 0,
-                f"sliding_window: found {self.sliding_window}; expected less than context_length, "
-                f"{self.context_length}: such a window hides nothing",
+                self.sliding_window >= self.max_seq_len,
+                f"sliding_window: found {self.sliding_window}; expected less than max_seq_len, "
+                f"{self.max_seq_len}: such a window hides nothing",
+            ),
+            (
+                self.position != "rope" and self.rope_theta != type(self).model_fields["rope_theta"].default,
+                f"rope_theta: found {self.rope_theta:g} with position {self.position}; expected position = rope, "
+                "whose angles it sets",
             ),
             (
                 bool(self.sliding_window) and self.bidirectional,
@@ -171,9 +181,19 @@ class ModelConfig(Section):
                 f"expert_top_k: found {self.expert_top_k}; expected at most num_experts, {self.num_experts}",
             ),
             (
-                self.ffn == "moe" and self.load_balancing != "none" and self.num_experts == self.expert_top_k,
+                self.ffn == "moe"
+                and not self.dense_twin
+                and self.load_balancing != "none"
+                and self.num_experts == self.expert_top_k,
                 f"load_balancing: found {self.load_balancing} where all {self.num_experts} experts work on every "
                 "token; expected none, or a smaller expert_top_k",
+            ),
+            (
+                self.ffn == "moe"
+                and self.load_balancing == "none"
+                and self.load_balancing_weight != type(self).model_fields["load_balancing_weight"].default,
+                f"load_balancing_weight: found {self.load_balancing_weight:g} with load_balancing none; "
+                "expected load_balancing = loss or bias",
             ),
             (
                 self.dense_twin and self.ffn != "moe",

@@ -22,10 +22,11 @@ from bytekiln.accounting import (
     parameters_by_part,
 )
 from bytekiln.config import RunConfig, stages_of
-from bytekiln.errors import ConfigError
+from bytekiln.errors import BytekilnError, ConfigError
 from bytekiln.footprint import Footprint, Simulation
 from bytekiln.hardware import device_name, measure, memory_bytes, peak_flops
 from bytekiln.prepare import attention_of, find_device, resolved
+from bytekiln.tokenfile import TokenFile
 
 RESERVE = {"cpu": 400_000_000, "cuda": 1_000_000_000}
 """Memory of the process beside the step: torch's libraries, on a GPU its context and fragments of the allocator."""
@@ -42,14 +43,30 @@ STRAIGHT_GUESSES = 7
 """So many peaks the search knows before it goes by halves."""
 BIGGEST_BATCH = 1 << 20
 """Where the search for the largest batch ends."""
+BATCHES_WITHOUT_VALIDATION = 100
+"""What an evaluation of everything reads where there is no validation data, as in `train`."""
+_ROUNDING = 1e-9
+"""Shares of a run are quotients: a whole number of steps may come out a hair above it."""
 
 
 class Estimate(NamedTuple):
     """Seconds, and what they rest on."""
 
     step_s: float
+    """Of a step before any of `batch_stages`."""
+    evaluation_s: float
+    """Of one evaluation; 0 where nothing tells how much it reads."""
     run_s: float
     basis: str
+
+
+class Length(NamedTuple):
+    """How far a run goes."""
+
+    steps: int
+    tokens: int
+    ends_by: str
+    """The field that ends it: max_steps, token_budget or max_time."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +86,11 @@ class Plan:
     memory_limit: int
     largest_batch: int
     """Windows in a micro-step; 0 where not even one fits."""
-    steps: int
+    length: Length
     tokens_per_step: int
-    tokens: int
+    """Before any of `batch_stages`."""
+    evaluation_batches: int | None
+    """Of validation and of training data each; None: the validation data does not tell its size."""
     time: Estimate
     checkpoint_bytes: int
     """One checkpoint."""
@@ -85,37 +104,31 @@ class Plan:
 
     def as_json(self) -> dict[str, object]:
         """What `lm-plan --json` prints."""
-        f = self.footprint
+        f, m, t = self.footprint, self.config.model, self.config.training
         return {
             "preset": self.config.output.preset,
             "device": self.device,
-            "precision": self.config.training.precision,
-            "compile": self.config.training.compile,
+            "precision": t.precision,
+            "compile": t.compile,
             "parameters": self.parameters,
             "active_parameters": self.active_parameters,
             "parameters_by_part": self.parameters_by_part,
             "flops_per_token": self.flops_per_token,
             "flops_per_token_by_part": self.flops_by_part,
-            "forward_flops_per_sequence": self.flops_per_token
-            * self.config.model.context_length
-            // TRAINING_OVER_FORWARD,
-            "batch_size": self.config.training.batch_size,
-            "memory_bytes": {
-                "weights": f.weights,
-                "gradients": f.gradients,
-                "optimizer": f.optimizer,
-                "activations": f.activations,
-                "loss": f.loss,
-                "total": f.total,
-            },
+            "forward_flops_per_sequence": self.flops_per_token * m.context_length // TRAINING_OVER_FORWARD,
+            "batch_size": t.batch_size,
+            "memory_bytes": {name: n for name, n in f._asdict().items() if name not in ("moved", "calls")},
             "process_bytes": self.process_bytes,
             "memory_limit_bytes": self.memory_limit,
             "largest_batch_size": self.largest_batch,
-            "steps": self.steps,
+            "steps": self.length.steps,
+            "ends_by": self.length.ends_by,
             "tokens_per_step": self.tokens_per_step,
-            "tokens": self.tokens,
-            "flops": self.flops_per_token * self.tokens,
+            "tokens": self.length.tokens,
+            "flops": self.flops_per_token * self.length.tokens,
+            "evaluation_batches": self.evaluation_batches,
             "step_time_s": self.time.step_s,
+            "evaluation_time_s": self.time.evaluation_s,
             "run_time_s": self.time.run_s,
             "time_basis": self.time.basis,
             "checkpoint_bytes": self.checkpoint_bytes,
@@ -144,7 +157,12 @@ def make_plan(config: RunConfig, memory: int | None = None, gpu: str | None = No
     footprint = simulation.step(t.batch_size)
     limit = memory if memory is not None else memory_bytes(device)
     kind, name = ("cuda", gpu) if gpu is not None else (device.type, device_name(device))
-    steps, tokens = length_of(config)
+    batches = evaluation_batches(config)
+    micro_s, basis = micro_step_time(config, device, peak_flops(name, t.precision), footprint)
+    evaluation_s = micro_s * (2 if config.data.val_data else 1) * (batches or 0) / TRAINING_OVER_FORWARD
+    length = length_of(config, micro_s, evaluation_s)
+    run_s = micro_s * length.tokens / (t.batch_size * m.context_length)
+    run_s += evaluation_s * evaluations(config, length.steps)
     return Plan(
         config=config,
         device=name,
@@ -160,12 +178,12 @@ def make_plan(config: RunConfig, memory: int | None = None, gpu: str | None = No
             limit,
             {0: _process(footprint.weights + footprint.optimizer, kind), t.batch_size: _process(footprint.total, kind)},
         ),
-        steps=steps,
+        length=length,
         tokens_per_step=t.batch_size * t.grad_accum_steps * m.context_length,
-        tokens=tokens,
-        time=estimate(config, device, peak_flops(name, t.precision), footprint, steps, tokens),
+        evaluation_batches=batches,
+        time=Estimate(micro_s * t.grad_accum_steps, evaluation_s, run_s, basis),
         checkpoint_bytes=simulation.checkpoint_bytes,
-        checkpoints=checkpoints_kept(config, steps),
+        checkpoints=checkpoints_kept(config, length.steps),
     )
 
 
@@ -191,25 +209,50 @@ def _for_gpu(config: RunConfig, gpu: str, memory: int | None) -> RunConfig:
     )
 
 
-def length_of(config: RunConfig) -> tuple[int, int]:
-    """(optimizer steps, training targets) of the whole run, batch stages included; `max_time` is not looked at.
+def length_of(config: RunConfig, micro_step_s: float = 0.0, evaluation_s: float = 0.0) -> Length:
+    """How far the run goes until its first limit, batch stages included.
+
+    Args:
+        config: `max_steps`, `token_budget` and `max_time` end it; `progress` says what the stages are shares of.
+        micro_step_s: time of a micro-step, by which `max_time` is spent.
+        evaluation_s: time of an evaluation. As in `horizon` the one at the start counts, and the last is kept free.
 
     >>> length_of(RunConfig().with_(context_length=8, batch_size=2, max_steps=100, batch_stages="0.5:3"))
-    (100, 3200)
+    Length(steps=100, tokens=3200, ends_by='max_steps')
+    >>> length_of(RunConfig().with_(context_length=8, batch_size=2, max_time=60, eval_interval=10), 0.5, 5.0)
+    Length(steps=50, tokens=800, ends_by='max_time')
     """
     t = config.training
-    unit = t.batch_size * t.grad_accum_steps * config.model.context_length
+    counted_s = evaluation_s if t.max_time_counts == "all" else 0.0
+    limits = {"max_steps": float(t.max_steps)}
+    if t.token_budget:
+        limits["token_budget"] = float(t.token_budget)
+    if t.max_time:
+        limits["max_time"] = max(t.max_time - counted_s, 0.0)
+    measure = {"steps": "max_steps", "tokens": "token_budget", "seconds": "max_time"}[config.progress]
+    done = {"max_steps": 0.0, "token_budget": 0.0, "max_time": counted_s}
     starts, multiples = zip(*stages_of(t.batch_stages), strict=True)
-    lasting = [end - start for start, end in zip(starts, (*starts[1:], 1.0), strict=True)]
-    stages = list(zip(lasting, multiples, strict=True))
-    if config.progress == "tokens":
-        steps = math.ceil(sum(share * t.token_budget / (unit * multiple) for share, multiple in stages))
-        if steps <= t.max_steps:
-            return steps, t.token_budget
-    tokens = round(t.max_steps * unit * sum(share * multiple for share, multiple in stages))
-    if t.token_budget and tokens > t.token_budget:
-        return math.ceil(t.max_steps * t.token_budget / tokens), t.token_budget
-    return t.max_steps, tokens
+    ends_by = measure
+    for end, multiple in zip((*starts[1:], 1.0), multiples, strict=True):
+        micro_steps = t.grad_accum_steps * multiple
+        each = {
+            "max_steps": 1.0,
+            "token_budget": float(t.batch_size * micro_steps * config.model.context_length),
+            "max_time": micro_step_s * micro_steps + (counted_s / t.eval_interval if t.eval_interval else 0.0),
+        }
+        left = {name: max(limit - done[name], 0.0) / each[name] for name, limit in limits.items() if each[name]}
+        ends_by = min(left, key=lambda name: left[name])
+        stage = max(limits[measure] * end - done[measure], 0.0) / each[measure] if each[measure] else math.inf
+        over = left[ends_by] <= stage
+        for name in done:
+            done[name] += each[name] * (left[ends_by] if over else stage)
+        if over:
+            break
+    steps, tokens = done["max_steps"], done["token_budget"]
+    if ends_by != "max_time":
+        return Length(math.ceil(steps - _ROUNDING * steps), round(tokens), ends_by)
+    whole = max(math.floor(steps + _ROUNDING * steps), 1)  # a step is begun only if there is time for it, but the first
+    return Length(whole, round(whole * tokens / steps) if steps else round(each["token_budget"]), ends_by)
 
 
 def largest_batch(total: Callable[[int], int], budget: int, known: Mapping[int, int]) -> int:
@@ -226,6 +269,8 @@ def largest_batch(total: Callable[[int], int], budget: int, known: Mapping[int, 
     0
     """
     seen = dict(known)
+    if seen.get(0, 0) > budget:
+        return 0
     low, high = 0, BIGGEST_BATCH + 1  # low fits, high does not
     guess = max(seen)
     while high - low > 1:
@@ -241,10 +286,10 @@ def largest_batch(total: Callable[[int], int], budget: int, known: Mapping[int, 
     return low
 
 
-def estimate(
-    config: RunConfig, device: torch.device, peak: float | None, footprint: Footprint, steps: int, tokens: int
-) -> Estimate:
-    """Time of a step and of the run, evaluations included.
+def micro_step_time(
+    config: RunConfig, device: torch.device, peak: float | None, footprint: Footprint
+) -> tuple[float, str]:
+    """Seconds of a micro-step, and what they rest on.
 
     On a device of known peak: 40 % of it. On a CPU: products at the rate of products of this width, all else at the
     rate of additions on tensors of this size, and the cost of calls, each measured now. Elsewhere: 40 % of the rate
@@ -255,22 +300,45 @@ def estimate(
     flops = TRAINING_OVER_FORWARD * sum(forward_flops_by_part(m).values()) * rows
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(t.precision, torch.float32)
     if peak is not None:
-        micro_s = flops / (GPU_UTILISATION * peak)
         basis = f"assuming {GPU_UTILISATION:.0%} of the peak, {peak / 1e12:,.0f} TFLOP/s"
-    else:
-        speed = measure(device, dtype, rows, m.d_model)
-        products, memory = speed.flops_per_s / 1e9, speed.bytes_per_s / 1e9
-        basis = f"measured now: products {products:,.0f} GFLOP/s, memory {memory:,.0f} GB/s"
-        if device.type == "cpu":
-            micro_s = flops / speed.flops_per_s + footprint.moved / speed.bytes_per_s
-            micro_s += CALL_COSTS * speed.call_s * footprint.calls
-            micro_s *= COMPILED if t.compile is True else 1.0
-        else:
-            micro_s = flops / (GPU_UTILISATION * speed.flops_per_s)
-    evaluations = (steps // t.eval_interval if t.eval_interval else 1) + 1
-    sets = 2 if config.data.val_data else 1
-    run_s = micro_s * (tokens / rows + evaluations * sets * t.num_eval_batches / TRAINING_OVER_FORWARD)
-    return Estimate(micro_s * t.grad_accum_steps, min(run_s, t.max_time) if t.max_time else run_s, basis)
+        return flops / (GPU_UTILISATION * peak), basis
+    speed = measure(device, dtype, rows, m.d_model)
+    products, memory = speed.flops_per_s / 1e9, speed.bytes_per_s / 1e9
+    basis = f"measured now: products {products:,.0f} GFLOP/s, memory {memory:,.0f} GB/s"
+    if device.type != "cpu":
+        return flops / (GPU_UTILISATION * speed.flops_per_s), basis
+    micro_s = (
+        flops / speed.flops_per_s + footprint.moved / speed.bytes_per_s + CALL_COSTS * speed.call_s * footprint.calls
+    )
+    return micro_s * (COMPILED if t.compile is True else 1.0), basis
+
+
+def evaluations(config: RunConfig, steps: int) -> int:
+    """At the start, every `eval_interval`, and at the end.
+
+    >>> [evaluations(RunConfig().with_(eval_interval=n), 40) for n in (0, 20, 30)]
+    [2, 3, 3]
+    """
+    interval = config.training.eval_interval
+    return 1 + (-(-steps // interval) if interval else 1)
+
+
+def evaluation_batches(config: RunConfig) -> int | None:
+    """Batches of validation data in an evaluation; as many of training data are read.
+
+    The file's size is asked where it is there; None: all of it is to be read, and it is not there.
+    """
+    d, t = config.data, config.training
+    if not d.val_data:
+        return t.num_eval_batches or BATCHES_WITHOUT_VALIDATION
+    try:
+        tokens = len(TokenFile.open(d.val_data, dtype=d.data_dtype or None))
+    except BytekilnError:
+        return t.num_eval_batches or None
+    shifted, context = int(t.objective != "mlm"), config.model.context_length
+    windows = (tokens - 1) // context if t.num_eval_batches else -(-(tokens - shifted) // context)
+    fitting = -(-windows // t.batch_size)
+    return min(t.num_eval_batches, fitting) if t.num_eval_batches else fitting
 
 
 def checkpoints_kept(config: RunConfig, steps: int) -> int:

@@ -18,14 +18,28 @@ from bytekiln.accounting import flops_per_token, parameter_count
 from bytekiln.attention import Attend, choose
 from bytekiln.batch import Batch
 from bytekiln.checkpoint import Checkpoint, checkpoints_in, load_checkpoint, newest_whole, resolve
-from bytekiln.config import ModelConfig, RunConfig, Value, canonical, changed_mathematics
+from bytekiln.config import UNLIMITED_STEPS, ModelConfig, RunConfig, Value, canonical, changed_mathematics
 from bytekiln.convert import load_initial
+from bytekiln.data import train_paths
 from bytekiln.errors import ConfigError, FileError, MismatchError
 from bytekiln.model import TransformerLM
 
 Say = Callable[[str], object]
 COMPILE_COST_S, COMPILE_GAIN, CPU_FLOPS_PER_THREAD = 30.0, 0.2, 5e10
 """What torch.compile costs and brings on a CPU (measured: 27 s cold, 1.25 times as fast), to decide `auto`."""
+TWIN_FIELDS = (
+    "dense_twin",
+    "ffn",
+    "d_ff",
+    "num_experts",
+    "expert_top_k",
+    "num_shared_experts",
+    "expert_ffn",
+    "router_noise",
+    "load_balancing",
+    "load_balancing_weight",
+)
+"""What `dense_twin` settles anew."""
 PATHS = (
     "train_data",
     "val_data",
@@ -65,12 +79,25 @@ def find_checkpoint(
         checkpoint = load_checkpoint(path)
         _place(path, checkpoint.config, values)
     stored = checkpoint.config
+    if values.get("init_from"):
+        values["init_from"] = str(Path(str(values["init_from"])).absolute())
+    if str(values.get("dense_twin", "")).lower() in ("true", "1", "yes", "on") and stored.model.ffn != "moe":
+        # The run is the twin already: what made it is no change of it.
+        for name in TWIN_FIELDS:
+            values.pop(name, None)
+    allowed = allowed_changes(changes)
+    if "progress" in allowed and {"max_time", "token_budget"} & set(values) and "max_steps" not in values:
+        values["max_steps"] = UNLIMITED_STEPS
     wanted = stored.with_(**values)  # type: ignore[arg-type]
     names: Iterable[str] = values
     if given is None:  # what the config says that is not merely every field's default
         defaults, said = RunConfig().flat(), config.flat()
         names = [n for n in said if said[n] != defaults.get(n)]
-    allowed = {canonical(c, "--allow-change") for c in changes}
+    if wanted.progress != stored.progress and "progress" not in allowed and given is not None:
+        raise MismatchError(
+            f"progress: found {wanted.progress}; expected {stored.progress}, by which the run in {path} measures its "
+            "schedule (--allow-change progress goes on with the new measure)"
+        )
     for name, was, now in changed_mathematics(stored, wanted if given is not None else config, names):
         if name not in allowed:
             raise MismatchError(
@@ -87,6 +114,11 @@ def find_checkpoint(
     return wanted, checkpoint
 
 
+def allowed_changes(changes: Collection[str]) -> set[str]:
+    """The fields that --allow-change names, any spelling."""
+    return {canonical(c, "--allow-change") for c in changes}
+
+
 def _place(path: Path, stored: RunConfig, values: dict[str, object]) -> None:
     """Where a run goes on that is resumed by its checkpoint's path: where it was, or where it was moved to."""
     if not {"out_dir", "run_name", "save_dir"} & set(values):
@@ -98,7 +130,7 @@ def _place(path: Path, stored: RunConfig, values: dict[str, object]) -> None:
     values.setdefault("out_dir", "")
     wanted = stored.with_(**values)  # type: ignore[arg-type]
     if wanted.output.folder.resolve() != stored.output.folder.resolve():
-        for name in ("checkpoint_dir", "metrics_path"):
+        for name in ("checkpoint_dir", "metrics_path", "tensorboard_dir"):
             values.setdefault(name, "")
 
 
@@ -116,8 +148,8 @@ def resolved(config: RunConfig, vocab_size: int, device: torch.device, say: Say)
     chosen: dict[str, Value] = {"vocab_size": vocab_size, "out_dir": str(o.folder.absolute())}
     for name in PATHS:
         if value := str(config.flat().get(name) or ""):
-            several = name == "train_data" and "," in value and not Path(value).exists()
-            chosen[name] = ",".join(str(Path(v).absolute()) for v in (value.split(",") if several else [value]))
+            parts = train_paths(value) if name == "train_data" else [value]
+            chosen[name] = ",".join(str(Path(part).absolute()) for part in parts)
     if t.precision == "auto":
         chosen["precision"] = "bf16" if _bf16_is_fast(device) else "fp32"
     if t.compile == "auto":

@@ -93,22 +93,34 @@ def processes(device: str) -> Iterator[Ranks]:
     Raises:
         ConfigError: torchrun's variables are incomplete.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = _number("WORLD_SIZE", 1)
     if world == 1:
         yield Ranks()
         return
     missing = [n for n in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
     if missing:
         raise ConfigError(f"WORLD_SIZE: found {world} without {', '.join(missing)}; expected torchrun to set them all")
-    local = int(os.environ["LOCAL_RANK"])
+    rank, local = _number("RANK", 0), _number("LOCAL_RANK", 0)
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if cuda:
         torch.cuda.set_device(local)
     torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
     try:
-        yield Ranks(int(os.environ["RANK"]), world, local, torch.distributed.new_group(backend="gloo", timeout=TIMEOUT))
+        yield Ranks(rank, world, local, torch.distributed.new_group(backend="gloo", timeout=TIMEOUT))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _number(name: str, default: int) -> int:
+    found = os.environ.get(name, str(default))
+    if not found.isdecimal():
+        raise ConfigError(f"{name}: found {found!r} in the environment; expected a number, as torchrun sets it")
+    return int(found)
+
+
+def is_first() -> bool:
+    """Whether this process speaks and writes, told by torchrun's variables alone."""
+    return _number("WORLD_SIZE", 1) == 1 or _number("RANK", 0) == 0
 
 
 def shared(objective: nn.Module, model: nn.Module, ranks: Ranks, kind: str) -> nn.Module:

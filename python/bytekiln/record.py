@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +99,19 @@ class Record:
         """Keep as many numbered checkpoints as wanted."""
         remove_old(self.config.output.checkpoints, self.config.training.keep_checkpoints)
 
-    def samples(self, learner: Learner, step: int) -> None:
-        """Texts for the fixed prompts, from the weights that are evaluated."""
-        if self.config.training.sample_tokens and not (
-            self.config.training.parallel == "fsdp" and learner.ranks.world > 1
-        ):
-            with learner.shown_weights():
-                write_samples_file(self.config.output.folder, learner.model, self.tokenizer, self.config, step)
+    def samples(self, learner: Learner, step: int, stop: Callable[[], bool]) -> None:
+        """Texts for the fixed prompts, from the weights that are evaluated; given up once `stop` says so."""
+        if not self.config.training.sample_tokens or self.tokenizer is None:
+            return
+        if self.config.training.parallel == "fsdp" and learner.ranks.world > 1:
+            self.notice("samples: found a model in shards; the run writes none (lm-sample reads its checkpoints)")
+            return
+        with learner.shown_weights():
+            done = write_samples_file(
+                self.config.output.folder, learner.model, self.tokenizer, self.config, step, stop=stop
+            )
+        if done is None and stop():
+            self.notice(f"samples of step {step}: no time was left for them")
 
     def diverged(self, step: Taken, told: Numbers, norms: Mapping[str, float]) -> None:
         """Write down what led to a step that is not finite: its numbers, its windows, the rows before it."""
@@ -120,7 +126,9 @@ class Record:
             "grad_norm_of_layers": {name: str(x) for name, x in norms.items()},
             "last_steps": [dataclasses.asdict(r) for r in self._last],
         }
-        write_atomically(self.config.output.folder / "diverged.json", json.dumps(about, indent=1).encode() + b"\n")
+        write_atomically(
+            self.config.output.folder / "diverged.json", json.dumps(about, indent=1, allow_nan=False).encode() + b"\n"
+        )
 
     def finish(self, result: Result) -> None:
         """Write `result.json`, and tell the trackers."""

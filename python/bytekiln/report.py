@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bytekiln.config import RunConfig, load_config
+from bytekiln.config import UNLIMITED_STEPS, RunConfig, load_config
 from bytekiln.errors import ConfigError, FileError, FormatError, OutputExistsError
 from bytekiln.metrics import Row, read_metrics
 
@@ -48,7 +48,7 @@ class Run:
         config = load_config(folder / "config.toml")
         metrics = Path(config.output.metrics_path) if config.output.metrics_path else folder / "metrics.csv"
         rows = read_metrics(metrics)
-        if not any(r.loss is not None for r in rows):
+        if not any(r.step for r in rows):
             raise FormatError(f"{metrics}: found no step; expected at least one")
         try:
             result = json.loads((folder / "result.json").read_text("utf-8"))
@@ -60,6 +60,16 @@ class Run:
         if not isinstance(result, dict) or not all(isinstance(result.get(k), int | float | None) for k in numbers):
             raise FormatError(f"{folder / 'result.json'}: found other JSON; expected the result of a run")
         return cls(folder, folder.resolve().name, rows, config, result)
+
+    @property
+    def steps(self) -> int:
+        """Steps done, whatever came out of them."""
+        return self.rows[-1].step
+
+    @property
+    def evaluations(self) -> list[tuple[int, float]]:
+        """Steps, and validation losses behind them."""
+        return [(r.step, r.val_loss) for r in self.rows if r.val_loss is not None]
 
     @property
     def label(self) -> str:
@@ -112,7 +122,7 @@ def draw(runs: Sequence[Run], out: Path, *, overwrite: bool = False) -> None:
         rates.set_xlabel("step")
         rates.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
         rates.set_ylim(bottom=0)
-        losses.set_xlim(0, max(r.rows[-1].step for r in runs) * 1.01)
+        losses.set_xlim(0, max(r.steps for r in runs) * 1.01)
         losses.set_ylim(*_limits(runs))
         vocabularies = {r.config.model.vocab_size for r in runs}
         uniform = math.log(max(vocabularies))
@@ -163,35 +173,41 @@ def smoothed(values: Sequence[float], span: int) -> list[float]:
 
 
 def _draw_losses(axes: Axes, run: Run, colour: str, *, alone: bool) -> None:
-    rows = [r for r in run.rows if r.loss is not None and math.isfinite(r.loss)]
-    steps, losses = [r.step for r in rows], [r.loss or 0.0 for r in rows]
-    evaluations = [r for r in run.rows if r.val_loss is not None]
+    points = [(r.step, r.loss) for r in run.rows if r.loss is not None]
+    steps, losses = [step for step, _ in points], [loss for _, loss in points]
     label = "" if alone else f"{run.label}, "
     if alone:
         axes.plot(steps, losses, color=colour, linewidth=0.7, alpha=0.22, label="training, every step")
     smooth = smoothed(losses, max(1, len(losses) // 50))
-    fallback = f"{label}training, smoothed" if alone or not evaluations else None
+    fallback = f"{label}training, smoothed" if alone or not run.evaluations else None
     axes.plot(steps, smooth, color=colour, linewidth=1.6 if alone else 0.9, alpha=1 if alone else 0.5, label=fallback)
-    if evaluations:
-        best = min(evaluations, key=lambda r: r.val_loss or math.inf)
-        validation = COLOURS[1] if alone else colour
+    if run.evaluations:
         axes.plot(
-            [r.step for r in evaluations],
-            [r.val_loss or 0.0 for r in evaluations],
-            color=validation,
+            [step for step, _ in run.evaluations],
+            [loss for _, loss in run.evaluations],
+            color=COLOURS[1] if alone else colour,
             linewidth=1.8,
             marker="o",
             markersize=4,
-            label=f"{label}validation, best {best.val_loss:.3f}",
+            label=f"{label}validation, best {_best(run)[1]:.3f}",
         )
+
+
+def _best(run: Run) -> tuple[int, float]:
+    """Step and loss of the best evaluation; of equal ones the first, as `checkpoint_best`."""
+    return min(run.evaluations, key=lambda e: e[1])
 
 
 def _limits(runs: Sequence[Run]) -> tuple[float, float]:
     """From below the lowest loss to above the highest at the start: a diverged end does not flatten the rest."""
-    every = [x for run in runs for r in run.rows for x in (r.loss, r.val_loss) if x is not None and math.isfinite(x)]
-    first = max(x for run in runs for r in run.rows[:2] for x in (r.loss, r.val_loss) if x is not None)
+    found = [[x for r in run.rows for x in (r.loss, r.val_loss) if x is not None] for run in runs]
+    every = [x for losses in found for x in losses]
+    if not every:
+        return 0.0, 1.0
+    first = max(x for losses in found for x in losses[:2])
     low, high = min(every), min(max(every), first * 1.5)
-    return low - 0.05 * (high - low), high + 0.06 * (high - low)
+    span = high - low or 1.0
+    return low - 0.05 * span, high + 0.06 * span
 
 
 def _frame(axes: Axes, label: str) -> None:
@@ -224,20 +240,19 @@ def _subtitle(run: Run) -> str:
 
 def summary(run: Run) -> list[tuple[str, str]]:
     """The run in a few lines: (what, value)."""
-    last = next(r for r in reversed(run.rows) if r.loss is not None)
-    evaluations = [r for r in run.rows if r.val_loss is not None]
+    limit = run.config.training.max_steps
+    last = next((r for r in reversed(run.rows) if r.loss is not None), None)
+    of_step = f" at step {last.step:,}: later ones are not finite" if last and last.step < run.steps else ""
     rows = [
         ("run", str(run.folder)),
         ("status", str(run.result.get("status", "no result yet"))),
-        ("step", f"{last.step:,} of {run.config.training.max_steps:,}"),
-        ("training loss", f"{last.loss:.4f}"),
+        ("step", f"{run.steps:,}" + (f" of {limit:,}" if limit < UNLIMITED_STEPS else "")),
+        ("training loss", f"{last.loss:.4f}{of_step}" if last else "none that is finite"),
     ]
-    if evaluations:
-        best = min(evaluations, key=lambda r: r.val_loss or math.inf)
-        rows += [
-            ("validation loss", f"{evaluations[-1].val_loss:.4f}"),
-            ("best", f"{best.val_loss:.4f} at step {best.step:,}"),
-        ]
-        if evaluations[-1].bits_per_byte is not None:
-            rows.append(("bits a byte", f"{evaluations[-1].bits_per_byte:.4f}"))
+    if run.evaluations:
+        step, loss = _best(run)
+        rows += [("validation loss", f"{run.evaluations[-1][1]:.4f}"), ("best", f"{loss:.4f} at step {step:,}")]
+        bits = next(r.bits_per_byte for r in reversed(run.rows) if r.val_loss is not None)
+        if bits is not None:
+            rows.append(("bits a byte", f"{bits:.4f}"))
     return rows

@@ -42,6 +42,9 @@ class State:
     """Losses in succession that lie far above the first one."""
     waiting: int = 0
     """Evaluations in succession that were no better than the best one."""
+    evaluation_s: float = 0.0
+    saving_s: float = 0.5
+    """How long the last evaluation and the last checkpoint took: what has to be left of `max_time` at the end."""
 
     @property
     def last_row_kept(self) -> int:
@@ -51,7 +54,7 @@ class State:
     def to_json(self) -> dict[str, Any]:
         """As `state.json` holds it."""
         out = dataclasses.asdict(self)
-        return {k: round(v, 6) if k in ("elapsed_s", "training_s") else v for k, v in out.items()}
+        return {k: round(v, 6) if k.endswith("_s") else v for k, v in out.items()}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any], where: str) -> State:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bytekiln.characters import AnyTokenizer, from_json_any, load_any
 from bytekiln.checkpoint import weights_of
+from bytekiln.config import ModelConfig
 from bytekiln.errors import ConfigError, FileError, MismatchError
 from bytekiln.model import KVCache, TransformerLM
 
@@ -92,8 +93,10 @@ def generate(
         vocab_size: only ids below it are drawn: the tokenizer's size, where the model's is larger.
 
     Raises:
-        ConfigError: the prompt is empty, or has an id that the model does not know; the seed is out of range.
+        ConfigError: the model sees both sides; the prompt is empty, or has an id that the model does not know; the
+            seed is out of range.
     """
+    check_continues(model.config, "model")
     ids = [int(i) for i in prompt]
     if not ids:
         raise ConfigError("prompt: found no tokens; expected at least one (the end-of-text token starts a new text)")
@@ -119,6 +122,19 @@ def generate(
             return
         yield token
         ids.append(token)
+
+
+def check_continues(config: ModelConfig, where: str | Path) -> None:
+    """See that a model can continue texts.
+
+    Raises:
+        ConfigError: it sees both sides (objective mlm); the message begins with `where`.
+    """
+    if config.bidirectional:
+        raise ConfigError(
+            f"{where}: found a model that fills in masked tokens (objective mlm) and does not continue texts; "
+            "expected one that was trained with objective next_token"
+        )
 
 
 def decode_stream(tokenizer: AnyTokenizer, ids: Iterator[int]) -> Iterator[str]:

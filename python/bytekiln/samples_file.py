@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from bytekiln.characters import AnyTokenizer
@@ -40,7 +41,12 @@ def check_prompts(config: RunConfig, tokenizer: AnyTokenizer | None) -> str | No
 
 
 def write_samples_file(
-    folder: Path, model: TransformerLM, tokenizer: AnyTokenizer | None, config: RunConfig, step: int
+    folder: Path,
+    model: TransformerLM,
+    tokenizer: AnyTokenizer | None,
+    config: RunConfig,
+    step: int,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Path | None:
     """Continue the fixed prompts and write what came.
 
@@ -50,9 +56,11 @@ def write_samples_file(
         tokenizer: the run's.
         config: `sample_prompts`, `sample_tokens` and `seed` count.
         step: optimizer steps done.
+        stop: asked before each token; True ends it, and nothing is written: a signal has come, or the time is over.
+            What was written before stays. It has no part in what is drawn.
 
     Returns:
-        The file; None where `check_prompts` says why there is none, or with `sample_tokens` 0.
+        The file; None where it was stopped, where `check_prompts` says why there is none, or with `sample_tokens` 0.
 
     Raises:
         FileError: it cannot be written.
@@ -65,17 +73,18 @@ def write_samples_file(
     try:
         for i, (prompt, prompt_ids) in enumerate(_prompts(config, tokenizer)):
             seed = (config.training.seed + i) % SEEDS
-            ids = list(
-                generate(
-                    model,
-                    prompt_ids,
-                    max_new_tokens=count,
-                    sampling=SAMPLING,
-                    seed=seed,
-                    eot_id=tokenizer.eot_id,
-                    vocab_size=tokenizer.n_vocab,
-                )
+            drawn = generate(
+                model,
+                prompt_ids,
+                max_new_tokens=count,
+                sampling=SAMPLING,
+                seed=seed,
+                eot_id=tokenizer.eot_id,
+                vocab_size=tokenizer.n_vocab,
             )
+            ids = _until(stop, drawn)
+            if ids is None:
+                return None
             text = tokenizer.decode(ids)
             samples.append({"prompt": prompt, "prompt_ids": prompt_ids, "seed": seed, "ids": ids, "text": text})
     finally:
@@ -101,6 +110,18 @@ def write_samples_file(
         ) from None
     write_atomically(path, json.dumps(about, ensure_ascii=False, indent=1).encode() + b"\n")
     return path
+
+
+def _until(stop: Callable[[], bool], drawn: Iterable[int]) -> list[int] | None:
+    """All that is drawn; None where `stop` said so before the next one."""
+    ids: list[int] = []
+    tokens = iter(drawn)
+    while not stop():
+        token = next(tokens, None)
+        if token is None:
+            return ids
+        ids.append(token)
+    return None
 
 
 def remove_samples(folder: Path, behind: int = -1) -> None:

@@ -3,11 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 
 from bytekiln.console import Parser, notice
 from bytekiln.errors import ConfigError
+
+SEEDS = 2**63
+
+
+def whole_number(text: str) -> int:
+    """A whole number as people write it; the flags of a run's fields take the same.
+
+    >>> whole_number("7"), whole_number("1e3")
+    (7, 1000)
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number.is_integer():
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected a whole number")
+    return int(number)
 
 
 def sampling_flags(parser: Parser, *, hidden: bool = False) -> None:
@@ -30,11 +55,11 @@ def sampling_flags(parser: Parser, *, hidden: bool = False) -> None:
     add(
         "--max-new-tokens",
         text="the most tokens to generate (256); fewer where the text ends",
-        kind=int,
+        kind=whole_number,
         default=256,
         metavar="N",
     )
-    add("--num-samples", text="how many texts (1)", kind=int, default=1, metavar="N")
+    add("--num-samples", text="how many texts (1)", kind=whole_number, default=1, metavar="N")
     add(
         "--temperature",
         text="0: always the most likely token; 1: the model's own distribution (0.8)",
@@ -47,26 +72,30 @@ def sampling_flags(parser: Parser, *, hidden: bool = False) -> None:
         kind=float,
         default=1.0,
     )
-    add("--top-k", text="keep this many most likely tokens; 0: all (0)", kind=int, default=0, metavar="N")
+    add("--top-k", text="keep this many most likely tokens; 0: all (0)", kind=whole_number, default=0, metavar="N")
     if parser.prog != "lm-train":  # which has a seed among its fields
-        add("--seed", text="the same seed gives the same text (0)", kind=int, default=0, metavar="N")
+        add("--seed", text="the same seed gives the same text (0)", kind=whole_number, default=0, metavar="N")
 
 
 def write_samples(run: str, options: argparse.Namespace, device: str) -> int:
     from bytekiln.checkpoint import weights_of
     from bytekiln.model import TransformerLM
     from bytekiln.prepare import find_device
-    from bytekiln.sample import Sampling, decode_stream, generate, prompt_ids, tokenizer_for
+    from bytekiln.sample import Sampling, check_continues, decode_stream, generate, prompt_ids, tokenizer_for
 
     sampling = Sampling(options.temperature, options.top_p, options.top_k)
     for name in ("max_new_tokens", "num_samples"):
         if getattr(options, name) < 1:
             raise ConfigError(f"{name}: found {getattr(options, name)}; expected 1 or more")
-    seed = int(options.seed or 0)
-    if not 0 <= seed < 2**63 - options.num_samples:
-        raise ConfigError(f"seed: found {seed}; expected 0 … 2^63 - 1")
-    where = find_device("cpu" if device == "auto" else device)
+    try:
+        seed = whole_number(str(options.seed or 0))  # of `lm-train` it is a field, and still text
+    except argparse.ArgumentTypeError as exc:
+        raise ConfigError(f"seed: {exc}") from None
+    if not 0 <= seed <= SEEDS - options.num_samples:
+        raise ConfigError(f"seed: found {seed}; expected 0 … 2^63 - {options.num_samples}")
     checkpoint = weights_of(run, notice)
+    check_continues(checkpoint.config.model, run)
+    where = find_device("cpu" if device == "auto" else device)
     model = TransformerLM(checkpoint.config.model)
     model.load_state_dict(checkpoint.model)
     model.to(where).eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from bytekiln.config import RunConfig
+from bytekiln.config import UNLIMITED_STEPS, RunConfig
 from bytekiln.training_config import stages_of
 
 SHORTEST_WARMUP = 0.01
@@ -27,17 +27,21 @@ class Progress(NamedTuple):
 def fraction(at: Progress, config: RunConfig) -> float:
     """The share of the run that is behind, in [0, 1], by what `progress` counts.
 
+    With `auto` the run may have several limits and is over at the first: the greatest of their shares, which is 1 just
+    there. `UNLIMITED_STEPS` are no limit.
+
     >>> fraction(Progress(step=3, max_steps=10), RunConfig())
     0.3
     """
-    match config.progress:
-        case "tokens":
-            share = at.tokens / at.token_budget
-        case "seconds":
-            share = at.seconds / at.max_time
-        case _:
-            share = at.step / at.max_steps
-    return min(max(share, 0.0), 1.0)
+    t, counted = config.training, config.optimizer.progress
+    shares = []
+    if counted == "tokens" or (counted == "auto" and t.token_budget):
+        shares.append(at.tokens / at.token_budget)
+    if counted == "seconds" or (counted == "auto" and t.max_time):
+        shares.append(at.seconds / at.max_time)
+    if counted == "steps" or (counted == "auto" and (at.max_steps < UNLIMITED_STEPS or not shares)):
+        shares.append(at.step / at.max_steps)
+    return min(max(0.0, *shares), 1.0)
 
 
 def learning_rate(at: Progress, config: RunConfig) -> float:
@@ -102,7 +106,7 @@ def _decay(at: Progress, config: RunConfig) -> tuple[float, float]:
 
     `decay_steps` moves the end only where steps are counted.
 
-    A warm-up of W steps in a run that counts tokens or seconds ends at a share that the run does not know later on.
+    A warm-up of W steps in a run that ends by tokens or seconds ends at a share that the run does not know later on.
     It is taken as W/t of the present share f, t being the present step: exactly right where every step counts the
     same, and else still continuous (0 at t = W, 1 at f = 1) and rising, because f·(1 - W/t) / (1 - f·W/t) rises in
     both f and t.

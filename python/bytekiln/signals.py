@@ -41,6 +41,7 @@ class Signals:
         self._before: dict[int, Any] = {}
         self._noticed = threading.Event()
         self._turn = threading.Lock()
+        """Held by whoever may change what is saved: the main thread in `hold`, or `late`."""
         self._pipe: tuple[int, int] | None = None
         self._old_wakeup = -1
 
@@ -84,11 +85,12 @@ class Signals:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return
-        # Not `with`: the handler may interrupt itself, and the thread that holds the turn ends the process.
-        while not self._turn.acquire(blocking=False):
-            time.sleep(0.01)
+        if not self._holding:
+            # Not `with`: the handler may interrupt itself, and the thread that holds the turn ends the process.
+            while not self._turn.acquire(blocking=False):
+                time.sleep(0.01)
+            self._turn.release()
         self._noticed.set()
-        self._turn.release()
         self.number = number
         if self.deferred:
             overdue = threading.Timer(GRACE_S, self._overdue, (number,))
@@ -109,11 +111,15 @@ class Signals:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """No interruption in here: what began is finished."""
+        """No interruption in here: what began is finished, and `late` waits for it."""
         outer, self._holding = self._holding, True
+        if not outer:
+            self._turn.acquire()
         try:
             yield
         finally:
             self._holding = outer
+            if not outer:
+                self._turn.release()
         if self.number is not None and not outer and not self.deferred:
             raise Interrupted

@@ -34,7 +34,6 @@ from bytekiln.windows import (
     shuffled,
     shuffled_starts,
     spread_starts,
-    whole_shares,
 )
 
 FIRST_AND_LAST_BYTES = 1 << 20
@@ -70,13 +69,20 @@ class TrainSource:
     """
 
     def __init__(
-        self, files: Sequence[TokenFile], tokens: Sequence[NDArray[Any]], config: RunConfig, eot: int | None,
-        corruption: Corruption | None,
+        self, files: Sequence[TokenFile], tokens: Sequence[NDArray[Any]], shares: Sequence[int] | None,
+        config: RunConfig, eot: int | None, corruption: Corruption | None,
     ) -> None:  # fmt: skip
         """Take the files and the part of their ids that is trained on; plans packed and padded windows.
 
+        Args:
+            files: the token files.
+            tokens: of each, the ids that are read.
+            shares: of the windows, a whole number for each file; None: by the number of its windows.
+            config: of the run.
+            eot: the id that ends documents, where anything asks for it.
+            corruption: of the inputs.
+
         Raises:
-            ConfigError: `data_weights` does not fit the files.
             FormatError: documents in which nothing can be predicted.
         """
         d, context = config.data, config.model.context_length
@@ -99,8 +105,7 @@ class TrainSource:
             r.plan.windows if isinstance(r, Pieces) else (len(r.tokens) - 1) // context for r in self._readers
         ]
         self._starts = np.array([len(ids) - context for ids in tokens], np.int64)
-        shares = whole_shares(d.data_weights, len(files)) if d.data_weights else self._sizes
-        self.mixture = Mixture(shares)
+        self.mixture = Mixture(self._sizes if shares is None else shares)
         self._blocks: dict[int, tuple[Numbers, Numbers]] = {}
 
     @property

@@ -9,7 +9,6 @@ was killed anywhere ends where the unbroken one ends, bit for bit on a CPU.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import math
@@ -18,7 +17,6 @@ import signal
 import time
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +29,20 @@ from bytekiln.config import RunConfig
 from bytekiln.console import Progress
 from bytekiln.data import Batch, Data, Prefetcher, load_tokenizer, open_data
 from bytekiln.errors import ConfigError, DivergedError, MismatchError
-from bytekiln.evaluate import bits_per_byte
 from bytekiln.hardware import mfu, peak_flops
 from bytekiln.horizon import Horizon, limits
 from bytekiln.layer_stats import LayerStats, bars, gradient_norms
 from bytekiln.learner import Learner, Numbers, Taken, read
 from bytekiln.metrics import Row
-from bytekiln.prepare import Say, find_checkpoint, find_device, initial_weights, keep_freed_memory, resolved
+from bytekiln.prepare import (
+    Say,
+    allowed_changes,
+    find_checkpoint,
+    find_device,
+    initial_weights,
+    keep_freed_memory,
+    resolved,
+)
 from bytekiln.ranks import Ranks, processes
 from bytekiln.record import Record
 from bytekiln.result import Result, lines_of
@@ -46,13 +51,14 @@ from bytekiln.runfolder import check_folder, lies_in, locked, prepare_folder, ro
 from bytekiln.samples_file import check_prompts
 from bytekiln.schedule import batch_multiple, fraction, learning_rate
 from bytekiln.signals import Interrupted, Signals
+from bytekiln.validation import Validation
 
 HIGH_ROWS, HIGH_FACTOR = 3, 2.0
 """A run has diverged when this many rows in succession lie above this multiple of the loss at the start."""
 QUIET_STEPS = 10
 """After so many steps the garbage collector is told that what is alive stays alive."""
-WHOLE_WITHOUT_VALIDATION = 100
-"""Batches of training data to evaluate where num_eval_batches = 0 has no validation set to follow."""
+OTHERS_WAIT_S = 30.0
+"""How long the other processes give the first one to save, when a step is too long to wait for."""
 
 
 def train(
@@ -116,6 +122,8 @@ def train(
                 f"vocab_size: the model has {data.vocab_size} tokens, the tokenizer uses {tokenizer.n_vocab} of them"
             )
         config = resolved(config, data.vocab_size, device, say)
+        if config.training.early_stopping_patience and data.val is None:
+            raise ConfigError("early_stopping_patience: found one without val_data; expected validation data to watch")
         why_none, t = check_prompts(config, tokenizer), config.training
         if why_none and (t.sample_prompts or t.sample_interval):  # asked for, not merely left on
             notice(why_none)
@@ -125,9 +133,11 @@ def train(
             check_folder(config.output, overwrite, resuming=resuming)
         run = _Run(config, device, ranks, signals, data, tokenizer, tokenizer_json, began, say, notice)
         if checkpoint is not None:
-            run.restore(checkpoint)
+            run.restore(checkpoint, allowed_changes(changes))
         elif config.training.init_from:
-            run.learner.load_weights(initial_weights(config, say))
+            run.learner.load_weights(initial_weights(config, say), config.training.init_from)
+        elif eval_only:
+            raise ConfigError("found nothing to evaluate; expected a run, --resume, or --init-from with weights")
         if eval_only:
             return run.evaluate_only()
         with locked(config.output) if ranks.first else nullcontext():
@@ -178,6 +188,8 @@ class _Run:
         """Steps whose numbers are still on the device."""
         self.pending_began = 0.0
         self.horizon = Horizon(config, ranks, began)
+        self.uniform_loss = math.log(config.model.padded_vocab_size)
+        self.validation = Validation(config, self.learner, data, say)
 
     # --- the loop -------------------------------------------------------------------------------------------
 
@@ -226,13 +238,23 @@ class _Run:
                 self._save("checkpoint_final")
                 if self.record is not None:
                     self.record.remove_old()
-                    self.record.samples(self.learner, self.s.step)
+            self.signals.claim()
+            self.signals.deferred = True  # the run is whole: a signal only cuts the samples short
+            if self.record is not None:
+                self.record.samples(
+                    self.learner, self.s.step, lambda: self.signals.number is not None or self.horizon.is_late()
+                )
+            self.signals.number = None
             return self._finish(*self.horizon.over)
         except Interrupted:
             self.signals.claim()
             return self._interrupted()
         except DivergedError as exc:
+            self.signals.claim()
             return self._finish("diverged", str(exc))
+        except BaseException:
+            self.signals.claim()  # waits where `late` is saving: another process's end may have broken this one's step
+            raise
         finally:
             gc.unfreeze()
             if collecting:
@@ -308,15 +330,15 @@ class _Run:
         t, row = self.config.training, self.s.owed
         due = self._evaluation_due()
         if due:
-            row = self._evaluated(row)
+            row = self.validation.of(row, self.s)
         with self.signals.hold():
             self._write(row)
             if row.val_loss is not None and row.step > 0:
                 self._judge(row.val_loss)
                 self.horizon.look_ahead(self.s)
             self._save_numbered()
-            if self.record is not None and t.sample_interval and row.step and row.step % t.sample_interval == 0:
-                self.record.samples(self.learner, row.step)
+        if self.record is not None and t.sample_interval and row.step and row.step % t.sample_interval == 0:
+            self.record.samples(self.learner, row.step, self.horizon.is_late)
         for line in lines_of(row, logged=due or row.step % t.log_interval == 0):
             self.say(line)
 
@@ -328,11 +350,13 @@ class _Run:
         s.owed, s.last_row = None, row
         if row.loss is None or s.initial_loss is None:
             return
-        s.high_rows = s.high_rows + 1 if row.loss > HIGH_FACTOR * s.initial_loss else 0
+        # Weights from elsewhere may begin far below what an untrained model gives: that is no measure of ruin.
+        start = max(s.initial_loss, self.uniform_loss) if self.config.training.init_from else s.initial_loss
+        s.high_rows = s.high_rows + 1 if row.loss > HIGH_FACTOR * start else 0
         if s.high_rows >= HIGH_ROWS:
             raise DivergedError(
                 f"step {row.step}: found {HIGH_ROWS} losses in succession above {HIGH_FACTOR:g} times the loss at the "
-                f"start, {s.initial_loss:.4f}, the last {row.loss:.4f}; expected them to fall"
+                f"start, {start:.4f}, the last {row.loss:.4f}; expected them to fall"
             )
 
     def _judge(self, val_loss: float) -> None:
@@ -370,9 +394,12 @@ class _Run:
 
     def _interrupted(self) -> Result:
         """Write what the abandoned step does not concern, then the checkpoint."""
-        self._look()
-        if self.s.owed is not None and not self._evaluation_due():
-            self._write(self.s.owed)
+        try:
+            self._look()
+            if self.s.owed is not None and not self._evaluation_due():
+                self._write(self.s.owed)
+        except DivergedError as exc:
+            return self._finish("diverged", str(exc))
         self._save(f"checkpoint_{self.s.step}")
         name = signal.Signals(self.signals.number or signal.SIGINT).name
         return self._finish("interrupted", f"{name} arrived; --resume auto goes on from step {self.s.step}")
@@ -382,6 +409,8 @@ class _Run:
         first, self.ranks, self.signals.number = self.ranks.first, Ranks(), number
         if first:
             self._interrupted()
+        else:
+            time.sleep(OTHERS_WAIT_S)  # an end here would break the first one's step before it has saved
         os._exit(128 + number)
 
     def how_it_ended(self) -> str | None:
@@ -403,47 +432,9 @@ class _Run:
         t, step = self.config.training, self.s.step
         return step == 0 or (t.eval_interval > 0 and step % t.eval_interval == 0) or self.horizon.over is not None
 
-    def _evaluated(self, row: Row) -> Row:
-        """The row with losses on validation data and on as many batches of training data."""
-        began, s, t = time.perf_counter(), self.s, self.config.training
-        self.say("Evaluating...")
-        val, count = None, t.num_eval_batches
-        if self.data.val is not None:
-            batches = list(self.data.val.batches(t.batch_size, t.num_eval_batches))
-            val, count = self.learner.evaluate(batches), len(batches)
-        count = count or WHOLE_WITHOUT_VALIDATION
-        train = self.learner.evaluate(islice(self.data.train_eval.batches(t.batch_size, count), count))
-        self.horizon.evaluation_s = time.perf_counter() - began
-        if not all(math.isfinite(x.loss) for x in (train, val) if x is not None):
-            raise DivergedError(
-                f"step {row.step}: found validation loss {val.loss if val else None} and training loss {train.loss}; "
-                "expected finite numbers"
-            )
-        if row.step == 0:
-            s.initial_loss = train.loss
-            V = self.config.model.padded_vocab_size
-            self.say(f"Loss at the start: {train.loss:.4f} (ln {V:,} = {math.log(V):.4f})")
-        s.train_eval_loss = train.loss
-        row = dataclasses.replace(
-            row,
-            train_eval_loss=train.loss,
-            train_eval_accuracy=train.accuracy,
-            eval_time_s=round(self.horizon.evaluation_s, 6),
-        )
-        if val is None or self.data.val is None:
-            return row
-        s.val_loss, s.val_accuracy = val.loss, val.accuracy
-        return dataclasses.replace(
-            row,
-            val_loss=val.loss,
-            val_perplexity=val.perplexity,
-            val_accuracy=val.accuracy,
-            bits_per_byte=bits_per_byte(val.loss, self.data.val.bytes_per_token),
-        )
-
     def evaluate_only(self) -> Result:
         """Evaluate the weights as they are; nothing is written."""
-        row = self._evaluated(Row(self.s.step, self.s.tokens, 0.0))
+        row = self.validation.of(Row(self.s.step, self.s.tokens, 0.0), self.s)
         for line in lines_of(row, logged=False):
             self.say(line)
         return self.result("evaluated", f"the weights of step {self.s.step}")
@@ -457,10 +448,10 @@ class _Run:
             self.s.elapsed_s = self.horizon.elapsed_s()
             self.record.checkpoint(name, self.s, weights, training, self._data())
         self.ranks.wait()
-        self.horizon.saving_s = time.perf_counter() - began
+        self.s.saving_s = time.perf_counter() - began
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Take over a checkpoint's place in the run.
+    def restore(self, checkpoint: Checkpoint, changed: Collection[str] = ()) -> None:
+        """Take over a checkpoint's place in the run; fields in `changed` may differ from its own.
 
         Raises:
             MismatchError: it was trained on other data, or the metrics do not reach to it.
@@ -470,12 +461,16 @@ class _Run:
         self.s = State.from_json(checkpoint.state, where)
         for key, found in self._data().items():
             expected = checkpoint.state["data"].get(key)
-            if expected and found and expected != found:
+            if expected and found and expected != found and "train_data" not in changed:
                 what = "tokenizer hash" if key == "tokenizer" else "data"
                 raise MismatchError(
                     f"{self.config.data.train_data}: found {what} {found}; expected {expected}, that of the {where}"
                 )
-        self.learner.load(checkpoint.model, checkpoint.training, where)
+        now, before = self.config.optimizer, checkpoint.config.optimizer
+        anew = [n for n in ("optimizer", "averaging") if getattr(now, n) != getattr(before, n)]
+        for name in anew:
+            self.notice(f"{name}: {getattr(now, name)} starts without a memory at step {checkpoint.step}")
+        self.learner.load(checkpoint.model, checkpoint.training, where, anew)
         self.horizon.resume(self.s)
         self.limits = limits(checkpoint.config)
         self.earlier_rows = rows_to_keep(checkpoint, self.config.output, self.s.last_row_kept)
@@ -504,7 +499,6 @@ class _Run:
     def result(self, status: str, why: str) -> Result:
         """How things stand."""
         s, row, c = self.s, self.s.last_row, self.config
-        bytes_per_token = self.data.val.bytes_per_token if self.data.val is not None else None
         speed = s.tokens / s.training_s if s.training_s else None
         peak = None
         if self.device.type == "cuda":
@@ -518,11 +512,11 @@ class _Run:
             parameters=self.parameters,
             active_parameters=self.active,
             initial_loss=s.initial_loss,
-            uniform_loss=math.log(c.model.padded_vocab_size),
+            uniform_loss=self.uniform_loss,
             final_train_loss=row.loss if row else None,
             final_val_loss=s.val_loss,
             final_val_accuracy=s.val_accuracy,
-            final_bits_per_byte=bits_per_byte(s.val_loss, bytes_per_token) if s.val_loss is not None else None,
+            final_bits_per_byte=self.validation.bits_per_byte(s.val_loss),
             final_train_eval_loss=s.train_eval_loss,
             best_val_loss=s.best_val_loss,
             best_step=s.best_step,

@@ -53,6 +53,11 @@ class DataConfig(Section):
     )
     prefetch: Int = setting(2, "batches made ready ahead in a thread; 0: none", math=False, ge=0)
 
+    @field_validator("data_weights")
+    @classmethod
+    def _one_spelling(cls, value: str) -> str:
+        return ",".join(part.strip() for part in value.split(","))
+
 
 class OptimizerConfig(Section):
     """The optimizer, its learning-rate schedule, clipping, averaging."""
@@ -80,7 +85,7 @@ class OptimizerConfig(Section):
     )
     decay_fraction: Float = setting(0.2, "share of the run over which a trapezoid falls", gt=0, le=1)
     progress: Literal["auto", "steps", "tokens", "seconds"] = setting(
-        "auto", "what the schedule counts; auto: seconds with max_time, tokens with token_budget, else steps"
+        "auto", "what the schedule counts; auto: whichever of max_steps, max_time, token_budget ends the run first"
     )
     weight_decay: Float = setting(0.01, "decoupled weight decay, on matrices only", main=True, ge=0)
     decay_embeddings: bool = setting(True, "weight decay pulls on embeddings and head too, not on the blocks alone")
