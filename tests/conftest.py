@@ -9,8 +9,10 @@ from __future__ import annotations
 import lzma
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +25,9 @@ SHARED = ROOT.parent / "shared" / "data"
 NO_SHARED = "../shared/data is not beside the repository"
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the commands do; before any test loads torch
+# A cache of the compiler's own: what a killed compilation left in the user's would fail a test.
+_compiled = tempfile.mkdtemp(prefix="bytekiln-compiled-")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _compiled)
 
 hypothesis.settings.register_profile("bytekiln", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("bytekiln")
@@ -47,6 +52,10 @@ def _note_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
     if report.skipped and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         _skipped.append((report.nodeid, reason.removeprefix("Skipped: ")))
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_compiled, ignore_errors=True)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
