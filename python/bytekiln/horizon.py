@@ -30,6 +30,7 @@ class Horizon:
         """Status and reason, once the run is over. Decided by `look_ahead` alone: time passes between two questions."""
         self.step_s = 0.0
         """The longest step lately."""
+        self.share_of_time = 0.0
 
     def resume(self, state: State) -> None:
         """Go on from where `state` stands; the time in between does not count."""
@@ -63,8 +64,12 @@ class Horizon:
     def place(self, state: State) -> Progress:
         """Where the next step stands in the run."""
         t = self.config.training
-        seconds, limit = (self.counted_s(state), max(self.limit_s(state), 1e-3)) if t.max_time else (0.0, 0.0)
-        return Progress(self.step, t.max_steps, self.tokens, t.token_budget, seconds, limit)
+        if not t.max_time:
+            return Progress(self.step, t.max_steps, self.tokens, t.token_budget, 0.0, 0.0)
+        limit = max(self.limit_s(state), 1e-3)
+        # The first evaluation is the slowest, so the limit rises again; the schedule must not run backwards with it.
+        self.share_of_time = max(self.share_of_time, self.counted_s(state) / limit)
+        return Progress(self.step, t.max_steps, self.tokens, t.token_budget, self.share_of_time * limit, limit)
 
     def near(self, state: State) -> bool:
         """Whether so little of `max_time` is left that each step has to be waited for."""
