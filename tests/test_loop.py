@@ -162,6 +162,12 @@ def test_stages_follow_the_budget_not_the_steps(tmp_path: Path) -> None:
     assert [b - a for a, b in itertools.pairwise(tokens)] == [24] * 5 + [48] * 3
 
 
+def test_a_decay_that_ends_inside_the_warm_up_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    train(tiny(tmp_path, warmup_steps=4, decay_steps=3), notice=said.append)
+    assert any("decay_steps: found 3; expected at least warmup_steps, 4" in line for line in said)
+
+
 def test_patience_needs_validation_data(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="early_stopping_patience: found one without val_data"):
         train(tiny(tmp_path, val_data="", early_stopping_patience=2))

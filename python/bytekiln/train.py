@@ -124,6 +124,12 @@ def train(
         config = resolved(config, data.vocab_size, device, say)
         if config.training.early_stopping_patience and data.val is None:
             raise ConfigError("early_stopping_patience: found one without val_data; expected validation data to watch")
+        o = config.optimizer
+        if o.decay_lr and 0 < o.decay_steps < o.warmup_steps and config.progress == "steps":
+            notice(
+                f"decay_steps: found {o.decay_steps}; expected at least warmup_steps, {o.warmup_steps}: "
+                "the rate falls to min_lr at once behind the warm-up"
+            )
         why_none, t = check_prompts(config, tokenizer), config.training
         if why_none and (t.sample_prompts or t.sample_interval):  # asked for, not merely left on
             notice(why_none)
