@@ -28,9 +28,9 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from bytekiln.atomic import sync_folder
 from bytekiln.config import RunConfig, load_config
 from bytekiln.errors import BytekilnError, FileError, FormatError, MismatchError
-from bytekiln.metrics import sync_folder
 
 FORMAT, VERSION = "bytekiln-checkpoint", 1
 SUMS = "checksums.json"

@@ -16,6 +16,7 @@ from dataclasses import Field, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TextIO, TypeVar
 
+from bytekiln.atomic import sync_folder
 from bytekiln.errors import FileError, FormatError
 
 
@@ -223,15 +224,6 @@ def write_atomically(path: Path, data: bytes) -> None:
             raise
     except OSError as exc:
         raise _not_written(path, exc) from None
-
-
-def sync_folder(path: Path) -> None:
-    """Make names in a folder survive a power cut."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _not_written(path: Path, exc: OSError) -> FileError:
