@@ -1,6 +1,7 @@
 """A training step beside its peers: bytekiln, transformers, and a plain PyTorch GPT-2.
 
-    peers.py lm [--quick] [--rounds 3] [--threads N] [--only NAME…] [--shape gpt2|llama] [--json] [--once NAME]
+    peers.py lm [--quick] [--rounds 3] [--threads N] [--only NAME…] [--shape gpt2|llama] [--json]
+                [--together | --once NAME]
 
 Two shapes. gpt2: nanoGPT's recipe for a CPU, 4 layers × 128, 4 heads, batch 12 × 64, 65 tokens, tied embeddings.
 llama: the TinyStories base, 4 × 512, 16 heads, d_ff 1344, 10,000 tokens (22.7 M parameters), batch 8 × 256. A step is
@@ -8,6 +9,8 @@ forward, backward, clipping to 1 and AdamW with decay on matrices, in fp32, on r
 and the contestants take turns, the order turning round each round; reported are the median of all steps, the fastest
 one, and the ratio of the medians. What comes before the first timed step (start, imports, compiling) is a column of its
 own. All get what `lm-train` sets for itself: fused AdamW, freed memory kept, OpenMP's threads that wait passively.
+`--together` puts the contestants of a round into one process, where they take turns at every step, eager and compiled
+in rounds of their own: what else the machine does then hits all of them alike, and differences of a few per cent show.
 `--once NAME` runs a single contestant in this process.
 """
 
@@ -264,8 +267,8 @@ class Run(NamedTuple):
     last_loss: float
 
 
-def measure(shape: Shape, build: Build, compiled: bool, threads: int) -> Run:
-    """In the fresh process: warm up, then time every step."""
+def measure(shape: Shape, entered: dict[str, tuple[Build, bool]], threads: int) -> dict[str, Run]:
+    """In the fresh process: warm up, then time every step; several contestants take turns, the order turning round."""
     began = time.perf_counter()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads OpenMP
     import gc
@@ -276,19 +279,24 @@ def measure(shape: Shape, build: Build, compiled: bool, threads: int) -> Run:
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # as `prepare.keep_freed_memory`: M_MMAP_MAX, M_TRIM_THRESHOLD
     torch.set_num_threads(threads)
-    torch.manual_seed(SEED)
-    step = build(shape, compiled)
-    first = float(step())
-    for _ in range(shape.warmup - 1):
-        step()
+    steps, first = {}, {}
+    for name, (build, compiled) in entered.items():
+        torch.manual_seed(SEED)
+        steps[name] = build(shape, compiled)
+        first[name] = float(steps[name]())
+        for _ in range(shape.warmup - 1):
+            steps[name]()
     gc.collect()
     gc.disable()
-    ready, times, loss = time.perf_counter() - began, [], torch.zeros(())
-    for _ in range(shape.steps):
-        start = time.perf_counter()
-        loss = step()
-        times.append(time.perf_counter() - start)
-    return Run(ready, times, first, float(loss))
+    ready = time.perf_counter() - began
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    losses: dict[str, Any] = {}
+    for i in range(shape.steps):
+        for name in steps if i % 2 == 0 else reversed(steps):
+            start = time.perf_counter()
+            losses[name] = steps[name]()
+            times[name].append(time.perf_counter() - start)
+    return {name: Run(ready, times[name], first[name], float(losses[name])) for name in steps}
 
 
 def entrants(shape: str, only: list[str]) -> dict[str, tuple[str, Build, bool]]:
@@ -307,30 +315,38 @@ def entrants(shape: str, only: list[str]) -> dict[str, tuple[str, Build, bool]]:
     return found
 
 
-def one_run(shape: str, name: str, threads: int, steps: int) -> Run | str:
-    """A contestant in a fresh process, or why there is no result."""
+def one_process(shape: str, names: list[str], threads: int, steps: int) -> dict[str, Run] | str:
+    """Contestants in one fresh process, or why there is no result."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
-    command = [sys.executable, __file__, "--shape", shape, "--once", name, "--json"]
+    command = [sys.executable, __file__, "--shape", shape, "--once", *names, "--json"]
     command += ["--steps", str(steps), "--threads", str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     if done.returncode:
         return done.stderr.strip().splitlines()[-1][:100] if done.stderr.strip() else f"exit status {done.returncode}"
-    return Run(**json.loads(done.stdout.splitlines()[-1]))
+    return {name: Run(**run) for name, run in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
-def hold(shape: str, threads: int, rounds: int, only: list[str], steps: int) -> dict[str, list[Run]]:
-    """All rounds, contestants taking turns."""
+def hold(
+    shape: str, threads: int, rounds: int, only: list[str], steps: int, together: bool = False
+) -> dict[str, list[Run]]:
+    """All rounds, contestants taking turns: processes by default, steps where they are put `together`."""
     names = list(entrants(shape, only))
+    groups = [[name] for name in names]
+    if together:
+        groups = [g for mode in ("eager", "compiled") if (g := [n for n in names if n.endswith(mode)])]
     runs: dict[str, list[Run]] = {name: [] for name in names}
     for i in range(rounds):
-        for name in names if i % 2 == 0 else names[::-1]:
-            if name in runs:
-                found = one_run(shape, name, threads, steps)
-                if isinstance(found, str):
-                    print(f"  {name}: failed, left out: {found}", file=sys.stderr)
+        for group in groups if i % 2 == 0 else [g[::-1] for g in groups[::-1]]:
+            if not all(name in runs for name in group):
+                continue
+            found = one_process(shape, group, threads, steps)
+            if isinstance(found, str):
+                print(f"  {'; '.join(group)}: failed, left out: {found}", file=sys.stderr)
+                for name in group:
                     del runs[name]
-                else:
-                    runs[name].append(found)
+            else:
+                for name in group:
+                    runs[name].append(found[name])
     return {name: found for name, found in runs.items() if found}
 
 
@@ -387,25 +403,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="contestants whose names contain this")
     parser.add_argument("--steps", type=int, default=0, help="timed steps of a run; default: the shape's")
     parser.add_argument("--json", action="store_true", help="print rows as JSON lines instead of tables")
-    parser.add_argument("--once", metavar="NAME", help="run this contestant here, once")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--together", action="store_true", help="contestants of a round in one process, step by step")
+    how.add_argument("--once", nargs="+", metavar="NAME", help="run these contestants here, once")
     args = parser.parse_args(argv)
     for shape in args.shape:
         spec = SHAPES[shape]
         steps = args.steps or (max(spec.steps // 3, 2) if args.quick else spec.steps)
         if args.once:
             found = entrants(shape, [])
-            if args.once not in found:
-                parser.error(f"--once: found {args.once}; expected one of {'; '.join(found)}")
-            _, build, compiled = found[args.once]
+            if unknown := [name for name in args.once if name not in found]:
+                parser.error(f"--once: found {unknown[0]}; expected some of {'; '.join(found)}")
             spec = Shape(**{**spec.__dict__, "steps": steps})
-            run = measure(spec, build, compiled, args.threads)
-            rows = rows_of(shape, {args.once: [run]})
+            ran = measure(spec, {name: found[name][1:] for name in args.once}, args.threads)
             if args.json:
-                print(json.dumps(run._asdict()))
+                print(json.dumps({name: run._asdict() for name, run in ran.items()}))
             else:
-                report(shape, args.threads, rows)
+                report(shape, args.threads, rows_of(shape, {name: [run] for name, run in ran.items()}))
             continue
-        runs = hold(shape, args.threads, args.rounds or (1 if args.quick else 3), args.only, steps)
+        runs = hold(shape, args.threads, args.rounds or (1 if args.quick else 3), args.only, steps, args.together)
         rows = rows_of(shape, runs)
         if args.json:
             for row in rows:

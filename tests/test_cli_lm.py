@@ -245,6 +245,35 @@ def test_sampling_commands(here: Path, text: Path, command: Callable[..., object
     assert "none" in command("lm-sample", "none", status=2).stderr
 
 
+def test_generate_makes_256_tokens_by_default(here: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As many as the assignment asks for at least: here the end of the text is a token that the model never chooses."""
+    flags = ["--train-data", text, "--tokenizer", "tokenizer.json", "--out-dir", "r", *SMALL]
+    assert cli_lm.train(["demo", *map(str, flags)]) == 0
+    capsys.readouterr()
+    seen: list[int] = []
+    tokenizer = Tokenizer.from_file(here / "tokenizer.json")
+    assert cli_lm.train(["--generate", "--resume", "r", "--temperature", "0", "--prompt", "the"]) == 0
+    seen = tokenizer.encode(capsys.readouterr().out)
+    assert len(seen) >= 256 * 0.9, "encoding the text again may join a few tokens"
+
+
+def test_sampling_flags_need_generate(here: Path) -> None:
+    with pytest.raises(ConfigError, match="--top-p: found it without --generate"):
+        cli_lm.train(["demo", "--train-data", "train_data.npy", "--out-dir", "r", "--top-p", "0.9", *SMALL])
+    assert not (here / "r").exists()
+
+
+def test_experts_say_how_many_parameters_work(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    experts = ["--ffn", "moe", "--num-experts", "4", "--expert-top-k", "1", "--out-dir", "r"]
+    assert cli_lm.train(["demo", "--train-data", "train_data.npy", *experts, *SMALL]) == 0
+    out = capsys.readouterr().out
+    result = json.loads((here / "r/result.json").read_text())
+    idle = 3 * 3 * 16 * 16  # three of four experts, three matrices each
+    assert result["parameters"] - result["active_parameters"] == idle
+    assert f"{result['parameters']:,} total parameters" in out
+    assert f"{result['active_parameters']:,} of them work on a token" in out
+
+
 def test_report_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli_lm.train(["demo", "--train-data", "train_data.npy", "--out-dir", "r", *SMALL]) == 0
     assert cli_lm.report(["r", "--png"]) == 0

@@ -174,3 +174,12 @@ def test_toml_takes_any_text() -> None:
 def test_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         RunConfig().model.d_model = 5  # type: ignore[misc]
+
+
+def test_two_ways_to_say_the_width_must_agree(tmp_path: Path) -> None:
+    (tmp_path / "both.toml").write_text("d_model = 64\nnum_heads = 4\nd_ff = 200\nffn_multiple = 4.0\n")
+    with pytest.raises(ConfigError, match="d_ff: found 200 beside ffn_multiple 4, which makes it 256"):
+        load_config(tmp_path / "both.toml")
+    (tmp_path / "both.toml").write_text("d_model = 64\nnum_heads = 4\nd_ff = 256\nffn_multiple = 4.0\n")
+    assert load_config(tmp_path / "both.toml").model.d_ff == 256
+    assert load_config(tmp_path / "both.toml", {"d_ff": 100}).model.d_ff == 100, "a flag frees the file's other way"

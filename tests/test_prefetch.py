@@ -92,6 +92,26 @@ def test_the_thread_begins_only_where_making_takes_long() -> None:
     assert any(name.startswith("bytekiln-prefetch") for name in slow.threads)
 
 
+def test_batches_are_pinned_in_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands in for CUDA: which tensors are page-locked, and by whom."""
+    by: list[str] = []
+
+    def lock(tensor: torch.Tensor) -> torch.Tensor:
+        by.append(threading.current_thread().name)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lock)
+    with Prefetcher(Made(), 2, pin=True, worth_s=0) as ahead:
+        for step in range(4):
+            ahead.get(step_requests(step, 8 * step))
+    assert len(by) >= 4 * 2 * 2, "inputs and targets of two micro-batches a step"
+    assert any(name.startswith("bytekiln-prefetch") for name in by)
+    by.clear()
+    with Prefetcher(Made(), 2, worth_s=0) as ahead:
+        ahead.get(step_requests(0, 0))
+    assert by == []
+
+
 def test_errors_cross_and_it_can_go_on() -> None:
     source = Made()
     source.fails = ValueError

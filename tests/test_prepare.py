@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from bytekiln import prepare
 from bytekiln import train as train_module
 from bytekiln.checkpoint import load_checkpoint
 from bytekiln.config import from_flat
@@ -22,7 +24,7 @@ from bytekiln.metrics import read_metrics
 from bytekiln.objective import Objective
 from bytekiln.runfolder import locked
 from bytekiln.train import train
-from lm_runs import ONE_THREAD, tiny
+from lm_runs import ONE_THREAD, VOCAB, tiny
 
 
 def files(folder: Path) -> dict[Path, bytes]:
@@ -144,6 +146,70 @@ def test_signal_during_start_up(tmp_path: Path, command: Callable[..., object], 
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **ONE_THREAD})
     assert ran.returncode == status, ran.stderr
     assert "internal error" not in ran.stderr
+
+
+def test_second_ctrl_c_ends_a_checkpoint_that_hangs(tmp_path: Path) -> None:
+    """The first asks for a checkpoint; while that is written, the second does not wait for it."""
+    script = """
+import sys, time
+from bytekiln import cli, record
+real = record.Record.checkpoint
+def slow(self, *args, **kwargs):
+    print("saving", flush=True)
+    time.sleep(60)
+    return real(self, *args, **kwargs)
+record.Record.checkpoint = slow
+sys.exit(cli.main(["lm-train", sys.argv[1]]))
+"""
+    (tmp_path / "c.toml").write_text(tiny(tmp_path, max_steps=10**6, checkpoint_interval=0).to_toml(), "utf-8")
+    command = [sys.executable, "-u", "-c", script, str(tmp_path / "c.toml")]
+    env = {**os.environ, **ONE_THREAD}
+    sent = 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if ("Iter" in line and not sent) or "saving" in line:
+                process.send_signal(signal.SIGINT)
+                sent += 1
+        assert process.wait(timeout=20) == 130
+    assert sent == 2
+    assert not list((tmp_path / "run/checkpoints").glob("checkpoint_*")), "nothing half-written"
+
+
+@pytest.mark.parametrize(("has", "expected"), [((), "fp32"), (("_is_amx_tile_supported",), "bf16")])
+def test_precision_follows_the_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has: tuple[str, ...], expected: str
+) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in has, raising=False)
+    settled = prepare.resolved(tiny(tmp_path, precision="auto"), VOCAB, torch.device("cpu"), print)
+    assert settled.training.precision == expected
+
+
+def test_compile_auto_explains_itself(tmp_path: Path) -> None:
+    said: list[str] = []
+    for steps, on in ((6, False), (10**8, True)):
+        config = tiny(tmp_path, compile="auto", max_steps=steps)
+        assert prepare.resolved(config, VOCAB, torch.device("cpu"), said.append).training.compile is on
+    assert [re.sub(r"[\d,]+ s", "N s", line) for line in said] == [
+        f"torch.compile: {word} (would save about N s of N s and costs about N s)" for word in ("off", "on")
+    ]
+
+
+def test_a_failed_compile_is_said_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> Callable[..., object]:
+        def call(*args: object) -> None:
+            raise RuntimeError("no C++ compiler\nwith more lines")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    said: list[str] = []
+    result = train(tiny(tmp_path, compile=True), notice=said.append)
+    assert (result.status, result.compiled, result.recompiles) == ("completed", False, None)
+    assert [s for s in said if "compile" in s] == [
+        "torch.compile failed, going on without it: RuntimeError: no C++ compiler"
+    ]
 
 
 def test_infinite_loss_at_the_start_is_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

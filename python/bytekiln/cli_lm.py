@@ -16,7 +16,7 @@ from bytekiln.console import Parser, notice, table
 from bytekiln.errors import ConfigError, FileError
 from bytekiln.result import Result
 from bytekiln.run_flags import add_run_flags, given_fields, spell_switches
-from bytekiln.sampling import sampling_flags, write_samples
+from bytekiln.sampling import SAMPLING_FLAGS, sampling_flags, write_samples
 
 TRAIN_EXAMPLES = (
     "lm-train demo --train-data train.npy --val-data val.npy --tokenizer tokenizer.json",
@@ -46,6 +46,9 @@ def train(argv: list[str]) -> int:
         source, path, resume = None, None, source
     if options.generate:
         return write_samples(_run_to_sample(path, source, resume, given), options, str(given.get("device", "auto")))
+    for name in SAMPLING_FLAGS:
+        if getattr(options, name) != parser.get_default(name):
+            raise ConfigError(f"--{name.replace('_', '-')}: found it without --generate; expected both, or lm-sample")
     if options.dataset:
         _dataset_files(options.dataset, given)
     if path is not None and path.is_dir():

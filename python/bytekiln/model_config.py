@@ -119,6 +119,11 @@ class ModelConfig(Section):
         if not self.num_kv_heads:
             self.settle(num_kv_heads=self.num_heads)
         kind = self.expert_ffn if self.ffn == "moe" else self.ffn
+        if self.d_ff and self.ffn_multiple and round(self.ffn_multiple * self.d_model) != self.d_ff:
+            raise ConfigError(
+                f"d_ff: found {self.d_ff} beside ffn_multiple {self.ffn_multiple:g}, which makes it "
+                f"{round(self.ffn_multiple * self.d_model)} at d_model {self.d_model}; expected one of the two"
+            )
         if not self.d_ff:
             multiple = self.ffn_multiple or (0.0 if kind == "swiglu" else 4.0)
             self.settle(
@@ -134,7 +139,15 @@ class ModelConfig(Section):
         self._refuse_contradictions()
         if self.dense_twin:
             width = (self.expert_top_k + self.num_shared_experts) * self.d_ff
-            self.settle(ffn=kind, d_ff=width, dense_twin=False, num_experts=8, expert_top_k=2, num_shared_experts=0)
+            self.settle(
+                ffn=kind,
+                d_ff=width,
+                ffn_multiple=0.0,
+                dense_twin=False,
+                num_experts=8,
+                expert_top_k=2,
+                num_shared_experts=0,
+            )
             self.settle(expert_ffn="swiglu", router_noise=0.0, load_balancing="loss", load_balancing_weight=0.01)
         return self
 

@@ -35,6 +35,10 @@ def whole_number(text: str) -> int:
     return int(number)
 
 
+SAMPLING_FLAGS = ("prompt", "max_new_tokens", "num_samples", "temperature", "top_p", "top_k")
+"""Those that a run's own fields do not have."""
+
+
 def sampling_flags(parser: Parser, *, hidden: bool = False) -> None:
     group = parser.add_argument_group("sampling") if not hidden else parser
 
