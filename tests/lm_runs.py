@@ -36,8 +36,13 @@ TINY: dict[str, object] = {
 TIMES = ("elapsed_s", "step_time_s", "tokens_per_s", "eval_time_s")
 
 
-def tokens(path: Path, count: int = 600, vocab: int = VOCAB, *, seed: int = 0, manifest: bool = True) -> Path:
-    """A token file whose ids follow one another often enough that a model can learn something."""
+def tokens(
+    path: Path, count: int = 600, vocab: int = VOCAB, *, seed: int = 0, manifest: bool = True, eot: int | None = None
+) -> Path:
+    """A token file whose ids follow one another often enough that a model can learn something.
+
+    With `eot` the manifest calls this id the end of a document.
+    """
     rng = np.random.default_rng(seed)
     ids = (np.arange(count) * 7 % vocab + rng.integers(0, 2, count)).clip(max=vocab - 1).astype(np.uint16)
     np.save(path, ids)
@@ -53,6 +58,8 @@ def tokens(path: Path, count: int = 600, vocab: int = VOCAB, *, seed: int = 0, m
             "max_id": int(ids.max()),
             "tokenizer_hash": "sha256:" + "ab" * 32,
         }
+        if eot is not None:
+            about["eot_id"] = eot
         path.with_name(path.name + ".json").write_text(json.dumps(about), encoding="utf-8")
     return path
 

@@ -85,6 +85,27 @@ def test_shards_learn_what_one_learns(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"averaging": "ema", "ema_decay": 0.5, "stats_interval": 2, "tie_embeddings": True},
+        {"optimizer": "muon", "normuon": True, "ffn": "moe", "num_experts": 4, "load_balancing": "bias"},
+    ],
+    ids=lambda v: ",".join(v),
+)
+def test_shards_do_what_one_process_does(tmp_path: Path, values: dict[str, object]) -> None:
+    """Forwards beside the step (statistics, evaluation of averaged weights) leave nothing gathered behind."""
+    train(tiny(tmp_path, **SETTINGS, **values, out_dir=str(tmp_path / "one")))
+    launch(tmp_path, parallel="fsdp", **values)
+    same_to_rounding(tmp_path / "two", tmp_path / "one")
+    norms = [[r.grad_norm for r in read_metrics(tmp_path / n / "metrics.csv")][1:] for n in ("one", "two")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    a, b = (load_checkpoint(tmp_path / n / "checkpoints/checkpoint_final").model for n in ("one", "two"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_sigterm_and_resume(tmp_path: Path, kind: str) -> None:
     """All processes stop at the same step; the run goes on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import json
@@ -21,13 +22,17 @@ from bytekiln import record, train_bpe_from_iterator
 from bytekiln import train as train_module
 from bytekiln.checkpoint import load_checkpoint
 from bytekiln.config import UNLIMITED_STEPS, load_config
-from bytekiln.errors import ConfigError, FormatError, MismatchError
+from bytekiln.data import Prefetcher
+from bytekiln.errors import ConfigError, FileError, FormatError, MismatchError
 from bytekiln.metrics import Row, read_metrics
 from bytekiln.model import TransformerLM
 from bytekiln.objective import Objective
+from bytekiln.result import Result
 from bytekiln.run_state import State
 from bytekiln.train import train
-from lm_runs import ONE_THREAD, tiny
+from bytekiln.validation import Validation
+from lm_runs import ONE_THREAD, tiny, tokens
+from test_learner import NoSync
 
 
 def rows(folder: Path) -> list[Row]:
@@ -62,6 +67,85 @@ def test_a_gain_below_min_delta_does_not_count(tmp_path: Path) -> None:
     result = train(tiny(tmp_path, **values))
     assert (result.status, result.steps) == ("early_stopped", 4)
     assert result.best_step == 4, "the best one is still the lowest"
+
+
+def test_small_gains_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each evaluation is a little better than the one before, by less than counts: together they count."""
+    falling = iter(6.0 - 0.02 * i for i in range(40))
+    real = Validation.of
+
+    def of(self: Validation, row: Row, state: State) -> Row:
+        row = real(self, row, state)
+        return dataclasses.replace(row, val_loss=next(falling))
+
+    monkeypatch.setattr(Validation, "of", of)
+    values = {"eval_interval": 1, "max_steps": 20, "early_stopping_patience": 3, "early_stopping_min_delta": 0.03}
+    assert train(tiny(tmp_path, **values)).status == "completed", (
+        "every second one lies 0.04 below the last that counted"
+    )
+    falling = iter([6.0, 5.99, 5.985, 5.98, 5.979, 5.978])
+    result = train(tiny(tmp_path, **values), overwrite=True)
+    assert (result.status, result.steps) == ("early_stopped", 4)
+
+
+def test_a_limit_that_is_too_short_says_where_it_went(tmp_path: Path) -> None:
+    result = train(tiny(tmp_path, max_time=0.001, max_steps=UNLIMITED_STEPS))
+    assert (result.status, result.steps) == ("completed", 0)
+    assert "before the first step" in result.why
+    assert "kept for the end" in result.why
+
+
+def test_samples_that_cannot_be_written_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise FileError("samples: no space left on device")
+
+    monkeypatch.setattr("bytekiln.record.write_samples_file", full)
+    said: list[str] = []
+    tokenizer = train_bpe_from_iterator(["the kiln is warm"], vocab_size=260)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    config = tiny(tmp_path, vocab_size=260, tokenizer=str(tmp_path / "tokenizer.json"))
+    for name in ("train.npy.json", "val.npy.json"):
+        (tmp_path / name).unlink()
+    result = train(config, notice=said.append)
+    assert (result.status, result.steps) == ("completed", 6)
+    assert json.loads((tmp_path / "run/result.json").read_text())["status"] == "completed"
+    assert any("not written: samples: no space left" in line for line in said)
+
+
+def test_a_first_loss_far_from_its_expectation_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    train(tiny(tmp_path), notice=said.append)
+    assert not any("loss at the start" in line for line in said)
+    monkeypatch.setattr("bytekiln.validation.expected_initial_loss", lambda _: 1.0)
+    train(tiny(tmp_path), overwrite=True, notice=said.append)
+    assert any("loss at the start: found" in line and "expected about 1.0000" in line for line in said)
+
+
+def test_the_loop_waits_for_the_device_where_it_logs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that takes its device for one that must be waited for; packed documents, layers and schedule included."""
+    steps: list[int] = []
+    real_go, real_step = train_module._Run.go, train_module._Run._take_step
+
+    def go(self: train_module._Run) -> Result:
+        self.device = torch.device("meta")  # the loop asks for its type only; tensors stay where they are
+        return real_go(self)
+
+    def take(self: train_module._Run, batches: Prefetcher) -> None:
+        steps.append(self.horizon.step + 1)
+        if len(steps) == 1:  # what is made once may ask
+            real_step(self, batches)
+        else:
+            with NoSync():
+                real_step(self, batches)
+
+    monkeypatch.setattr(train_module._Run, "go", go)
+    monkeypatch.setattr(train_module._Run, "_take_step", take)
+    values = {"windows": "packed", "document_mask": True, "log_interval": 4, "eval_interval": 8, "max_steps": 12}
+    tokens(tmp_path / "train.npy", eot=7)
+    tokens(tmp_path / "val.npy", 200, seed=1, eot=7)
+    result = train(tiny(tmp_path, **values, checkpoint_interval=0, optimizer="muon", skip_spikes=True))
+    assert (result.status, steps) == ("completed", list(range(1, 13)))
+    assert [r.step for r in rows(tmp_path)] == list(range(13)), "every step has its row all the same"
 
 
 def test_token_budget_ends_the_run_and_its_decay(tmp_path: Path) -> None:

@@ -148,6 +148,29 @@ def test_signal_during_start_up(tmp_path: Path, command: Callable[..., object], 
     assert "internal error" not in ran.stderr
 
 
+@pytest.mark.parametrize("field", ["checkpoint_dir", "metrics_path"])
+def test_folders_that_cannot_be_written_are_found_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    place = tmp_path / "sealed"
+    place.mkdir()
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != place and real(path, mode))
+    value = place if field == "checkpoint_dir" else place / "metrics.csv"
+    with pytest.raises(FileError, match="sealed: no permission to write"):
+        train(tiny(tmp_path, **{field: str(value)}))
+    assert not (tmp_path / "run/result.json").exists()
+
+
+def test_evaluation_alone_needs_the_weights_alone(tmp_path: Path) -> None:
+    train(tiny(tmp_path))
+    (tmp_path / "run/metrics.csv").unlink()
+    result = train(tiny(tmp_path), resume="auto", eval_only=True, given={"batch_size": 2, "lr": 5.0})
+    assert (result.status, result.steps) == ("evaluated", 6)
+    with pytest.raises(MismatchError, match="num_layers"):
+        train(tiny(tmp_path), resume="auto", eval_only=True, given={"num_layers": 1})
+
+
 def test_second_ctrl_c_ends_a_checkpoint_that_hangs(tmp_path: Path) -> None:
     """The first asks for a checkpoint; while that is written, the second does not wait for it."""
     script = """

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bytekiln.checkpoint import load_checkpoint, save_checkpoint
-from bytekiln.config import from_flat
+from bytekiln.config import UNLIMITED_STEPS, from_flat, load_config
 from bytekiln.errors import FileError, MismatchError, OutputExistsError
 from bytekiln.metrics import read_metrics
 from bytekiln.train import train
@@ -136,6 +136,37 @@ def test_changed_mathematics_is_refused_by_name(whole: Path, given: dict[str, ob
         train(tiny(whole), resume="auto", given={**given, "max_steps": 8})
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"dropout": "0"},
+        {"qk_norm": False},
+        {"token_corruption": 0},
+        {"logit_softcap": 0.0},
+        {"skip_spikes": "false"},
+        {"batch_stages": ""},
+        {"warmup_steps": 0},
+        {"loss_chunk": "auto"},
+    ],
+    ids=str,
+)
+def test_switching_off_is_a_change_too(tmp_path_factory: pytest.TempPathFactory, given: dict[str, object]) -> None:
+    folder = tmp_path_factory.getbasetemp() / "switched-on"
+    on = {"dropout": 0.2, "qk_norm": True, "token_corruption": 0.1, "logit_softcap": 15.0, "skip_spikes": True}
+    on |= {"batch_stages": "0.5:2", "loss_chunk": 5, "max_steps": 2}
+    if not folder.exists():
+        train(tiny(folder, **on))
+    name = next(iter(given))
+    with pytest.raises(MismatchError, match=f"{name}: found .*; expected {on.get(name, 2)}"):
+        train(tiny(folder), resume="auto", given={**given, "max_steps": 3})
+
+
+def test_what_is_left_open_stays_as_the_run_has_chosen(tmp_path: Path) -> None:
+    train(tiny(tmp_path, precision="fp16", max_steps=2))
+    given = {"dtype": "auto", "vocab_size": 0, "max_steps": 3}
+    assert train(tiny(tmp_path), resume="auto", given=given).precision == "fp16"
+
+
 def test_fields_that_change_nothing_may_change(tmp_path: Path) -> None:
     train(tiny(tmp_path, max_steps=2))
     given = {"max_steps": 3, "lr": 1e-2, "eval_interval": 1, "checkpoint_interval": 1, "precision": "fp32", "d_ff": 0}
@@ -226,3 +257,61 @@ def test_signal_leaves_a_checkpoint_and_the_run_goes_on(tmp_path: Path, number: 
     train(tiny(tmp_path, **LONG), resume="auto", given={"max_steps": step + 3})
     train(tiny(tmp_path, **{**LONG, "max_steps": step + 3}, out_dir=str(tmp_path / "other")))
     assert [r["loss"] for r in rows(run)] == [r["loss"] for r in rows(tmp_path / "other")]
+
+
+def test_another_validation_begins_the_best_anew(tmp_path: Path) -> None:
+    """Losses on other data, or on another number of batches, do not compare."""
+    train(tiny(tmp_path, max_steps=4, eval_interval=1, early_stopping_patience=9))
+    tokens(tmp_path / "other.npy", 200, seed=5)
+    for given in ({"val_data": str(tmp_path / "other.npy")}, {"num_eval_batches": 3}):
+        said: list[str] = []
+        steps = load_config(tmp_path / "run").training.max_steps + 1
+        result = train(tiny(tmp_path), resume="auto", given={**given, "max_steps": steps}, notice=said.append)
+        assert any("begin anew" in line and next(iter(given)) in line for line in said), said
+        assert result.best_step == steps, "the only evaluation of the new kind"
+
+
+def test_a_moved_limit_says_where_the_decay_ends(tmp_path: Path) -> None:
+    steps = {"max_steps": UNLIMITED_STEPS, "progress": "tokens"}
+    train(tiny(tmp_path, token_budget=100, **steps))
+    said: list[str] = []
+    train(tiny(tmp_path), resume="auto", given={"token_budget": 200}, notice=said.append)
+    assert "token_budget changes from 100 to 200; the decay now ends there too" in said
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({"optimizer": "muon"}, {"normuon": True}),
+        ({"ffn": "moe", "num_experts": 4, "load_balancing": "loss"}, {"load_balancing": "bias"}),
+        ({"ffn": "moe", "num_experts": 4, "load_balancing": "bias"}, {"load_balancing": "loss"}),
+        ({"sampling": "random"}, {"windows": "packed"}),
+    ],
+    ids=str,
+)
+def test_an_allowed_change_goes_on(tmp_path: Path, before: dict[str, object], now: dict[str, object]) -> None:
+    tokens(tmp_path / "train.npy", eot=7)
+    tokens(tmp_path / "val.npy", 200, seed=1, eot=7)
+    train(tiny(tmp_path, **before, max_steps=2))
+    given = {**now, "max_steps": 4}
+    result = train(tiny(tmp_path), resume="auto", given=given, changes=list(now))
+    assert (result.status, result.steps) == ("completed", 4)
+
+
+@pytest.mark.slow
+def test_bit_identical_after_kill_with_every_part_that_has_a_memory(tmp_path: Path) -> None:
+    """Muon with NorMuon, experts balanced by a bias, packed documents, a growing batch, a tail of averaged weights."""
+    driver = Path(__file__).with_name("kill_driver.py")
+    ran = subprocess.run(
+        [sys.executable, driver, tmp_path, "3", "9", "more"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, **ONE_THREAD},
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    results = json.loads(ran.stdout)["results"]
+    assert len(results) == 9
+    for result in results:
+        assert result["killed"] == -signal.SIGKILL, result
+        assert (result["ended"], result["different"]) == (0, []), result

@@ -1,4 +1,4 @@
-"""The language model's commands: `lm-train`, `lm-sample`, `lm-report`. Argument list in, exit status out.
+"""The language model's commands: `lm-train`, `lm-sample`. Argument list in, exit status out.
 
 Called by `cli`, which turns errors into one line. torch is imported once there is something to compute;
 `--help` needs the fields of `config` only.
@@ -6,13 +6,14 @@ Called by `cli`, which turns errors into one line. torch is imported once there 
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from bytekiln.config import SECTION_OF, RunConfig, load_config, presets, stated_in
-from bytekiln.console import Parser, notice, table
+from bytekiln.console import Parser, notice
 from bytekiln.errors import ConfigError, FileError
 from bytekiln.result import Result
 from bytekiln.run_flags import add_run_flags, given_fields, spell_switches
@@ -46,6 +47,8 @@ def train(argv: list[str]) -> int:
         source, path, resume = None, None, source
     if options.generate:
         return write_samples(_run_to_sample(path, source, resume, given), options, str(given.get("device", "auto")))
+    if options.pause_at < 0:
+        raise ConfigError(f"--pause-at: found {options.pause_at}; expected a step, or 0 for no pause")
     for name in SAMPLING_FLAGS:
         if getattr(options, name) != parser.get_default(name):
             raise ConfigError(f"--{name.replace('_', '-')}: found it without --generate; expected both, or lm-sample")
@@ -86,6 +89,7 @@ def train(argv: list[str]) -> int:
         given=given,
         changes=changes,
         began=began,
+        pause_at=options.pause_at,
         say=_say,
         notice=notice,
     )
@@ -149,38 +153,6 @@ def sample(argv: list[str]) -> int:
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:N or mps")
     options = parser.parse_args(argv)
     return write_samples(options.run, options, options.device)
-
-
-def report(argv: list[str]) -> int:
-    """`lm-report`: a summary of runs on stdout, their curves as a PNG."""
-    parser = Parser(
-        "lm-report",
-        description="Summarise runs and draw their loss curves, from the files in their folders.",
-        examples=("lm-report runs/demo --png", "lm-report runs/lr1e-3 runs/lr3e-3 --png --out compared.png"),
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    parser.add_argument("--png", action="store_true", help="draw the curves")
-    parser.add_argument(
-        "--out",
-        metavar="FILE",
-        help="the picture; default: RUN/loss.png, drawn anew each time; needed for several runs",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
-    options = parser.parse_args(argv)
-
-    from bytekiln.report import Run, draw, summary
-
-    runs = [Run.read(Path(r)) for r in options.runs]
-    if options.out and not Path(options.out).parent.is_dir():
-        raise FileError(f"{Path(options.out).parent}: no such folder; expected the folder for {Path(options.out).name}")
-    if options.png and not options.out and len(runs) > 1:
-        raise ConfigError("lm-report: found several runs without --out; expected --out FILE for their picture")
-    print("\n\n".join(table(summary(run), indent="") for run in runs))
-    if options.png or options.out:
-        out = Path(options.out) if options.out else runs[0].folder / "loss.png"
-        draw(runs, out, overwrite=options.overwrite or not options.out)
-        print(f"\npicture: {out}")
-    return 0
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -251,6 +223,15 @@ def _train_parser(*, everything: bool) -> Parser:
         help="on a resume: let this field change, though the run's numbers change with it",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing run")
+    parser.add_argument(
+        "--pause-at",
+        type=int,
+        default=0,
+        metavar="STEP",
+        help="save and end at this step, as interrupted; --resume goes on, the schedule is the whole run's"
+        if everything
+        else argparse.SUPPRESS,
+    )
     parser.add_argument(
         "--eval-only", action="store_true", help="no training: evaluate the run, or the weights of --init-from"
     )

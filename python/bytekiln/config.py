@@ -24,6 +24,7 @@ from bytekiln.fields import (
     RunConfig,
     extra_of,
     from_flat,
+    unsaid,
 )
 from bytekiln.model_config import ModelConfig
 from bytekiln.section import Section, Value
@@ -116,9 +117,8 @@ def load_config(
         base["max_steps"] = UNLIMITED_STEPS
     if str(explicit.get("windows", "stream")) != "stream" and "sampling" not in explicit:
         base.pop("sampling", None)
-    for one, other in (("ffn_multiple", "d_ff"), ("d_ff", "ffn_multiple")):  # two ways to say the same
-        if one in explicit and other not in explicit:
-            base.pop(other, None)
+    for name in unsaid(explicit):
+        base.pop(name, None)
     merged: dict[str, object] = {**base, **explicit}
     if preset:
         merged["preset"] = preset
@@ -142,14 +142,10 @@ def _free_derived(base: dict[str, object], explicit: Mapping[str, object]) -> No
 def changed_mathematics(
     was: RunConfig, now: RunConfig, names: Iterable[str]
 ) -> Iterator[tuple[str, Value | None, Value | None]]:
-    """Which of the fields `names` differ so that the numbers of a run would: (name, value before, value now).
-
-    A value that leaves the choice open (0, auto, empty, where that is the field's default) states nothing.
-    """
+    """Which of the fields `names` differ so that the numbers of a run would: (name, value before, value now)."""
     before, after = was.flat(), now.flat()
     for name in names:
-        open_choice = after.get(name) in ("", "auto") or (after.get(name) == 0 and FIELDS[name].default == 0)
-        if extra_of(name, "math") and before.get(name) != after.get(name) and not open_choice:
+        if extra_of(name, "math") and before.get(name) != after.get(name):
             yield name, before.get(name), after.get(name)
 
 

@@ -124,7 +124,10 @@ class RunConfig(Section):
 
     def with_(self, **values: Value) -> RunConfig:
         """The same run with some fields changed."""
-        return from_flat({**self.flat(), **values})
+        base = self.flat()
+        for name in unsaid(values):
+            base.pop(name, None)
+        return from_flat({**base, **values})
 
     def to_toml(self) -> str:
         """The run as a TOML file; `load_config` reads it back."""
@@ -134,6 +137,12 @@ class RunConfig(Section):
             values = getattr(self, section).model_dump()
             out += [f"{k} = {_toml(v)}" for k, v in values.items() if v is not None]
         return "\n".join(out) + "\n"
+
+
+def unsaid(said: Mapping[str, object]) -> list[str]:
+    """Of the two ways to say a feed-forward's width the one that yields to what was said."""
+    pairs = (("ffn_multiple", "d_ff"), ("d_ff", "ffn_multiple"))
+    return [other for one, other in pairs if one in said and other not in said and str(said[one]) not in ("0", "0.0")]
 
 
 SECTIONS: dict[str, type[Section]] = {

@@ -31,6 +31,13 @@ class Horizon:
         self.step_s = 0.0
         """The longest step lately."""
         self.share_of_time = 0.0
+        self.pause_at = 0
+        """Step at which the run pauses; 0: none."""
+
+    @property
+    def paused(self) -> bool:
+        """Whether the run has come to the step at which it pauses."""
+        return 0 < self.pause_at <= self.step
 
     def resume(self, state: State) -> None:
         """Go on from where `state` stands; the time in between does not count."""
@@ -88,8 +95,17 @@ class Horizon:
         if t.token_budget and self.tokens >= t.token_budget:
             return "completed", f"{t.token_budget:,} tokens read"
         if t.max_time and self.counted_s(state) > self.limit_s(state):
+            if not self.step:
+                return (
+                    "completed",
+                    f"the {t.max_time:g} s were over before the first step: {self._where_it_went(state)}",
+                )
             return "completed", f"the {t.max_time:g} s are over"
         return None
+
+    def _where_it_went(self, state: State) -> str:
+        limit = self.config.training.max_time - self.limit_s(state)
+        return f"{self.counted_s(state):.1f} s went to the start, {limit:.1f} s are kept for the end"
 
     def job(self) -> tuple[float, str]:
         """The whole of the run, in what its progress counts."""

@@ -26,7 +26,7 @@ from bytekiln.guard import Guard
 from bytekiln.objective import Objective
 from bytekiln.optim import clip_gradients, make_optimizer
 from bytekiln.prepare import Say, attention_of, compiled, graphs_compiled, make_model
-from bytekiln.ranks import Ranks, like, shared, syncing, whole
+from bytekiln.ranks import Ranks, like, reshard, shared, syncing, whole
 
 RAW = "weights/"
 """Prefix of the weights that are trained, in checkpoints whose model is an average of them."""
@@ -200,7 +200,10 @@ class Learner:
     def evaluate(self, batches: Iterable[Batch]) -> Scores:
         """Loss and accuracy on batches."""
         with self.shown_weights():
-            return evaluate(self.objective, batches, self.device)
+            try:
+                return evaluate(self.objective, batches, self.device)
+            finally:
+                reshard(self.objective)
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The weights to use, and all else that a resumed run needs; whole, on every process."""
@@ -210,7 +213,7 @@ class Learner:
         if self.averaging is not None:
             rest |= {RAW + k: v.clone() for k, v in weights.items()} | whole(self.averaging.tensors())
             with self.shown_weights():
-                weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+                weights = whole({k: v.detach().clone() for k, v in self.model.state_dict().items()})
         return weights, rest
 
     def load(
@@ -227,21 +230,24 @@ class Learner:
             FormatError: a tensor is missing or has another shape.
         """
         raw = {k.removeprefix(RAW): v for k, v in rest.items() if k.startswith(RAW)}
-        self.load_weights(raw or weights, where)
+        self.load_weights(raw or weights, where, changed)
         others = (RAW, "guard/", "average")
-        if "optimizer" not in changed:
+        if not {"optimizer", "normuon"} & set(changed):
             self.optimizer.load_state_tensors({k: v for k, v in rest.items() if not k.startswith(others)}, where)
         self.guard.load_state_tensors(rest, where)
         if self.averaging is not None and "averaging" not in changed:
             self.averaging.load(dict(rest), where)
 
-    def load_weights(self, weights: Mapping[str, Tensor], where: str) -> None:
-        """Take over weights, sharded as the model is.
+    def load_weights(self, weights: Mapping[str, Tensor], where: str, changed: Collection[str] = ()) -> None:
+        """Take over weights, sharded as the model is; the balance of experts begins anew where it `changed`.
 
         Raises:
             FormatError: they are those of another model.
         """
         now = self.model.state_dict()
+        if "load_balancing" in changed:
+            is_bias = [n for n in {*now, *weights} if n.endswith("router_bias")]
+            weights = {n: w for n, w in weights.items() if n not in is_bias} | {n: now[n] for n in is_bias if n in now}
         for name in dict.fromkeys([*now, *weights]):
             ours, theirs = (tuple(t[name].shape) if name in t else "nothing" for t in (now, weights))
             if ours != theirs:

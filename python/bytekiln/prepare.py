@@ -18,7 +18,17 @@ from bytekiln.accounting import flops_per_token, parameter_count
 from bytekiln.attention import Attend, choose
 from bytekiln.batch import Batch
 from bytekiln.checkpoint import Checkpoint, checkpoints_in, load_checkpoint, newest_whole, resolve
-from bytekiln.config import UNLIMITED_STEPS, ModelConfig, RunConfig, Value, canonical, changed_mathematics
+from bytekiln.config import (
+    UNLIMITED_STEPS,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+    Value,
+    canonical,
+    changed_mathematics,
+)
 from bytekiln.convert import load_initial
 from bytekiln.data import train_paths
 from bytekiln.errors import ConfigError, FileError, MismatchError
@@ -54,11 +64,29 @@ PATHS = (
 """Fields that are stored as absolute paths, so that a run can be repeated from any folder."""
 
 
+LEFT_OPEN = {"vocab_size": "0", "precision": "auto"}
+"""Values that leave a choice to us: on a resume it has been made. Every other value is meant, 0 and false too."""
+MEASURE = {"max_time": "seconds", "token_budget": "tokens"}
+"""Limits, and what the schedule counts where they end it."""
+
+
 def find_checkpoint(
-    config: RunConfig, resume: str, given: Mapping[str, object] | None, notice: Say, changes: Collection[str] = ()
+    config: RunConfig,
+    resume: str,
+    given: Mapping[str, object] | None,
+    notice: Say,
+    changes: Collection[str] = (),
+    eval_only: bool = False,
 ) -> tuple[RunConfig, Checkpoint | None]:
-    """The checkpoint to go on from, and the run's own config with what was given on top."""
+    """The checkpoint to go on from, and the run's own config with what was given on top.
+
+    Args:
+        eval_only: the optimizer and the data to train on do not matter; fields of theirs may have any value.
+    """
     values: dict[str, object] = {canonical(k, "given"): v for k, v in (given or {}).items()}
+    for name, left_open in LEFT_OPEN.items():
+        if str(values.get(name, "")) == left_open:  # the run has chosen already
+            values.pop(name)
     o = config.output
     if resume == "auto":
         found = newest_whole(o.checkpoints, notice)
@@ -86,6 +114,11 @@ def find_checkpoint(
         for name in TWIN_FIELDS:
             values.pop(name, None)
     allowed = allowed_changes(changes)
+    if "windows" in allowed and str(values.get("windows", "stream")) != "stream" and "sampling" not in values:
+        values["sampling"] = DataConfig().sampling  # what a preset pins goes with windows of the stream alone
+        allowed.add("sampling")
+    if eval_only:
+        allowed |= {*DataConfig.model_fields, *OptimizerConfig.model_fields, *TrainingConfig.model_fields}
     if "progress" in allowed and {"max_time", "token_budget"} & set(values) and "max_steps" not in values:
         values["max_steps"] = UNLIMITED_STEPS
     wanted = stored.with_(**values)  # type: ignore[arg-type]
@@ -104,13 +137,18 @@ def find_checkpoint(
                 f"{name}: found {now}; expected {was}, with which the run in {path} was started "
                 f"(--allow-change {name} goes on with the new value)"
             )
-        notice(f"{name}: changes from {was} to {now} at step {checkpoint.step}, as allowed")
+        if not eval_only:
+            notice(f"{name}: changes from {was} to {now} at step {checkpoint.step}, as allowed")
     was, now = stored.training.max_steps, wanted.training.max_steps
     if now < checkpoint.step:
         raise ConfigError(f"max_steps: found {now}; expected at least {checkpoint.step}, the step of {path}")
     if now != was and stored.optimizer.decay_lr and not stored.optimizer.decay_steps:
         verb = "rises" if now > was else "falls"
         notice(f"max_steps {verb} from {was} to {now}; the decay now ends there too")
+    for name in ("max_time", "token_budget"):
+        limit, before = getattr(wanted.training, name), getattr(stored.training, name)
+        if limit != before and stored.optimizer.decay_lr and wanted.progress == MEASURE[name]:
+            notice(f"{name} changes from {before:g} to {limit:g}; the decay now ends there too")
     return wanted, checkpoint
 
 

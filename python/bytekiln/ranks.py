@@ -153,6 +153,18 @@ def syncing(objective: nn.Module, last: bool) -> Iterator[None]:
         yield
 
 
+def reshard(objective: nn.Module) -> None:
+    """Give back what a forward without a backward has gathered of a sharded model: what is trained is the shards.
+
+    Left gathered, parameters have no gradients to clip, and the next forward would read the weights of before an update
+    or, behind an evaluation of averaged weights, those. Nothing to do for a model in one piece.
+    """
+    for module in objective.modules():
+        sharded: Any = module  # told apart by what it can, as in `syncing`
+        if hasattr(sharded, "reshard"):
+            sharded.reshard()
+
+
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sharded tensors put together, on every process; whole ones as they are."""
     return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}

@@ -17,6 +17,7 @@ from torch import Tensor
 from bytekiln.characters import AnyTokenizer
 from bytekiln.checkpoint import Checkpoint, remove_all, remove_old, save_checkpoint
 from bytekiln.config import RunConfig
+from bytekiln.errors import FileError
 from bytekiln.layer_stats import LayerStats
 from bytekiln.learner import Learner, Numbers, Taken
 from bytekiln.metrics import MetricsFile, Row, write_atomically
@@ -106,10 +107,14 @@ class Record:
         if self.config.training.parallel == "fsdp" and learner.ranks.world > 1:
             self.notice("samples: found a model in shards; the run writes none (lm-sample reads its checkpoints)")
             return
-        with learner.shown_weights():
-            done = write_samples_file(
-                self.config.output.folder, learner.model, self.tokenizer, self.config, step, stop=stop
-            )
+        try:
+            with learner.shown_weights():
+                done = write_samples_file(
+                    self.config.output.folder, learner.model, self.tokenizer, self.config, step, stop=stop
+                )
+        except (FileError, OSError) as exc:  # no reason to lose a run, whose numbers and weights are safe
+            self.notice(f"samples of step {step}: not written: {exc}")
+            return
         if done is None and stop():
             self.notice(f"samples of step {step}: no time was left for them")
 

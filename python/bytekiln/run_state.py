@@ -41,7 +41,9 @@ class State:
     high_rows: int = 0
     """Losses in succession that lie far above the first one."""
     waiting: int = 0
-    """Evaluations in succession that were no better than the best one."""
+    """Evaluations in succession that did not lie below `mark` by the least that counts."""
+    mark: float | None = None
+    """Validation loss at the last improvement that counted."""
     evaluation_s: float = 0.0
     saving_s: float = 0.5
     """How long the last evaluation and the last checkpoint took: what has to be left of `max_time` at the end."""

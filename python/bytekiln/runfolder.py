@@ -72,8 +72,9 @@ def prepare_folder(output: OutputConfig, overwrite: bool, *, resuming: bool) -> 
     try:
         for parent in (folder, output.metrics.parent, output.checkpoints):
             parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise FileError(f"{folder}: no permission to write; expected a writable folder")
+        for place in (folder, output.metrics.parent, output.checkpoints):
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise FileError(f"{place}: no permission to write; expected a writable folder")
         if not resuming:
             for path in _existing(output):
                 if path.is_file():

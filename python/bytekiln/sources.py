@@ -196,6 +196,10 @@ class EvalSource:
         eot = eot if config.data.document_mask else None
         self._readers = [Stream(ids, self._context, shifted=self._shifted, eot=eot) for ids in tokens]
 
+    def fingerprint(self) -> str:
+        """What a resumed run compares, as `TrainSource` has it."""
+        return _together([_fingerprint(f) for f in self.files])
+
     def batches(self, batch_size: int, num_batches: int) -> Iterator[Batch]:
         """The batches of an evaluation; the last may have fewer windows.
 

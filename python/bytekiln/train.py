@@ -43,7 +43,7 @@ from bytekiln.prepare import (
     keep_freed_memory,
     resolved,
 )
-from bytekiln.ranks import Ranks, processes
+from bytekiln.ranks import Ranks, processes, reshard
 from bytekiln.record import Record
 from bytekiln.result import Result, lines_of
 from bytekiln.run_state import State
@@ -70,6 +70,7 @@ def train(
     given: Mapping[str, object] | None = None,
     changes: Collection[str] = (),
     began: float | None = None,
+    pause_at: int = 0,
     say: Say = lambda _: None,
     notice: Say = lambda _: None,
 ) -> Result:
@@ -86,6 +87,8 @@ def train(
             that change the mathematics must equal the run's; `max_steps` may rise.
         changes: fields that may change the mathematics all the same.
         began: `time.perf_counter()` at which `max_time` began to count; None: now.
+        pause_at: end at this step as interrupted, behind its evaluation if one is due and a checkpoint; the schedule is
+            that of the whole run, which a resume goes on with. 0: no pause.
         say: told the lines of the console. `notice`: told what deserves attention.
 
     Returns:
@@ -102,7 +105,7 @@ def train(
             say = notice = lambda _: None
         checkpoint = None
         if resume is not None:
-            config, checkpoint = find_checkpoint(config, str(resume), given, notice, changes)
+            config, checkpoint = find_checkpoint(config, str(resume), given, notice, changes, eval_only)
         device = find_device(config.training.device, ranks.local_rank)
         if device.type == "cpu":
             keep_freed_memory()
@@ -138,8 +141,9 @@ def train(
         if not eval_only:
             check_folder(config.output, overwrite, resuming=resuming)
         run = _Run(config, device, ranks, signals, data, tokenizer, tokenizer_json, began, say, notice)
+        run.horizon.pause_at = pause_at
         if checkpoint is not None:
-            run.restore(checkpoint, allowed_changes(changes))
+            run.restore(checkpoint, allowed_changes(changes), eval_only=eval_only)
         elif config.training.init_from:
             run.learner.load_weights(initial_weights(config, say), config.training.init_from)
         elif eval_only:
@@ -195,7 +199,7 @@ class _Run:
         self.pending_began = 0.0
         self.horizon = Horizon(config, ranks, began)
         self.uniform_loss = math.log(config.model.padded_vocab_size)
-        self.validation = Validation(config, self.learner, data, say)
+        self.validation = Validation(config, self.learner, data, say, notice)
 
     # --- the loop -------------------------------------------------------------------------------------------
 
@@ -229,6 +233,8 @@ class _Run:
                     self._save_numbered()  # this run was killed between checkpoint_best and this one
                 quiet_from = self.s.step + QUIET_STEPS
                 while self.horizon.over is None:
+                    if self.horizon.paused:
+                        return self._pause()
                     if self.ranks.world > 1 and self.ranks.any(self.signals.number is not None):
                         raise Interrupted  # all at the same step
                     self._take_step(batches)
@@ -298,6 +304,7 @@ class _Run:
             self.device.type == "cpu"
             or any(n and step % n == 0 for n in often)
             or self.horizon.near(self.s)
+            or self.horizon.paused
             or self.horizon.over is not None
         )
 
@@ -368,7 +375,9 @@ class _Run:
     def _judge(self, val_loss: float) -> None:
         """Keep the best weights; count the evaluations that brought none."""
         s, least = self.s, self.config.training.early_stopping_min_delta
-        s.waiting = 0 if s.best_val_loss is None or val_loss < s.best_val_loss - least else s.waiting + 1
+        # Against the last improvement that counted, not against the best loss: small steps add up to a large one.
+        counts = s.mark is None or val_loss < s.mark - least
+        s.mark, s.waiting = (val_loss, 0) if counts else (s.mark, s.waiting + 1)
         if s.best_val_loss is None or val_loss < s.best_val_loss:
             s.best_val_loss, s.best_step = val_loss, s.step
             self._save("checkpoint_best")
@@ -380,6 +389,7 @@ class _Run:
         if layers is not None and step % t.stats_interval == 0:
             for line in layers.record(step, self.learner.model, self.learner.objective, batch):
                 self.notice(line)
+            reshard(self.learner.objective)
         if t.show_gradients and step % t.log_interval == 0:
             self.say(bars(gradient_norms(self.learner.model)))
 
@@ -397,6 +407,13 @@ class _Run:
         raise DivergedError(
             f"step {step.step}: found loss {told.loss} and gradient norm {told.grad_norm}; expected finite numbers"
         )
+
+    def _pause(self) -> Result:
+        """Save, and end in the middle: what comes is as if there had been no end."""
+        with self.signals.hold():
+            self._save(f"checkpoint_{self.s.step}")
+        self.signals.claim()
+        return self._finish("interrupted", f"paused at step {self.s.step}; --resume auto goes on from there")
 
     def _interrupted(self) -> Result:
         """Write what the abandoned step does not concern, then the checkpoint."""
@@ -456,8 +473,10 @@ class _Run:
         self.ranks.wait()
         self.s.saving_s = time.perf_counter() - began
 
-    def restore(self, checkpoint: Checkpoint, changed: Collection[str] = ()) -> None:
+    def restore(self, checkpoint: Checkpoint, changed: Collection[str] = (), *, eval_only: bool = False) -> None:
         """Take over a checkpoint's place in the run; fields in `changed` may differ from its own.
+
+        With `eval_only` nothing will be written, and only the weights and the step matter.
 
         Raises:
             MismatchError: it was trained on other data, or the metrics do not reach to it.
@@ -465,7 +484,12 @@ class _Run:
         """
         where = f"checkpoint at step {checkpoint.step}"
         self.s = State.from_json(checkpoint.state, where)
+        if eval_only:
+            self.learner.load_weights(checkpoint.model, where)
+            return
         for key, found in self._data().items():
+            if key == "val":
+                continue
             expected = checkpoint.state["data"].get(key)
             if expected and found and expected != found and "train_data" not in changed:
                 what = "tokenizer hash" if key == "tokenizer" else "data"
@@ -473,20 +497,39 @@ class _Run:
                     f"{self.config.data.train_data}: found {what} {found}; expected {expected}, that of the {where}"
                 )
         now, before = self.config.optimizer, checkpoint.config.optimizer
-        anew = [n for n in ("optimizer", "averaging") if getattr(now, n) != getattr(before, n)]
+        anew = [n for n in ("optimizer", "averaging", "normuon") if getattr(now, n) != getattr(before, n)]
         for name in anew:
             self.notice(f"{name}: {getattr(now, name)} starts without a memory at step {checkpoint.step}")
+        if self.config.model.load_balancing != checkpoint.config.model.load_balancing:
+            anew.append("load_balancing")
         self.learner.load(checkpoint.model, checkpoint.training, where, anew)
         self.horizon.resume(self.s)
         self.limits = limits(checkpoint.config)
         self.earlier_rows = rows_to_keep(checkpoint, self.config.output, self.s.last_row_kept)
-        if not lies_in(checkpoint, self.config.output):
-            self.s.best_val_loss = self.s.best_step = None  # the new folder has no checkpoint_best yet
+        other = self._other_measure(checkpoint)
+        if other:
+            self.notice(f"{other}; what was best and patience begin anew")
+        if other or not lies_in(checkpoint, self.config.output):  # the new folder has no checkpoint_best yet
+            self.s.best_val_loss = self.s.best_step = self.s.mark = None
+            self.s.waiting = 0
         self.say(f"Resuming from step {self.s.step}")
 
+    def _other_measure(self, checkpoint: Checkpoint) -> str:
+        """Why the validation losses from here on do not compare with the earlier ones; empty: they do."""
+        before, now = checkpoint.state["data"].get("val"), self._data()["val"]
+        if before != now:
+            return f"val_data: evaluated so far on {before or 'nothing'}, from here on on {now or 'nothing'}"
+        batches, was = self.config.training.num_eval_batches, checkpoint.config.training.num_eval_batches
+        return "" if batches == was else f"num_eval_batches: {was} so far, {batches} from here on"
+
     def _data(self) -> dict[str, Any]:
-        train = self.data.train
-        return {"train": train.fingerprint(), "ends": train.ends(), "tokenizer": self.data.tokenizer_hash}
+        train, val = self.data.train, self.data.val
+        return {
+            "train": train.fingerprint(),
+            "ends": train.ends(),
+            "val": val.fingerprint() if val is not None else None,
+            "tokenizer": self.data.tokenizer_hash,
+        }
 
     def _save_numbered(self) -> None:
         interval = self.config.training.checkpoint_interval

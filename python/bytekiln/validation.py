@@ -15,20 +15,23 @@ from bytekiln.data import Data
 from bytekiln.errors import DivergedError
 from bytekiln.evaluate import bits_per_byte
 from bytekiln.learner import Learner
+from bytekiln.loss import expected_initial_loss
 from bytekiln.metrics import Row
 from bytekiln.prepare import Say
 from bytekiln.run_state import State
 
 WHOLE_WITHOUT_VALIDATION = 100
 """Batches of training data to evaluate where num_eval_batches = 0 has no validation set to follow."""
+FAR_FROM_EXPECTED = 0.5
+"""Nats between a first loss and its expectation from which it is no chance: tests hold the latter to 0.06."""
 
 
 class Validation:
     """Evaluates always the same windows."""
 
-    def __init__(self, config: RunConfig, learner: Learner, data: Data, say: Say) -> None:
-        """Of the run `config`; `say` is told when it begins."""
-        self.config, self.learner, self.data, self.say = config, learner, data, say
+    def __init__(self, config: RunConfig, learner: Learner, data: Data, say: Say, notice: Say) -> None:
+        """Of the run `config`; `say` is told when it begins, `notice` of a start that cannot be right."""
+        self.config, self.learner, self.data, self.say, self.notice = config, learner, data, say, notice
 
     def of(self, row: Row, state: State) -> Row:
         """The row with its losses; `state` learns them too.
@@ -54,6 +57,12 @@ class Validation:
             state.initial_loss = train.loss
             V = self.config.model.padded_vocab_size
             self.say(f"Loss at the start: {train.loss:.4f} (ln {V:,} = {math.log(V):.4f})")
+            expected = None if self.config.training.init_from else expected_initial_loss(self.config.model)
+            if expected is not None and abs(train.loss - expected) > FAR_FROM_EXPECTED:
+                self.notice(
+                    f"loss at the start: found {train.loss:.4f}; expected about {expected:.4f} of an untrained model "
+                    "of this shape: are weights, data and vocabulary those that were meant?"
+                )
         state.train_eval_loss = train.loss
         row = dataclasses.replace(
             row,
