@@ -22,7 +22,7 @@ from bytekiln.hardware import PEAKS, Peak, measure, mfu, peak_flops
 from bytekiln.model import TransformerLM
 from bytekiln.optim import make_optimizer
 from bytekiln.plan import BATCHES_WITHOUT_VALIDATION, largest_batch, length_of, make_plan
-from lm_runs import tokens
+from lm_runs import tiny, tokens
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -113,6 +113,25 @@ def test_simulated_memory_is_what_is_measured(name: str) -> None:
     simulated = Simulation(config, CPU).step(config.training.batch_size).total
     assert 100e6 < simulated < 700e6  # enough for the noise to be small
     assert simulated == pytest.approx(measured_bytes(values), rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("batch_size", [2, 32, 64])
+def test_memory_of_the_whole_process(tmp_path: Path, batch_size: int) -> None:
+    """What `lm-plan` calls the process's is the greatest that `lm-train` ever holds: the largest batch rests on it."""
+    shape = {"d_model": 128, "num_layers": 4, "num_heads": 4, "context_length": 256, "batch_size": batch_size}
+    tokens(tmp_path / "train.npy", 20_000)
+    tokens(tmp_path / "val.npy", 10_000, seed=1)
+    config = tiny(tmp_path, **shape, max_steps=4)
+    (tmp_path / "c.toml").write_text(config.to_toml(), "utf-8")
+    command = [sys.executable, "-m", "bytekiln.cli", "lm-train", str(tmp_path / "c.toml")]
+    with (tmp_path / "log").open("w") as log:
+        child = subprocess.Popen(command, stdout=log, stderr=log)
+        _, status, used = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0, (tmp_path / "log").read_text()
+    assert make_plan(config).process_bytes == pytest.approx(1024 * used.ru_maxrss, rel=0.1)
 
 
 # --- what the parts must be, by hand ------------------------------------------------------------------------
