@@ -20,6 +20,7 @@ from bytekiln.attention import (
     choose,
     flex_attention,
     look,
+    native_attention,
     needs_mask,
     reference_attention,
     sdpa_attention,
@@ -112,6 +113,59 @@ def test_kernels_agree_and_so_do_their_gradients(sight: Sight, T: int, heads: tu
     torch.testing.assert_close(gradients[1], gradients[2])
 
 
+class Told(TorchDispatchMode):
+    """Notes of every attention kernel that runs its operator, and whether it was given a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masked: list[bool] = []
+        self.operators: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if "scaled_dot_product" in str(func) and "backward" not in str(func):
+            self.operators.append(str(func))
+            self.masked.append(kwargs.get("attn_mask") is not None)
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("T", [1, 5, 9])
+@pytest.mark.parametrize("sight", SIGHTS)
+def test_the_core_agrees_and_so_do_its_gradients(sight: Sight, T: int, heads: tuple[int, int]) -> None:
+    """In float32, which is all it knows; what it leaves to sdpa too."""
+    tensors = inputs(T, 9, heads)
+    exact = reference_attention(*tensors, 0.0, sight)
+    gradients = torch.autograd.grad(exact.square().sum(), tensors)
+    narrow = [x.detach().float().requires_grad_() for x in tensors]
+    for prepared in (sight, look(native_attention, sight, T, 9, CPU)):
+        out = native_attention(*narrow, 0.0, prepared)
+        torch.testing.assert_close(out, exact.float())
+        ours = torch.autograd.grad(out.square().sum(), narrow)
+        torch.testing.assert_close(ours, tuple(x.float() for x in gradients), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "native"),
+    [
+        ({}, True),
+        ({"sight": Sight(window=4)}, True),
+        ({"sight": Sight(documents_BxS=documents(9))}, False),
+        ({"dropout": 0.5}, False),
+        ({"dtype": torch.bfloat16}, False),
+        ({"dtype": torch.float64}, False),
+        ({"width": 12}, False),
+        ({"T": 1}, False),
+    ],
+)
+def test_what_the_core_leaves_to_sdpa(values: dict[str, object], native: bool) -> None:
+    given = {"sight": CAUSAL, "dropout": 0.0, "dtype": torch.float32, "width": 16, "T": 9, **values}
+    tensors = [x.detach().to(given["dtype"]) for x in inputs(given["T"], 9, width=given["width"])]
+    with Told() as told:
+        native_attention(*tensors, given["dropout"], given["sight"])
+    assert any(name.startswith("bytekiln") for name in told.operators) == native
+
+
 @UNCOMPILED
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 @pytest.mark.parametrize("sight", SIGHTS)
@@ -154,20 +208,6 @@ def test_flex_agrees_on_cuda_in_its_gradients_too(sight: Sight, heads: tuple[int
     torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-2)
 
 
-class Told(TorchDispatchMode):
-    """Notes of every attention kernel that runs whether it was given a mask."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.masked: list[bool] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if "scaled_dot_product" in str(func) and "backward" not in str(func):
-            self.masked.append(kwargs.get("attn_mask") is not None)
-        return func(*args, **kwargs)
-
-
 @pytest.mark.parametrize(
     ("sight", "T", "S", "masked"),
     [
@@ -195,7 +235,7 @@ def halved_at_random(after: torch.Tensor, before: torch.Tensor) -> bool:
     return bool((dropped | kept).all()) and 0.3 < share < 0.7
 
 
-@pytest.mark.parametrize("attend", [sdpa_attention, reference_attention])
+@pytest.mark.parametrize("attend", [native_attention, sdpa_attention, reference_attention])
 @pytest.mark.parametrize("T", [1, 16, 32])
 @pytest.mark.parametrize("sight", [CAUSAL, Sight(window=20)])
 def test_attention_drops_its_weights(attend: Attend, T: int, sight: Sight) -> None:
@@ -219,8 +259,10 @@ def changed(**values: object) -> ModelConfig:
 
 def test_the_chosen_kernel() -> None:
     cuda, windowed = torch.device("cuda"), changed(sliding_window=4)
-    assert choose("auto", WIDE, CPU, False) is sdpa_attention
-    assert choose("auto", windowed, CPU, True) is sdpa_attention
+    assert choose("auto", WIDE, CPU, False) is native_attention
+    assert choose("auto", windowed, CPU, True) is native_attention
+    assert choose("sdpa", WIDE, CPU, False) is sdpa_attention
+    assert choose("native", WIDE, cuda, False) is native_attention
     assert choose("auto", WIDE, cuda, False) is sdpa_attention
     assert choose("auto", WIDE, cuda, True) is flex_attention
     assert choose("auto", windowed, cuda, False) is flex_attention
@@ -278,6 +320,11 @@ def test_masks_are_made_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     whole = attention.visible_keys
     monkeypatch.setattr(attention, "visible_keys", lambda *args: made.append(1) or whole(*args))
-    model = TransformerLM(changed(sliding_window=4, num_layers=3))
+    model = TransformerLM(changed(sliding_window=4, num_layers=3), attend=sdpa_attention)
     model(torch.zeros(1, 8, dtype=torch.int64))
     assert len(made) == 1
+    model = TransformerLM(changed(sliding_window=4, num_layers=3))
+    model(torch.zeros(1, 8, dtype=torch.int64))
+    assert len(made) == 1  # the core needs none
+    model(torch.zeros(1, 8, dtype=torch.int64), documents_BxT=torch.zeros(1, 8, dtype=torch.int32))
+    assert len(made) == 2

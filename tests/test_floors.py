@@ -25,6 +25,7 @@ FLOORS = [
     ["atomic"],
     ["characters", "bpe_flags"],
     ["characters_file", "metrics", "inspection", "hardware", "accounting", "schedule", "ranks", "guard", "bundle"],
+    ["kernels"],
     ["attention", "muon", "averaging", "loss", "batch", "windows", "overlap", "layer_warnings", "run_state"],
     ["model", "optim", "packing", "corruption", "prefetch", "preview", "tracking", "layer_stats"],
     ["sources", "objective", "checkpoint", "result", "hf_config", "hf_weights"],

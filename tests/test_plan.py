@@ -21,7 +21,7 @@ from bytekiln.footprint import Footprint, Simulation
 from bytekiln.hardware import PEAKS, Peak, measure, mfu, peak_flops
 from bytekiln.model import TransformerLM
 from bytekiln.optim import make_optimizer
-from bytekiln.plan import BATCHES_WITHOUT_VALIDATION, largest_batch, length_of, make_plan
+from bytekiln.plan import BATCHES_WITHOUT_VALIDATION, HELD, RESERVE, largest_batch, length_of, make_plan
 from lm_runs import tiny, tokens
 
 CPU = torch.device("cpu")
@@ -196,7 +196,8 @@ def test_chunked_loss_never_holds_the_logits() -> None:
 
 
 def test_half_precision_keeps_smaller_activations() -> None:
-    values = {"d_model": 64, "d_ff": 256, "batch_size": 16, "num_layers": 4}
+    # GELU: in float32 SwiGLU keeps a tensor less than torch's does (kernels.py), which hides a part of the difference
+    values = {"d_model": 64, "d_ff": 1024, "batch_size": 16, "num_layers": 4, "ffn": "gelu"}
     assert footprint(**values, precision="bf16").activations < 0.8 * footprint(**values).activations
 
 
@@ -241,10 +242,13 @@ def test_the_whole_plan(tmp_path: Path) -> None:
 
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
     config = from_flat(SMALL)
-    plan = make_plan(config, memory=420_000_000)
+    memory = RESERVE["cpu"] + 20_000_000
+    plan = make_plan(config, memory=memory)
     simulation = Simulation(plan.config, CPU)
-    last, next_one = (simulation.step(plan.largest_batch + extra).total * 1.28 + 400e6 for extra in (0, 1))
-    assert last <= 420_000_000 < next_one
+    last, next_one = (
+        simulation.step(plan.largest_batch + extra).total * HELD["cpu"] + RESERVE["cpu"] for extra in (0, 1)
+    )
+    assert last <= memory < next_one
 
 
 @given(st.integers(0, 10**6), st.integers(1, 10**5), st.integers(0, 10**6), st.integers(0, 10**9), st.integers(1, 3000))

@@ -12,8 +12,14 @@ __all__ = [
     "TokenIterator",
     "Tokenizer",
     "__version__",
+    "activation_forward",
+    "attention_backward",
+    "attention_forward",
     "encode_files",
     "payload_checksum",
+    "simd_level",
+    "swiglu_backward",
+    "swiglu_forward",
     "train_bpe",
     "train_bpe_from_iterator",
 ]
@@ -160,3 +166,43 @@ def encode_files(
     """Writes `out` (.bin: raw little-endian; anything else: .npy) and `out + ".json"`; returns the manifest."""
 
 def payload_checksum(path: _StrPath, offset: int = 0) -> str: ...
+
+# Kernels: addresses of float32 tensors that the caller holds, `kernels.py` alone.
+
+_Strided: TypeAlias = tuple[int, tuple[int, int, int]]
+"""Address; strides in numbers by batch, head and place."""
+_Sizes: TypeAlias = tuple[int, int, int, int, int, int]
+"""Batch, heads, heads of keys and values, queries, keys, width of a head."""
+
+def simd_level() -> str:
+    """Instructions in use: scalar, avx2 or avx512."""
+
+def activation_forward(threads: int, kind: str, len: int, x: int, y: int, slope: int) -> None: ...
+def swiglu_forward(threads: int, len: int, a: int, b: int, y: int) -> None: ...
+def swiglu_backward(threads: int, len: int, g: int, a: int, b: int, da: int, db: int) -> None: ...
+def attention_forward(
+    threads: int,
+    sizes: _Sizes,
+    causal: bool,
+    window: int,
+    q: _Strided,
+    k: _Strided,
+    v: _Strided,
+    out: int,
+    log_sums: int,
+) -> None: ...
+def attention_backward(
+    threads: int,
+    sizes: _Sizes,
+    causal: bool,
+    window: int,
+    dout: _Strided,
+    q: _Strided,
+    k: _Strided,
+    v: _Strided,
+    out: _Strided,
+    log_sums: int,
+    dq: int,
+    dk: int,
+    dv: int,
+) -> None: ...

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
+from bytekiln import kernels
 from bytekiln.config import ModelConfig
 from bytekiln.errors import ConfigError
 
@@ -85,6 +86,9 @@ def look(attend: Attend, sight: Sight, T: int, S: int, device: torch.device) -> 
     """The sight with the mask that `attend` wants, made once for all layers of a pass."""
     if attend is flex_attention and T == S:
         return sight._replace(blocks=_block_mask(sight, T, device))
+    if attend is native_attention and sight.documents_BxS is None and device.type == "cpu":
+        # Its core sees by itself; what it hands to sdpa, under autocast for one, makes the mask there.
+        return sight
     if attend is not reference_attention and needs_mask(sight, T, S):
         return sight._replace(mask=visible_keys(sight, T, S, device))
     return sight
@@ -125,6 +129,20 @@ def sdpa_attention(
         is_causal=sight.causal and mask is None and T > 1,
         enable_gqa=q_BxHxTxK.shape[1] != k_BxGxSxK.shape[1],
     )
+
+
+def native_attention(
+    q_BxHxTxK: Tensor, k_BxGxSxK: Tensor, v_BxGxSxK: Tensor, dropout: float = 0.0, sight: Sight = CAUSAL
+) -> Tensor:
+    """The same through the Rust core, which needs no mask for windows and never visits what lies outside of them.
+
+    Float32 on the CPU. Dropout, documents, other types and devices are sdpa's, and so is a single new token behind a
+    cache: too little work for the way there.
+    """
+    T = q_BxHxTxK.shape[-2]
+    if T == 1 or dropout or sight.documents_BxS is not None or not kernels.attends(q_BxHxTxK):
+        return sdpa_attention(q_BxHxTxK, k_BxGxSxK, v_BxGxSxK, dropout, sight)
+    return kernels.attention(q_BxHxTxK, k_BxGxSxK, v_BxGxSxK, sight.causal, sight.window)
 
 
 def flex_attention(
@@ -175,10 +193,11 @@ def _block_mask(sight: Sight, T: int, device: torch.device) -> BlockMask:
 def choose(name: str, config: ModelConfig, device: torch.device, documents: bool) -> Attend:
     """The kernel of the field `attention`.
 
-    auto is FlexAttention where there is a mask to profit from and nothing against it, else torch's fused kernels.
+    auto is the Rust core on the CPU, on CUDA FlexAttention where there is a mask to profit from and nothing against it,
+    else torch's fused kernels.
 
     Args:
-        name: auto, sdpa, flex or reference.
+        name: auto, native, sdpa, flex or reference.
         config: the model, which is to be trained.
         device: where it runs.
         documents: whether attention stops at the ends of documents.
@@ -191,12 +210,14 @@ def choose(name: str, config: ModelConfig, device: torch.device, documents: bool
         raise ConfigError(f"attention: found flex {against}; expected sdpa or auto")
     if name == "auto":
         name = "flex" if not against and (documents or config.sliding_window) else "sdpa"
-    kernels: dict[str, Attend] = {
+        name = "native" if device.type == "cpu" else name
+    named: dict[str, Attend] = {
+        "native": native_attention,
         "sdpa": sdpa_attention,
         "flex": flex_attention,
         "reference": reference_attention,
     }
-    return kernels[name]
+    return named[name]
 
 
 def _against_flex(config: ModelConfig, device: torch.device) -> str:

@@ -41,7 +41,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor, nn
 
-from bytekiln.attention import Attend, KVCache, Sight, look, sdpa_attention
+from bytekiln import kernels
+from bytekiln.attention import Attend, KVCache, Sight, look, native_attention
 from bytekiln.config import ModelConfig
 from bytekiln.errors import ConfigError
 
@@ -176,7 +177,12 @@ class Attention(nn.Module):
         return self.output_proj(out_BxHxTxK.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
 
-def _activation(kind: str, h: Tensor) -> Tensor:
+def _activation(kind: str, h: Tensor, gated: Tensor | None = None) -> Tensor:
+    """The activation of h; for swiglu silu(h) · gated."""
+    if kernels.activates(h):
+        return kernels.activation(h, kind) if gated is None else kernels.swiglu(h, gated)
+    if gated is not None:
+        return F.silu(h) * gated
     if kind in ("gelu", "gelu_tanh"):
         return F.gelu(h, approximate="tanh" if kind == "gelu_tanh" else "none")
     return F.relu(h).square() if kind == "relu2" else F.silu(h)
@@ -196,9 +202,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BxTxD: Tensor, this: Pass | None = None) -> Tensor:
         """The same function at every position; `this` is for experts only."""
-        h_BxTxF = _activation(self.kind, self.w1(x_BxTxD))
-        if self.kind == "swiglu":
-            h_BxTxF = h_BxTxF * self.w3(x_BxTxD)
+        gated_BxTxF = self.w3(x_BxTxD) if self.kind == "swiglu" else None
+        h_BxTxF = _activation(self.kind, self.w1(x_BxTxD), gated_BxTxF)
         return self.w2(h_BxTxF)  # type: ignore[no-any-return]
 
 
@@ -218,9 +223,8 @@ def looped_experts(
     """
     out = []
     for i, rows in enumerate(torch.split(x_MxD, load_E.tolist())):
-        h = _activation(kind, F.linear(rows, w1_ExFxD[i]))
-        if w3_ExFxD is not None:
-            h = h * F.linear(rows, w3_ExFxD[i])
+        gated = F.linear(rows, w3_ExFxD[i]) if w3_ExFxD is not None else None
+        h = _activation(kind, F.linear(rows, w1_ExFxD[i]), gated)
         out.append(F.linear(h, w2_ExDxF[i]))
     return torch.cat(out)
 
@@ -240,9 +244,8 @@ def grouped_experts(
     def product(rows: Tensor, w_ExOxI: Tensor) -> Tensor:
         return torch._grouped_mm(rows.to(dtype), w_ExOxI.to(dtype).transpose(-1, -2), offs=ends_E)
 
-    h_MxF = _activation(kind, product(x_MxD, w1_ExFxD))
-    if w3_ExFxD is not None:
-        h_MxF = h_MxF * product(x_MxD, w3_ExFxD)
+    gated_MxF = product(x_MxD, w3_ExFxD) if w3_ExFxD is not None else None
+    h_MxF = _activation(kind, product(x_MxD, w1_ExFxD), gated_MxF)
     return product(h_MxF, w2_ExDxF)
 
 
@@ -365,7 +368,7 @@ class TransformerLM(nn.Module):
 
         Args:
             config: shape of the model; `vocab_size` must be set.
-            attend: the attention arithmetic, one of `attention`'s kernels; None: `sdpa_attention`.
+            attend: the attention arithmetic, one of `attention`'s kernels; None: `native_attention`.
 
         Raises:
             ConfigError: the vocabulary's size is unknown.
@@ -374,7 +377,7 @@ class TransformerLM(nn.Module):
         if not config.vocab_size:
             raise ConfigError("vocab_size: found 0; expected the size of the data's vocabulary")
         self.config = config
-        self.attend = attend if attend is not None else sdpa_attention
+        self.attend = attend if attend is not None else native_attention
         D, V, L = config.d_model, config.padded_vocab_size, config.num_layers
         rotary = (
             RotaryEmbedding(config.head_width, config.max_seq_len, config.rope_theta)

@@ -237,8 +237,9 @@ class TrainingConfig(Section):
         also=["dtype"],
         main=True,
     )
-    attention: Literal["auto", "sdpa", "flex", "reference"] = setting(
-        "auto", "attention kernel: torch's fused one, FlexAttention (CUDA), or plain tensors; auto: by device and mask"
+    attention: Literal["auto", "native", "sdpa", "flex", "reference"] = setting(
+        "auto",
+        "attention kernel: our own (CPU, fp32), torch's, FlexAttention (CUDA), plain tensors; auto: by device and mask",
     )
     compile: bool | Literal["auto"] = setting(
         "auto", "torch.compile: true, false, or auto (only where it pays for itself)", main=True, math=False

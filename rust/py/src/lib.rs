@@ -1,10 +1,11 @@
-//! Python binding of `bytekiln-bpe`: conversions only. The GIL is released round every long job, signals are
+//! Python binding of `bytekiln-bpe` and `bytekiln-kernels`: conversions only. The GIL is released round every long job, signals are
 //! checked fifty times a second, errors change language in `error.rs`.
 
 #![allow(clippy::needless_pass_by_value, reason = "arguments arrive converted, by value")]
 #![allow(clippy::doc_markdown, reason = "these texts are shown by Python's help")]
 
 mod error;
+mod kernels;
 mod tokenizer;
 
 use std::path::PathBuf;
@@ -222,6 +223,11 @@ mod _core {
 
     #[pymodule_export]
     use super::{TokenIterator, Tokenizer, encode_files, payload_checksum, train_bpe, train_bpe_from_iterator};
+
+    #[pymodule_export]
+    use super::kernels::{
+        activation_forward, attention_backward, attention_forward, simd_level, swiglu_backward, swiglu_forward,
+    };
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

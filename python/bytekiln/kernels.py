@@ -1,0 +1,267 @@
+"""Attention and activations on the CPU in float32: operators of torch whose work the Rust core does.
+
+In: float32 tensors on the CPU. Out: the same function that torch has, sooner: torch's own kernels take two to four
+times the time (`docs/performance.md`). Called by `attention` and `model`, which ask `attends` and `activates` first
+and leave everything else to torch. They use as many threads as torch, and no result depends on their number.
+
+They are operators, so that a compiled model, a simulation without contents and a profile see each as one node, under
+the names `bytekiln::…`. The gradient of a gradient is not there, and asking for it is an error.
+
+Shapes are suffixes of names: B batch, T queries, S keys, H heads of queries, G heads of keys and values, K head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from bytekiln import _core
+
+WIDEST_HEAD = 128
+"""Heads up to here, in steps of 8, the core takes."""
+KINDS = ("gelu", "gelu_tanh", "silu", "relu2")
+"""Activations of one argument."""
+
+_Strided: TypeAlias = tuple[int, tuple[int, int, int]]
+
+_library: Any = cast(Any, torch.library.Library)("bytekiln", "DEF")  # torch leaves it untyped
+_SIGHT = "bool causal, int window"
+for _schema in (
+    "activation(Tensor x, str kind) -> Tensor",
+    "activation_and_slope(Tensor x, str kind) -> (Tensor, Tensor)",
+    "swiglu(Tensor a, Tensor b) -> Tensor",
+    "swiglu_backward(Tensor g, Tensor a, Tensor b) -> (Tensor, Tensor)",
+    f"scaled_dot_product_attention(Tensor q, Tensor k, Tensor v, {_SIGHT}) -> (Tensor, Tensor)",
+    "scaled_dot_product_attention_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums, "
+    f"{_SIGHT}) -> (Tensor, Tensor, Tensor)",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+_ops: Any = torch.ops.bytekiln
+
+
+# --- activations ---------------------------------------------------------------------------------------------------
+
+
+def activates(x: Tensor) -> bool:
+    """Whether the core computes activations of this tensor: float32 on the CPU, and nothing is compiled.
+
+    A compiler fuses them with their neighbours, which is better still.
+    """
+    return x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+
+
+def activation(x: Tensor, kind: str) -> Tensor:
+    """The activation of the name `kind`, one of `KINDS`; where a gradient is wanted, its slope in the same pass."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return cast(Tensor, _Activation.apply(x, kind))
+    return cast(Tensor, _ops.activation(x, kind))
+
+
+def swiglu(a: Tensor, b: Tensor) -> Tensor:
+    """silu(a) · b of two tensors of one shape; keeps nothing but them for the backward."""
+    assert a.shape == b.shape
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        return cast(Tensor, _SwiGLU.apply(a, b))
+    return cast(Tensor, _ops.swiglu(a, b))
+
+
+class _Activation(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kind: str) -> Tensor:  # noqa: ANN401 - autograd's own object
+        with torch._C._AutoDispatchBelowAutograd():
+            y, slope = _ops.activation_and_slope(x, kind)
+        ctx.save_for_backward(slope)
+        return cast(Tensor, y)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        _refuse_a_graph()
+        return g * ctx.saved_tensors[0], None
+
+
+class _SwiGLU(Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(a, b)
+        with torch._C._AutoDispatchBelowAutograd():
+            return cast(Tensor, _ops.swiglu(a, b))
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        _refuse_a_graph()
+        return cast("tuple[Tensor, Tensor]", _ops.swiglu_backward(g, *ctx.saved_tensors))
+
+
+def _refuse_a_graph() -> None:
+    # Autograd would take the slope for a constant and give wrong numbers. Grad mode is on in a backward if and only if
+    # it was called with create_graph.
+    if torch.is_grad_enabled():
+        raise RuntimeError("kernels: found a backward with create_graph; expected none, for there is no gradient of a "
+                           "gradient here: torch's own functions have one, and attention = reference")  # fmt: skip
+
+
+def _same(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _activation(x: Tensor, kind: str) -> Tensor:
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _core.activation_forward(torch.get_num_threads(), kind, x.numel(), x.data_ptr(), y.data_ptr(), 0)
+    return y
+
+
+def _activation_and_slope(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    y, slope = torch.empty_like(x), torch.empty_like(x)
+    _core.activation_forward(torch.get_num_threads(), kind, x.numel(), x.data_ptr(), y.data_ptr(), slope.data_ptr())
+    return y, slope
+
+
+def _swiglu(a: Tensor, b: Tensor) -> Tensor:
+    a, b = a.contiguous(), b.contiguous()
+    y = torch.empty_like(a)
+    _core.swiglu_forward(torch.get_num_threads(), a.numel(), a.data_ptr(), b.data_ptr(), y.data_ptr())
+    return y
+
+
+def _swiglu_backward(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    g, a, b = g.contiguous(), a.contiguous(), b.contiguous()
+    da, db = torch.empty_like(a), torch.empty_like(b)
+    addresses = (g.data_ptr(), a.data_ptr(), b.data_ptr(), da.data_ptr(), db.data_ptr())
+    _core.swiglu_backward(torch.get_num_threads(), a.numel(), *addresses)
+    return da, db
+
+
+# --- attention -----------------------------------------------------------------------------------------------------
+
+
+def attends(q_BxHxTxK: Tensor) -> bool:
+    """Whether the core's attention takes these queries: float32 on the CPU, heads of a width that it knows."""
+    K = q_BxHxTxK.shape[-1]
+    return q_BxHxTxK.is_cpu and q_BxHxTxK.dtype == torch.float32 and K % 8 == 0 and 0 < K <= WIDEST_HEAD
+
+
+def attention(q_BxHxTxK: Tensor, k_BxGxSxK: Tensor, v_BxGxSxK: Tensor, causal: bool, window: int) -> Tensor:
+    """softmax(q kᵀ / √K) v where `attends`; query t stands at key S-T+t.
+
+    Args:
+        q_BxHxTxK: any strides, the last best 1; T ≤ S.
+        k_BxGxSxK: with `v_BxGxSxK`, G a divisor of H.
+        causal: nothing behind a query's own place.
+        window: at most so many places back, its own included; 0: any number.
+
+    Returns:
+        out_BxHxTxK, stored as B×T×H×K: the way to B×T×D copies nothing. So are the gradients.
+    """
+    if torch.compiler.is_compiling():
+        return cast(Tensor, _ops.scaled_dot_product_attention(q_BxHxTxK, k_BxGxSxK, v_BxGxSxK, causal, window)[0])
+    return _attention_with_gradient(q_BxHxTxK, k_BxGxSxK, v_BxGxSxK, causal, window)[0]
+
+
+class _Attention(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        window: int,
+    ) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, log_sums = _ops.scaled_dot_product_attention(q, k, v, causal, window)
+        ctx.save_for_backward(q, k, v, out, log_sums)
+        ctx.sight = causal, window
+        ctx.mark_non_differentiable(log_sums)
+        ctx.set_materialize_grads(False)
+        return out, log_sums
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        _refuse_a_graph()
+        if g is None:
+            return (None,) * 5
+        return (*_ops.scaled_dot_product_attention_backward(g, *ctx.saved_tensors, *ctx.sight), None, None)
+
+
+def _attention_with_gradient(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return cast("tuple[Tensor, Tensor]", _Attention.apply(q, k, v, causal, window))
+    with torch._C._AutoDispatchBelowAutograd():
+        return cast("tuple[Tensor, Tensor]", _ops.scaled_dot_product_attention(q, k, v, causal, window))
+
+
+def _made(like_BxHxTxK: Tensor) -> Tensor:
+    """A tensor of this shape, stored as B×T×H×K."""
+    B, H, T, K = like_BxHxTxK.shape
+    return like_BxHxTxK.new_empty(B, T, H, K).transpose(1, 2)
+
+
+def _strided(x: Tensor) -> tuple[Tensor, _Strided]:
+    """The tensor with its last stride 1, and where it is; whoever uses the latter must hold the former."""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    batch, head, time, _ = x.stride()
+    return x, (x.data_ptr(), (batch, head, time))
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int, int]:
+    (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
+    if k.shape != v.shape or k.shape != (B, G, S, K) or H % G or T > S:
+        raise ValueError(f"attention: found q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected "
+                         "B×H×T×K and twice B×G×S×K with H a multiple of G and T ≤ S")  # fmt: skip
+    if not (attends(q) and attends(k) and attends(v)):
+        raise ValueError(f"attention: found {q.dtype} on {q.device}, heads {K} wide; expected float32 on the CPU, and "
+                         f"a multiple of 8 up to {WIDEST_HEAD}")  # fmt: skip
+    return B, H, G, T, S, K
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int) -> tuple[Tensor, Tensor]:
+    sizes = _sizes(q, k, v)
+    (q, q_at), (k, k_at), (v, v_at) = _strided(q), _strided(k), _strided(v)
+    out = _made(q)
+    log_sums = q.new_empty(q.shape[0], q.shape[2], q.shape[1])
+    threads = torch.get_num_threads()
+    _core.attention_forward(threads, sizes, causal, window, q_at, k_at, v_at, out.data_ptr(), log_sums.data_ptr())
+    return out, log_sums
+
+
+def _backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, causal: bool, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = _sizes(q, k, v)
+    (g, g_at), (out, out_at) = _strided(g), _strided(out)
+    (q, q_at), (k, k_at), (v, v_at) = _strided(q), _strided(k), _strided(v)
+    log_sums = log_sums.contiguous()
+    dq, dk, dv = _made(q), _made(k), _made(v)
+    inputs = (g_at, q_at, k_at, v_at, out_at, log_sums.data_ptr())
+    threads = torch.get_num_threads()
+    _core.attention_backward(threads, sizes, causal, window, *inputs, dq.data_ptr(), dk.data_ptr(), dv.data_ptr())
+    return dq, dk, dv
+
+
+# --- what the operators do with real tensors, with tensors that have no contents, and where a gradient is wanted -----
+
+for _name, _do, _shapes in (
+    ("activation", _activation, lambda x, kind: _same(x)),
+    ("activation_and_slope", _activation_and_slope, lambda x, kind: (_same(x), _same(x))),
+    ("swiglu", _swiglu, lambda a, b: _same(a)),
+    ("swiglu_backward", _swiglu_backward, lambda g, a, b: (_same(a), _same(b))),
+    (
+        "scaled_dot_product_attention",
+        _forward,
+        lambda q, k, v, *_: (_made(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1])),
+    ),
+    (
+        "scaled_dot_product_attention_backward",
+        _backward,
+        lambda g, q, k, v, *_: (_made(q), _made(k), _made(v)),
+    ),
+):
+    _library.impl(_name, _do, "CPU")
+    torch.library.register_fake(f"bytekiln::{_name}", _shapes, lib=_library)
+_library.impl("scaled_dot_product_attention", _attention_with_gradient, "Autograd")

@@ -1,0 +1,21 @@
+//! Attention and activations of a Transformer on the CPU, in float32: what torch's own kernels take several times the
+//! time of their arithmetic for. No Python, no printing.
+//!
+//! - [`attention`]: softmax(q kᵀ / √K) v, causal or not, with or without a window, and its gradients.
+//! - [`activation`]: GELU, SiLU, squared ReLU with their derivatives in one pass; SwiGLU.
+//! - [`naive`]: the same in float64, slow and readable: the specification.
+//!
+//! All arithmetic is written once, over the vectors of [`simd`]; which instructions they are is decided at run time.
+//! Every result is a function of the arguments and the level alone: threads share the work in pieces whose borders
+//! and order of sums do not depend on their number.
+
+#![allow(clippy::inline_always, reason = "see `simd`: what is not inlined there does not get the level's instructions")]
+#![allow(clippy::doc_markdown, reason = "SiLU and SwiGLU are names, not code")]
+#![allow(clippy::many_single_char_names, clippy::similar_names, reason = "q, k, v, dq, dk, dv are the field's names")]
+
+pub mod activation;
+pub mod attention;
+pub mod naive;
+pub mod simd;
+pub mod threads;
+mod tile;

@@ -1,0 +1,384 @@
+//! Vectors of floats, and the choice of instructions at run time.
+//!
+//! A kernel is a [`Job`], generic over [`Lanes`]; [`Level::run`] compiles it once a level, inside a function that may
+//! use the level's instructions. For that everything a job calls is `#[inline(always)]`: code that is not inlined
+//! there would be compiled for the least processor.
+
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{
+    __m256, __m512, _mm256_add_epi32, _mm256_add_ps, _mm256_blendv_ps, _mm256_castps_si256, _mm256_castsi256_ps,
+    _mm256_div_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps, _mm256_set1_epi32,
+    _mm256_set1_ps, _mm256_slli_epi32, _mm256_storeu_ps, _mm256_sub_ps, _mm512_add_epi32, _mm512_add_ps,
+    _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cmplt_epi32_mask, _mm512_div_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
+    _mm512_mask_blend_ps, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_setzero_si512, _mm512_slli_epi32, _mm512_storeu_ps, _mm512_sub_ps,
+};
+use std::env;
+use std::sync::OnceLock;
+
+/// The environment variable that forces a level: `scalar`, `avx2` or `avx512`.
+pub const VARIABLE: &str = "BYTEKILN_SIMD";
+/// The widest vector of any level.
+pub(crate) const MOST_LANES: usize = 16;
+
+/// A set of instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// Whatever the target has without asking: SSE2 on x86-64, NEON on `AArch64`.
+    Scalar,
+    /// AVX2 and FMA.
+    Avx2,
+    /// AVX-512 F.
+    Avx512,
+}
+
+impl Level {
+    /// All levels, the least first.
+    pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512];
+
+    /// As the environment spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+        }
+    }
+
+    /// Whether this processor has the instructions.
+    pub fn is_here(self) -> bool {
+        match self {
+            Self::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => is_x86_feature_detected!("avx512f") && Self::Avx2.is_here(),
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => false,
+        }
+    }
+
+    /// The level of this process: the one that [`VARIABLE`] names, else the best that the processor has.
+    ///
+    /// # Errors
+    /// The variable names no level, or one that is not here; the text says so.
+    pub fn of_process() -> Result<Self, String> {
+        static LEVEL: OnceLock<Result<Level, String>> = OnceLock::new();
+        LEVEL.get_or_init(|| Self::from_name(env::var(VARIABLE).ok().as_deref())).clone()
+    }
+
+    fn from_name(name: Option<&str>) -> Result<Self, String> {
+        let here: Vec<Self> = Self::ALL.into_iter().filter(|level| level.is_here()).collect();
+        let Some(name) = name.filter(|name| !name.is_empty()) else {
+            return Ok(here.last().copied().unwrap_or(Self::Scalar));
+        };
+        here.iter().copied().find(|level| level.name() == name).ok_or_else(|| {
+            let names: Vec<&str> = here.iter().map(|level| level.name()).collect();
+            format!("{VARIABLE}: found {name}; expected what this processor has, of {}", names.join(", "))
+        })
+    }
+
+    /// Runs a job with this level's vectors.
+    pub(crate) fn run<J: Job>(self, job: J) -> J::Out {
+        assert!(self.is_here(), "{VARIABLE}: found {} on a processor without it", self.name());
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the processor has AVX2 and FMA, as was just asserted.
+            Self::Avx2 => unsafe { on_avx2(job) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the processor has AVX-512 F, as was just asserted.
+            Self::Avx512 => unsafe { on_avx512(job) },
+            _ => job.run(Portable(())),
+        }
+    }
+}
+
+/// A piece of work that does not know its vectors. `run` must be `#[inline(always)]`.
+pub(crate) trait Job {
+    /// What comes out.
+    type Out;
+    /// Do it.
+    fn run<L: Lanes>(self, lanes: L) -> Self::Out;
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn on_avx2<J: Job>(job: J) -> J::Out {
+    job.run(Avx2(()))
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx2,fma")]
+fn on_avx512<J: Job>(job: J) -> J::Out {
+    job.run(Avx512(()))
+}
+
+/// Arithmetic on vectors of `WIDTH` floats. A value of such a type is the proof that the processor can do it: only
+/// [`Level::run`] makes one, after it has asked.
+pub(crate) trait Lanes: Copy {
+    /// A vector.
+    type V: Copy;
+    /// Floats in it.
+    const WIDTH: usize;
+    /// All lanes the same.
+    fn splat(self, x: f32) -> Self::V;
+    /// # Safety
+    /// `WIDTH` floats can be read at `from`, which needs no alignment.
+    unsafe fn load(self, from: *const f32) -> Self::V;
+    /// # Safety
+    /// `WIDTH` floats can be written at `to`, which needs no alignment.
+    unsafe fn store(self, to: *mut f32, v: Self::V);
+    /// a + b.
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    /// a - b.
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    /// a · b.
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// a / b.
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// a · b + c, rounded once where the level has FMA.
+    fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The greater; b where either is NaN.
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The less; b where either is NaN.
+    fn min(self, a: Self::V, b: Self::V) -> Self::V;
+    /// a where the sign bit of `of` is set, else b.
+    fn where_negative(self, of: Self::V, a: Self::V, b: Self::V) -> Self::V;
+    /// 2ⁿ for the whole n that stands in the low bits of n + 1.5·2²³; 0 for n = -127.
+    fn power_of_two(self, shifted: Self::V) -> Self::V;
+
+    /// The floats of a vector.
+    #[inline(always)]
+    fn spread(self, v: Self::V) -> [f32; MOST_LANES] {
+        let mut out = [0.0; MOST_LANES];
+        // SAFETY: the array holds the widest vector.
+        unsafe { self.store(out.as_mut_ptr(), v) };
+        out
+    }
+
+    /// Sum of the lanes, halves first: the order is fixed.
+    #[inline(always)]
+    fn sum(self, v: Self::V) -> f32 {
+        let mut x = self.spread(v);
+        let mut half = Self::WIDTH / 2;
+        while half > 0 {
+            for i in 0..half {
+                x[i] += x[i + half];
+            }
+            half /= 2;
+        }
+        x[0]
+    }
+
+    /// The greatest lane; NaN lanes may be passed over.
+    #[inline(always)]
+    fn greatest(self, v: Self::V) -> f32 {
+        let x = self.spread(v);
+        x[..Self::WIDTH].iter().copied().fold(f32::NEG_INFINITY, f32::max)
+    }
+
+    /// 2ᶻ, relative error below 1.3e-7; 0 below 2⁻¹²⁶, 2¹²⁷ from z = 127 on, NaN for NaN.
+    ///
+    /// z = n + f with |f| ≤ 1/2; 2ᶠ by a polynomial (minimax, 2e-9), 2ⁿ by its bits.
+    #[inline(always)]
+    fn exp2(self, z: Self::V) -> Self::V {
+        const SHIFT: f32 = 12_582_912.0; // 1.5·2²³: adding it rounds to a whole number
+        let z = self.min(self.splat(127.0), self.max(self.splat(-127.0), z));
+        let shifted = self.add(z, self.splat(SHIFT));
+        let f = self.sub(z, self.sub(shifted, self.splat(SHIFT)));
+        let mut p = self.splat(1.535_336_2e-4);
+        for c in [1.339_887_4e-3, 9.618_437e-3, 5.550_332_5e-2, 2.402_264_8e-1, 6.931_472e-1, 1.0] {
+            p = self.mul_add(p, f, self.splat(c));
+        }
+        self.mul(p, self.power_of_two(shifted))
+    }
+}
+
+/// The level without instructions to ask for: four floats, which compilers turn into SSE2 or NEON.
+#[derive(Clone, Copy)]
+pub(crate) struct Portable(());
+
+/// Lane by lane.
+#[inline(always)]
+fn each(f: impl Fn(usize) -> f32) -> [f32; 4] {
+    [f(0), f(1), f(2), f(3)]
+}
+
+impl Lanes for Portable {
+    type V = [f32; 4];
+    const WIDTH: usize = 4;
+    #[inline(always)]
+    fn splat(self, x: f32) -> [f32; 4] {
+        [x; 4]
+    }
+    #[inline(always)]
+    unsafe fn load(self, from: *const f32) -> [f32; 4] {
+        // SAFETY: the caller's; four floats need no more alignment than one.
+        unsafe { from.cast::<[f32; 4]>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32, v: [f32; 4]) {
+        // SAFETY: the caller's.
+        unsafe { to.cast::<[f32; 4]>().write_unaligned(v) }
+    }
+    #[inline(always)]
+    fn add(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+        each(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    fn sub(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+        each(|i| a[i] - b[i])
+    }
+    #[inline(always)]
+    fn mul(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+        each(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    fn div(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+        each(|i| a[i] / b[i])
+    }
+    #[inline(always)]
+    fn mul_add(self, a: [f32; 4], b: [f32; 4], c: [f32; 4]) -> [f32; 4] {
+        // Without the instruction `f32::mul_add` calls a function that takes fifty times as long.
+        if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
+            each(|i| a[i].mul_add(b[i], c[i]))
+        } else {
+            each(|i| a[i] * b[i] + c[i])
+        }
+    }
+    #[inline(always)]
+    fn max(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+        each(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    fn min(self, a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+        each(|i| if a[i] < b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    fn where_negative(self, of: [f32; 4], a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+        each(|i| if of[i].is_sign_negative() { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    fn power_of_two(self, shifted: [f32; 4]) -> [f32; 4] {
+        each(|i| f32::from_bits((shifted[i].to_bits() << 23).wrapping_add(0x3f80_0000)))
+    }
+}
+
+/// A level's vectors through its intrinsics, which differ in nothing but names.
+#[cfg(target_arch = "x86_64")]
+macro_rules! intrinsics {
+    ($type:ident, $vector:ty, $width:literal, $splat:ident $load:ident $store:ident $add:ident $sub:ident $mul:ident
+     $div:ident $mul_add:ident $max:ident $min:ident, |$of:ident, $a:ident, $b:ident| $blend:expr,
+     |$shifted:ident| $power:expr) => {
+        impl Lanes for $type {
+            type V = $vector;
+            const WIDTH: usize = $width;
+            #[inline(always)]
+            fn splat(self, x: f32) -> $vector {
+                // SAFETY: here and below: a value of this type exists only where the processor has the instructions.
+                unsafe { $splat(x) }
+            }
+            #[inline(always)]
+            unsafe fn load(self, from: *const f32) -> $vector {
+                // SAFETY: the caller's.
+                unsafe { $load(from) }
+            }
+            #[inline(always)]
+            unsafe fn store(self, to: *mut f32, v: $vector) {
+                // SAFETY: the caller's.
+                unsafe { $store(to, v) }
+            }
+            #[inline(always)]
+            fn add(self, a: $vector, b: $vector) -> $vector {
+                // SAFETY: as for `splat`.
+                unsafe { $add(a, b) }
+            }
+            #[inline(always)]
+            fn sub(self, a: $vector, b: $vector) -> $vector {
+                // SAFETY: as for `splat`.
+                unsafe { $sub(a, b) }
+            }
+            #[inline(always)]
+            fn mul(self, a: $vector, b: $vector) -> $vector {
+                // SAFETY: as for `splat`.
+                unsafe { $mul(a, b) }
+            }
+            #[inline(always)]
+            fn div(self, a: $vector, b: $vector) -> $vector {
+                // SAFETY: as for `splat`.
+                unsafe { $div(a, b) }
+            }
+            #[inline(always)]
+            fn mul_add(self, a: $vector, b: $vector, c: $vector) -> $vector {
+                // SAFETY: as for `splat`.
+                unsafe { $mul_add(a, b, c) }
+            }
+            #[inline(always)]
+            fn max(self, a: $vector, b: $vector) -> $vector {
+                // SAFETY: as for `splat`.
+                unsafe { $max(a, b) }
+            }
+            #[inline(always)]
+            fn min(self, a: $vector, b: $vector) -> $vector {
+                // SAFETY: as for `splat`.
+                unsafe { $min(a, b) }
+            }
+            #[inline(always)]
+            fn where_negative(self, $of: $vector, $a: $vector, $b: $vector) -> $vector {
+                // SAFETY: as for `splat`.
+                unsafe { $blend }
+            }
+            #[inline(always)]
+            fn power_of_two(self, $shifted: $vector) -> $vector {
+                // SAFETY: as for `splat`.
+                unsafe { $power }
+            }
+        }
+    };
+}
+
+/// Eight floats.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2(());
+
+#[cfg(target_arch = "x86_64")]
+intrinsics!(Avx2, __m256, 8,
+    _mm256_set1_ps _mm256_loadu_ps _mm256_storeu_ps _mm256_add_ps _mm256_sub_ps _mm256_mul_ps
+    _mm256_div_ps _mm256_fmadd_ps _mm256_max_ps _mm256_min_ps,
+    |of, a, b| _mm256_blendv_ps(b, a, of),
+    |shifted| {
+        let bits = _mm256_slli_epi32::<23>(_mm256_castps_si256(shifted));
+        _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(0x3f80_0000)))
+    }
+);
+
+/// Sixteen floats.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512(());
+
+#[cfg(target_arch = "x86_64")]
+intrinsics!(Avx512, __m512, 16,
+    _mm512_set1_ps _mm512_loadu_ps _mm512_storeu_ps _mm512_add_ps _mm512_sub_ps _mm512_mul_ps
+    _mm512_div_ps _mm512_fmadd_ps _mm512_max_ps _mm512_min_ps,
+    |of, a, b| _mm512_mask_blend_ps(_mm512_cmplt_epi32_mask(_mm512_castps_si512(of), _mm512_setzero_si512()), b, a),
+    |shifted| {
+        let bits = _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted));
+        _mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_set1_epi32(0x3f80_0000)))
+    }
+);
+
+#[cfg(test)]
+mod tests {
+    use super::{Level, VARIABLE};
+
+    #[test]
+    fn a_level_is_found_by_its_name() {
+        assert_eq!(Level::from_name(Some("scalar")), Ok(Level::Scalar));
+        assert!(Level::from_name(None).unwrap().is_here());
+        assert_eq!(Level::from_name(Some("")), Level::from_name(None));
+        let error = Level::from_name(Some("mmx")).unwrap_err();
+        assert!(error.starts_with(&format!("{VARIABLE}: found mmx; expected ")) && error.contains("scalar"), "{error}");
+    }
+}

@@ -1,0 +1,194 @@
+//! Binding of `bytekiln-kernels`: tensors arrive as addresses, sizes and strides, and `kernels.py` vouches for them.
+
+use bytekiln_bpe::Error;
+use bytekiln_kernels::activation::{self, Kind};
+use bytekiln_kernels::attention::{self, Input, Output, Shape, Sight, Strides};
+use bytekiln_kernels::simd::Level;
+use pyo3::prelude::*;
+
+use crate::error::to_python;
+
+/// Address of float32 numbers.
+type Address = usize;
+/// A tensor that is read: its address, and its strides in numbers by batch, head and place.
+type Strided = (Address, (usize, usize, usize));
+/// (batch, heads, kv_heads, queries, keys, width)
+type Sizes = (usize, usize, usize, usize, usize, usize);
+
+fn level(py: Python<'_>) -> PyResult<Level> {
+    Level::of_process().map_err(|what| to_python(py, &Error::Config(what)))
+}
+
+/// # Safety
+/// `len` float32 numbers stand at the address for as long as the slice is used, and nobody writes them.
+unsafe fn read<'a>(address: Address, len: usize) -> &'a [f32] {
+    if len == 0 {
+        return &[];
+    }
+    assert!(address != 0 && address.is_multiple_of(align_of::<f32>()), "kernels: found address {address}");
+    // SAFETY: the caller's word, for everything that could not be asserted.
+    unsafe { std::slice::from_raw_parts(address as *const f32, len) }
+}
+
+/// # Safety
+/// As for [`read`], and nobody else reads or writes them.
+unsafe fn write<'a>(address: Address, len: usize) -> &'a mut [f32] {
+    if len == 0 {
+        return &mut [];
+    }
+    assert!(address != 0 && address.is_multiple_of(align_of::<f32>()), "kernels: found address {address}");
+    // SAFETY: the caller's word, for everything that could not be asserted.
+    unsafe { std::slice::from_raw_parts_mut(address as *mut f32, len) }
+}
+
+fn shape_of((batch, heads, kv_heads, queries, keys, width): Sizes) -> Shape {
+    Shape { batch, heads, kv_heads, queries, keys, width }
+}
+
+/// # Safety
+/// As for [`read`], over the extent of the strides.
+unsafe fn input<'a>((address, (batch, head, time)): Strided, shape: Shape, heads: usize, times: usize) -> Input<'a> {
+    let strides = Strides { batch, head, time };
+    let extent = strides.extent(shape.batch, heads, times, shape.width);
+    // SAFETY: the caller's.
+    Input::new(unsafe { read(address, extent) }, strides, shape, heads, times)
+}
+
+/// # Safety
+/// As for [`write`], over the tensor's numbers.
+unsafe fn output<'a>(address: Address, shape: Shape, heads: usize, times: usize) -> Output<'a> {
+    // SAFETY: the caller's.
+    let numbers = unsafe { write(address, shape.batch * times * heads * shape.width) };
+    Output::new(numbers, shape, heads, times)
+}
+
+/// The instructions that the kernels use: scalar, avx2 or avx512.
+#[pyfunction]
+pub fn simd_level(py: Python<'_>) -> PyResult<&'static str> {
+    Ok(level(py)?.name())
+}
+
+/// y = f(x) over `len` numbers, and dy/dx at `slope` unless that is 0.
+#[pyfunction]
+pub fn activation_forward(
+    py: Python<'_>,
+    threads: usize,
+    kind: &str,
+    len: usize,
+    x: Address,
+    y: Address,
+    slope: Address,
+) -> PyResult<()> {
+    let kind = Kind::from_name(kind).ok_or_else(|| {
+        to_python(py, &Error::Config(format!("activation: found {kind}; expected gelu, gelu_tanh, silu or relu2")))
+    })?;
+    let level = level(py)?;
+    py.detach(|| {
+        // SAFETY: `kernels.py` holds the tensors, contiguous and of this length, and has just made y and slope.
+        let (x, y, slope) = unsafe { (read(x, len), write(y, len), (slope != 0).then(|| write(slope, len))) };
+        activation::forward(level, threads, kind, x, y, slope);
+    });
+    Ok(())
+}
+
+/// y = silu(a) · b over `len` numbers.
+#[pyfunction]
+pub fn swiglu_forward(py: Python<'_>, threads: usize, len: usize, a: Address, b: Address, y: Address) -> PyResult<()> {
+    let level = level(py)?;
+    py.detach(|| {
+        // SAFETY: as in `activation_forward`.
+        let (a, b, y) = unsafe { (read(a, len), read(b, len), write(y, len)) };
+        activation::swiglu(level, threads, a, b, y);
+    });
+    Ok(())
+}
+
+/// Gradients of `swiglu_forward` by a and b.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "five tensors")]
+pub fn swiglu_backward(
+    py: Python<'_>,
+    threads: usize,
+    len: usize,
+    g: Address,
+    a: Address,
+    b: Address,
+    da: Address,
+    db: Address,
+) -> PyResult<()> {
+    let level = level(py)?;
+    py.detach(|| {
+        // SAFETY: as in `activation_forward`.
+        let (g, a, b, da, db) = unsafe { (read(g, len), read(a, len), read(b, len), write(da, len), write(db, len)) };
+        activation::swiglu_backward(level, threads, g, a, b, da, db);
+    });
+    Ok(())
+}
+
+/// Attention; writes `out` as B×T×H×K and `log_sums` as B×T×H.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "five tensors")]
+pub fn attention_forward(
+    py: Python<'_>,
+    threads: usize,
+    sizes: Sizes,
+    causal: bool,
+    window: usize,
+    q: Strided,
+    k: Strided,
+    v: Strided,
+    out: Address,
+    log_sums: Address,
+) -> PyResult<()> {
+    let (level, shape) = (level(py)?, shape_of(sizes));
+    let Shape { batch, heads, kv_heads, queries, keys, .. } = shape;
+    py.detach(|| {
+        // SAFETY: `kernels.py` holds the tensors, of these sizes and strides, and has just made the outputs.
+        unsafe {
+            let (k, v) = (input(k, shape, kv_heads, keys), input(v, shape, kv_heads, keys));
+            let (q, out) = (input(q, shape, heads, queries), output(out, shape, heads, queries));
+            let log_sums = write(log_sums, batch * queries * heads);
+            attention::forward(level, threads, shape, Sight { causal, window }, q, k, v, &out, log_sums);
+        }
+    });
+    Ok(())
+}
+
+/// Gradients of `attention_forward` by q (B×T×H×K), k and v (B×S×G×K).
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "nine tensors")]
+pub fn attention_backward(
+    py: Python<'_>,
+    threads: usize,
+    sizes: Sizes,
+    causal: bool,
+    window: usize,
+    dout: Strided,
+    q: Strided,
+    k: Strided,
+    v: Strided,
+    out: Strided,
+    log_sums: Address,
+    dq: Address,
+    dk: Address,
+    dv: Address,
+) -> PyResult<()> {
+    let (level, shape) = (level(py)?, shape_of(sizes));
+    let Shape { batch, heads, kv_heads, queries, keys, .. } = shape;
+    py.detach(|| {
+        // SAFETY: as in `attention_forward`.
+        unsafe {
+            let (k, v) = (input(k, shape, kv_heads, keys), input(v, shape, kv_heads, keys));
+            let [q, dout, out] = [q, dout, out].map(|x| input(x, shape, heads, queries));
+            let log_sums = read(log_sums, batch * queries * heads);
+            let (dq, dk, dv) = (
+                output(dq, shape, heads, queries),
+                output(dk, shape, kv_heads, keys),
+                output(dv, shape, kv_heads, keys),
+            );
+            let sight = Sight { causal, window };
+            attention::backward(level, threads, shape, sight, dout, q, k, v, out, log_sums, &dq, &dk, &dv);
+        }
+    });
+    Ok(())
+}

@@ -1,0 +1,306 @@
+"""The Rust core's kernels as torch operators: equal to plain float64 formulas, whatever the strides, threads, level."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bytekiln import _core, kernels
+from bytekiln.attention import CAUSAL, Sight, native_attention, reference_attention
+from bytekiln.config import ModelConfig
+from bytekiln.model import TransformerLM
+
+FORMULAS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Whatever a test sets, the number of threads is the same behind it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def heads_of(B: int, T: int, H: int, K: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """B×H×T×K as the model makes it: a view of B×T×D."""
+    return torch.randn(B, T, H * K, dtype=dtype).view(B, T, H, K).transpose(1, 2)
+
+
+def outcome(f, tensors: list[Tensor], g: Tensor) -> list[Tensor]:
+    """What f gives, and its gradients."""
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    out = f(*tensors)
+    return [out.detach(), *torch.autograd.grad(out, tensors, g.to(out.dtype))]
+
+
+@pytest.mark.parametrize("kind", kernels.KINDS)
+def test_activations_err_no_more_than_torch(kind: str) -> None:
+    x = torch.linspace(-9, 9, 1_000_003)
+    g = torch.ones_like(x)
+    ours = outcome(lambda x: kernels.activation(x, kind), [x], g)
+    theirs, exact = outcome(FORMULAS[kind], [x], g), outcome(FORMULAS[kind], [x.double()], g)
+    for mine, other, right in zip(ours, theirs, exact, strict=True):
+        assert (mine - right).abs().max() <= 2 * (other - right).abs().max() + 1e-9
+    assert torch.equal(kernels.activation(x, kind), ours[0])  # without a gradient
+
+
+@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "silu"])
+def test_activations_keep_their_limits(kind: str) -> None:
+    inf = float("inf")
+    x = torch.tensor([0.0, -0.0, inf, -inf, float("nan"), 1e30, -1e30], requires_grad=True)
+    y = kernels.activation(x, kind)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    assert y[:2].tolist() == [0, 0] and y[:2].signbit().tolist() == [False, True]
+    torch.testing.assert_close(y[2:], torch.tensor([inf, 0.0, float("nan"), 1e30, 0.0]), equal_nan=True)
+    torch.testing.assert_close(slope, torch.tensor([0.5, 0.5, 1, 0, float("nan"), 1, 0]), equal_nan=True)
+
+
+@given(st.integers(0, 70), st.integers(1, 5), st.booleans(), st.integers(0, 99))
+def test_activations_of_any_shape(rows: int, columns: int, turned: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    a, b, g = (torch.randn(columns, rows).T if turned else torch.randn(rows, columns) for _ in range(3))
+    wide = [x.double() for x in (a, b)]
+    for kind in kernels.KINDS:
+        ours = outcome(lambda x, kind=kind: kernels.activation(x, kind), [a], g)
+        exact = outcome(FORMULAS[kind], wide[:1], g)
+        torch.testing.assert_close(ours, [x.float() for x in exact], rtol=2e-6, atol=2e-6)
+    exact = outcome(lambda a, b: F.silu(a) * b, wide, g)
+    torch.testing.assert_close(outcome(kernels.swiglu, [a, b], g), [x.float() for x in exact], rtol=2e-6, atol=2e-6)
+
+
+def test_which_activations_are_taken() -> None:
+    assert kernels.activates(torch.zeros(3))
+    assert not kernels.activates(torch.zeros(3, dtype=torch.bfloat16))
+    assert not kernels.activates(torch.zeros(3, dtype=torch.float64))
+    assert not kernels.activates(torch.zeros(3, device="meta"))
+
+
+def held(q: Tensor, k: Tensor, v: Tensor, sight: Sight) -> None:
+    """Output and gradients of the kernel against the specification in float64."""
+    g = torch.randn_like(q)
+    exact = outcome(lambda *x: reference_attention(*x, 0.0, sight), [x.double() for x in (q, k, v)], g)
+    ours = outcome(lambda *x: kernels.attention(*x, sight.causal, sight.window), [q, k, v], g)
+    torch.testing.assert_close(ours, [x.float() for x in exact], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("K", [8, 16, 24, 32, 64, 80, 128])
+@pytest.mark.parametrize("T", [1, 7, 63, 65, 257])
+def test_attention_is_its_formula(T: int, K: int) -> None:
+    torch.manual_seed(0)
+    held(heads_of(2, T, 4, K), heads_of(2, T, 2, K), heads_of(2, T, 2, K), CAUSAL)
+
+
+@settings(max_examples=60)
+@given(
+    st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3), st.integers(1, 6)),
+    st.tuples(st.integers(1, 150), st.integers(0, 30)),
+    st.booleans(),
+    st.integers(0, 160),
+    st.integers(0, 99),
+)
+def test_attention_of_any_shape(
+    sizes: tuple[int, int, int, int], times: tuple[int, int], causal: bool, window: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    (B, G, shared, width), (T, before) = sizes, times
+    S, K = T + before, 8 * width
+    held(heads_of(B, T, G * shared, K), heads_of(B, S, G, K), heads_of(B, S, G, K), Sight(causal, window))
+
+
+@pytest.mark.parametrize("layout", ["B×H×T×K", "K before T", "every second", "one head for all", "slices of one"])
+def test_strides_change_nothing(layout: str) -> None:
+    torch.manual_seed(0)
+    B, H, T, K = 2, 4, 33, 16
+    made = {
+        "B×H×T×K": lambda: torch.randn(B, H, T, K),
+        "K before T": lambda: torch.randn(B, H, K, T).transpose(2, 3),
+        "every second": lambda: torch.randn(B, H, T, 2 * K)[..., ::2],
+        "one head for all": lambda: torch.randn(B, 1, T, K).expand(B, H, T, K),
+        "slices of one": lambda: torch.randn(B, T, 3, H, K)[:, :, 1].transpose(1, 2),
+    }[layout]
+    q, k, v, g = (made() for _ in range(4))
+    strided = outcome(lambda *x: kernels.attention(*x, True, 0), [q, k, v], g)
+    plain = outcome(lambda *x: kernels.attention(*x, True, 0), [x.contiguous() for x in (q, k, v)], g.contiguous())
+    assert all(map(torch.equal, strided, plain))
+    summed = torch.autograd.grad(kernels.attention(q.requires_grad_(), k, v, True, 0).sum(), q)  # strides of 0
+    ones = outcome(lambda *x: kernels.attention(*x, True, 0), [q, k, v], torch.ones(B, H, T, K))
+    assert torch.equal(summed[0], ones[1])
+
+
+def test_output_and_gradients_need_no_copy() -> None:
+    tensors = [heads_of(2, 9, 4, 16) for _ in range(3)]
+    for x in outcome(lambda q, k, v: kernels.attention(q, k, v, True, 0), tensors, heads_of(2, 9, 4, 16)):
+        assert x.transpose(1, 2).is_contiguous()
+
+
+def test_threads_change_no_bit(threads: None) -> None:
+    torch.manual_seed(0)
+    q, k, v, g = heads_of(3, 70, 6, 32), heads_of(3, 70, 2, 32), heads_of(3, 70, 2, 32), heads_of(3, 70, 6, 32)
+    a, b = torch.randn(100_001), torch.randn(100_001)
+    found = []
+    for n in (1, 2, 3):
+        torch.set_num_threads(n)
+        found.append(
+            [
+                *outcome(lambda *x: kernels.attention(*x, True, 0), [q, k, v], g),
+                *outcome(lambda x: kernels.activation(x, "gelu"), [a], b),
+                *outcome(kernels.swiglu, [a, b], b),
+            ]
+        )
+    assert all(map(torch.equal, found[0], found[1])) and all(map(torch.equal, found[0], found[2]))
+
+
+def test_forked_children_have_threads_of_their_own(threads: None) -> None:
+    """As a DataLoader's workers: the parent's threads are not in the child."""
+    torch.set_num_threads(2)
+    a = torch.randn(100_000)
+    expected = kernels.activation(a, "gelu").numpy().tobytes()
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+
+    def child() -> None:
+        # Compared as bytes: torch's own threads, if the parent had some, would be waited for in vain.
+        answers.put([kernels.activation(a, "gelu").numpy().tobytes() == expected for _ in range(3)])
+
+    process = context.Process(target=child)
+    process.start()
+    process.join(60)
+    if process.is_alive():
+        process.kill()
+        pytest.fail("the child waits for threads that it does not have")
+    assert process.exitcode == 0 and answers.get() == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("shapes", "dtype", "found"),
+    [
+        (((1, 2, 3, 12), (1, 2, 3, 12)), torch.float32, "heads 12 wide"),
+        (((1, 2, 3, 136), (1, 2, 3, 136)), torch.float32, "heads 136 wide"),
+        (((1, 2, 3, 16), (1, 2, 3, 16)), torch.float64, "float64 on cpu"),
+        (((1, 3, 3, 16), (1, 2, 3, 16)), torch.float32, r"q \(1, 3, 3, 16\)"),
+        (((1, 2, 4, 16), (1, 2, 3, 16)), torch.float32, "T ≤ S"),
+        (((2, 2, 3, 16), (1, 2, 3, 16)), torch.float32, "B×H×T×K"),
+    ],
+)
+def test_what_the_kernel_refuses(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, found: str) -> None:
+    q, k = (torch.zeros(shape, dtype=dtype) for shape in shapes)
+    with pytest.raises(ValueError, match=found):
+        kernels.attention(q, k, k, True, 0)
+
+
+def test_no_gradient_of_a_gradient() -> None:
+    q = heads_of(1, 5, 2, 8).requires_grad_()
+    x = torch.randn(5, requires_grad=True)
+    for out, of in (
+        (kernels.attention(q, q, q, True, 0), q),
+        (kernels.activation(x, "gelu"), x),
+        (kernels.swiglu(x, x), x),
+    ):
+        with pytest.raises(RuntimeError, match="kernels: found a backward with create_graph"):
+            torch.autograd.grad(out.sum(), of, create_graph=True)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
+@pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, False)])
+def test_the_operators_keep_torchs_rules(wanted: tuple[bool, ...]) -> None:
+    """Schema, shapes without contents, and a trace of forward and backward."""
+    q, k, v = (torch.randn(2, h, 9, 8, requires_grad=w) for h, w in zip((4, 2, 2), wanted, strict=True))
+    torch.library.opcheck(torch.ops.bytekiln.scaled_dot_product_attention.default, (q, k, v, True, 3))
+
+
+def test_nothing_is_read_where_nothing_stands() -> None:
+    """As in `footprint`: shapes, types and strides alone go through forward and backward."""
+    with FakeTensorMode():
+        q = torch.randn(2, 9, 4, 16).transpose(1, 2).requires_grad_()
+        out = native_attention(q, q, q)
+        x = kernels.swiglu(kernels.activation(out, "gelu"), out)
+        x.sum().backward()
+        assert out.transpose(1, 2).is_contiguous() and q.grad is not None and q.grad.shape == q.shape
+
+
+MODEL = ModelConfig(vocab_size=50, d_model=64, num_layers=2, num_heads=4, num_kv_heads=2, context_length=40)
+
+
+@pytest.mark.parametrize("ffn", ["swiglu", "silu", "gelu", "gelu_tanh", "relu2"])
+def test_a_model_equals_its_formula_in_float64(ffn: str) -> None:
+    config = ModelConfig(**{**MODEL.model_dump(), "ffn": ffn})
+    torch.manual_seed(0)
+    fast = TransformerLM(config)
+    exact = TransformerLM(config, attend=reference_attention).double()
+    exact.load_state_dict(fast.state_dict())
+    ids = torch.randint(50, (2, 40))
+    for model in (fast, exact):
+        model(ids).square().mean().backward()
+    for (name, ours), right in zip(fast.named_parameters(), exact.parameters(), strict=True):
+        assert ours.grad is not None and right.grad is not None
+        torch.testing.assert_close(
+            ours.grad, right.grad.float(), rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+LEVEL = """
+import torch
+from bytekiln import _core, kernels
+from bytekiln.errors import ConfigError
+torch.manual_seed(0)
+q, k, v = (torch.randn(2, 70, 4, 24).transpose(1, 2).requires_grad_() for _ in range(3))
+try:
+    out = kernels.attention(q, k, v, True, 0)
+except ConfigError as error:
+    print(error)
+else:
+    gradients = torch.autograd.grad(out.square().sum() + kernels.activation(out, "gelu").sum(), (q, k, v))
+    print(_core.simd_level(), *(repr(float(x.double().square().sum())) for x in (out, *gradients)))
+"""
+
+
+def test_levels_agree() -> None:
+    def said(level: str) -> list[str]:
+        env = {**os.environ, "BYTEKILN_SIMD": level}
+        done = subprocess.run([sys.executable, "-c", LEVEL], env=env, capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    best, scalar = said(""), said("scalar")
+    assert best[0] == _core.simd_level() and scalar[0] == "scalar"
+    assert [float(x) for x in best[1:]] == pytest.approx([float(x) for x in scalar[1:]], rel=1e-5)
+    assert "BYTEKILN_SIMD: found mmx; expected what this processor has" in " ".join(said("mmx"))
+
+
+@pytest.mark.slow
+def test_compiling_changes_nothing_but_rounding() -> None:
+    torch.manual_seed(0)
+    model = TransformerLM(MODEL)
+    ids = torch.randint(50, (2, 40))
+    gradients = []
+    for run in (model, torch.compile(model, fullgraph=True)):
+        model.zero_grad()
+        run(ids).square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e6, 1e12])
+def test_attention_with_huge_scores_is_a_choice_of_one_key(size: float) -> None:
+    """Rounding of scores of 1e12 is far beyond what 2^x can hold; torch stays finite, and so must this."""
+    torch.manual_seed(0)
+    q, k, v = ((torch.randn(2, 2, 9, 8) * s).requires_grad_() for s in (size, size, 1.0))
+    out = kernels.attention(q, k, v, True, 0)
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
