@@ -259,6 +259,17 @@ def test_signal_leaves_a_checkpoint_and_the_run_goes_on(tmp_path: Path, number: 
     assert [r["loss"] for r in rows(run)] == [r["loss"] for r in rows(tmp_path / "other")]
 
 
+def test_the_least_rate_may_be_said_as_the_ratio_makes_it(tmp_path: Path) -> None:
+    """The guide's line for a resume: --max-lr 8e-4 --min-lr 8e-5 of a run that was started with --max-lr 8e-4 alone."""
+    train(tiny(tmp_path / "a", lr=8e-4, max_steps=4))
+    train(tiny(tmp_path / "b", lr=8e-4, max_steps=4, checkpoint_interval=2))
+    back = tmp_path / "b/run/checkpoints/checkpoint_2"
+    train(tiny(tmp_path / "b"), resume=back, given={"max_lr": "8e-4", "min_lr": "8e-5"})
+    assert weights(tmp_path / "a/run") == weights(tmp_path / "b/run")
+    with pytest.raises(MismatchError, match="min_lr: found 9e-05"):
+        train(tiny(tmp_path / "b"), resume="auto", given={"min_lr": 9e-5, "max_steps": 5})
+
+
 def test_another_validation_begins_the_best_anew(tmp_path: Path) -> None:
     """Losses on other data, or on another number of batches, do not compare."""
     train(tiny(tmp_path, max_steps=4, eval_interval=1, early_stopping_patience=9))

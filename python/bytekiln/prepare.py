@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,9 @@ def find_checkpoint(
         checkpoint = load_checkpoint(path)
         _place(path, checkpoint.config, values)
     stored = checkpoint.config
+    usual = stored.optimizer.lr * stored.optimizer.min_lr_ratio
+    if stored.optimizer.min_lr is None and math.isclose(float(str(values.get("min_lr", "nan"))), usual, rel_tol=1e-9):
+        values.pop("min_lr")  # says what the ratio makes it, to the last digit or nearly so
     if values.get("init_from"):
         values["init_from"] = str(Path(str(values["init_from"])).absolute())
     if str(values.get("dense_twin", "")).lower() in ("true", "1", "yes", "on") and stored.model.ffn != "moe":
