@@ -1,0 +1,344 @@
+"""`lm-sweep`: runs that differ in something, side by side. Argument list in, exit status out.
+
+Called by `cli`, which turns errors into one line. The words `search`, `worker` and `adopt` come first; the names of
+pipelines are those of `experiments`. torch is imported only to plan a dry run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from bytekiln.adopt import adopt as adopt_run
+from bytekiln.config import FIELDS, canonical, presets
+from bytekiln.console import Parser, human_bytes, human_count, human_time, notice, table
+from bytekiln.detach import check, detach
+from bytekiln.errors import ConfigError, MissingExtraError
+from bytekiln.run_flags import add_run_flags, given_fields, spell_switches
+from bytekiln.section import Value
+from bytekiln.sweep import run_sweep, work
+from bytekiln.sweep_axes import Axis
+from bytekiln.sweep_folder import checked_data, coordinating, open_folder
+from bytekiln.sweep_journal import Holder
+from bytekiln.sweep_process import cores
+from bytekiln.sweep_progress import ProgressBoard, number
+from bytekiln.sweep_results import TrialResult, best_of, exit_status
+from bytekiln.sweep_spec import SweepSpec, Trial, changed, load_spec, sweep_presets, trials_of
+from bytekiln.sweep_table import PLACES, typed, typed_axis
+
+MANY_RUNS = 1000
+"""More runs than this are started only with --yes."""
+EXAMPLES = (
+    "lm-sweep tinystories-lr --jobs 2",
+    'lm-sweep shakespeare-char --lrs "3e-4 1e-3 3e-3" --seeds 3 --dry-run',
+    'lm-sweep tinystories-lr --detach lr_sweep --then "lm-report tinystories-lr --png"',
+    "lm-sweep tinystories-lr                         goes on where it was interrupted",
+    "lm-sweep worker tinystories-lr                  joins it, from another machine too",
+    "lm-sweep adopt checkpoints/tinystories --as lr=6e-4",
+)
+NOT_MINE = (*PLACES, "lr", "seed")
+"""Fields whose flags a sweep's help leaves out."""
+SHAPELESS = ("lr", "min_lr", "seed", "run_name", "checkpoint_dir", "tensorboard_dir", "weight_decay", "beta1", "beta2")
+"""Fields that change nothing of what a run costs."""
+
+
+def sweep(argv: list[str]) -> int:
+    """`lm-sweep`: 0 done, 1 every run failed, 4 some failed, 130 and 143 interrupted."""
+    words: dict[str, Callable[[list[str]], int]] = {"worker": _worker, "adopt": _adopt, "search": _search}
+    if argv and argv[0] in words:
+        return words[argv[0]](argv[1:])
+    if argv and (pipeline := _experiment("pipeline", argv[0].replace("_", "-"))) is not None:
+        return int(pipeline(argv[1:]))
+    parser = _parser(everything="--help-all" in argv)
+    options = parser.parse_args(spell_switches(argv))
+    if options.source is None:
+        raise ConfigError(f"lm-sweep: found no sweep; expected a preset ({', '.join(sweep_presets())}), file or folder")
+    spec, folder = _spec(options)
+    if spec.count() > MANY_RUNS and not options.yes:
+        raise ConfigError(f"{spec.name}: found {spec.count():,} runs; expected at most {MANY_RUNS:,}, or --yes")
+    trials = trials_of(spec)
+    if options.dry_run:
+        print(dry_run(trials, options.jobs or 1))
+        return 0
+    _check_ready(spec, trials)
+    if options.detach:
+        return _detached(options.detach, argv, spec, folder, overwrite=options.overwrite)
+    open_folder(spec, folder, overwrite=options.overwrite)
+    start: dict[str, Any] = {}
+    jobs = options.jobs or 1
+    if options.ray:
+        from bytekiln.sweep_ray import RayStart
+
+        ray = start["start"] = RayStart()
+        jobs = options.jobs or ray.jobs(1)
+    notice(f"{len(trials)} run{'s' * (len(trials) != 1)} in {folder}, {jobs} at once")
+    with ProgressBoard(notice) as board:
+        retry = [s for text in options.retry for s in text.replace(",", " ").split()]
+        results = run_sweep(
+            trials, folder, jobs=jobs, retry=retry, results=spec.results_name, say=board.say, board=board, **start
+        )
+    status = exit_status(results)
+    print(summary(results))
+    print(f"\nresults: {folder / spec.results_name}")
+    if (after := _experiment("after", spec.name)) is not None:
+        after(spec, folder, results, notice)
+    if options.then:
+        _then(options.then, status)
+    return status
+
+
+def summary(results: Sequence[TrialResult]) -> str:
+    """How the runs ended, as a table, and which was best."""
+    rows: list[tuple[str, ...]] = [("run", "status", "best val", "at step", "final val", "steps", "time")]
+    rows += [
+        (
+            r.name,
+            r.status,
+            number(r.best_val_loss),
+            "" if r.best_step is None else f"{r.best_step:,}",
+            number(r.final_val_loss),
+            f"{r.steps:,}",
+            human_time(r.elapsed_time) if r.elapsed_time else "",
+        )
+        for r in results
+    ]
+    best, troubles = best_of(results), [r for r in results if r.status in ("failed", "interrupted")]
+    lines = [table(rows, indent="")]
+    lines += [f"{r.name}: {r.error or r.why}" for r in troubles]
+    if best is not None:
+        lines += ["", f"best: {best.name}, validation loss {number(best.best_val_loss)} at step {best.best_step:,}"]
+    else:
+        lines += ["", "best: none; no run has ended with a validation loss"]
+    return "\n".join(lines)
+
+
+def dry_run(trials: Sequence[Trial], jobs: int) -> str:
+    """What every run would need, and all of them together."""
+    from bytekiln.cli_plan import with_vocabulary
+    from bytekiln.plan import Plan, make_plan
+
+    plans: dict[tuple[tuple[str, object], ...], Plan] = {}
+    rows: list[tuple[str, ...]] = [("run", "parameters", "steps", "tokens", "FLOPs", "time", "disk")]
+    total = [0.0, 0.0, 0.0]
+    basis = ""
+    for trial in trials:
+        config = with_vocabulary(trial.config)
+        key = tuple(sorted((k, v) for k, v in config.flat().items() if k not in SHAPELESS))
+        if key not in plans:
+            plans[key] = make_plan(config)
+        made = plans[key]
+        flops, disk = made.flops_per_token * made.length.tokens, made.checkpoint_bytes * made.checkpoints
+        basis = made.time.basis
+        total = [total[0] + flops, total[1] + made.time.run_s, total[2] + disk]
+        rows.append(
+            (
+                trial.name, f"{made.parameters:,}", f"{made.length.steps:,}", human_count(made.length.tokens),
+                human_count(flops), human_time(made.time.run_s), human_bytes(disk),
+            )
+        )  # fmt: skip
+    rows.append(("all", "", "", "", human_count(total[0]), human_time(total[1]), human_bytes(total[2])))
+    at_once = f"; {jobs} at once, if that slows none down: {human_time(total[1] / jobs)}" if jobs > 1 else ""
+    return f"{table(rows, indent='')}\n\n{len(trials)} runs; time {basis}{at_once}"
+
+
+def _spec(options: argparse.Namespace) -> tuple[SweepSpec, Path]:
+    """The sweep with the command line's values on top, and its folder."""
+    given: dict[str, object] = given_fields(options)
+    for text in options.set:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set: found {text!r}; expected FIELD=VALUE")
+        given[canonical(key.strip(), "--set")] = value.strip()
+    place = str(given.pop("out_dir", ""))
+    axes: dict[str, Axis] = {}
+    for text in options.axis:
+        key, equals, value = text.partition("=")
+        if not equals or not value.strip():
+            raise ConfigError(f"--axis: found {text!r}; expected FIELD='VALUE VALUE …'")
+        field = canonical(key.strip(), "--axis")
+        axes[field] = typed_axis(field, Axis(values=tuple(value.replace(",", " ").split())))
+    spec = load_spec(options.source)
+    source, named = Path(options.source), str(options.source).replace("_", "-") in (*sweep_presets(), *presets())
+    there = options.folder or place or (source if (source / "sweep.toml").is_file() and not named else "")
+    given_nothing = not (given or axes or options.lrs or options.seeds or options.dataset or options.overwrite)
+    if given_nothing:
+        folder = Path(there or changed(spec, scale=options.scale or "").folder)
+        if (folder / "sweep.toml").is_file() and (named or not options.scale):
+            return load_spec(folder / "sweep.toml"), folder  # as it was begun here, with the flags of then
+    if options.dataset:
+        spec = spec.model_copy(update={"base": {**spec.base, "dataset": options.dataset}})
+    spec = changed(
+        spec,
+        scale=options.scale or "",
+        lrs=_numbers(options.lrs, "--lrs") if options.lrs else (),
+        seeds=_seeds(options.seeds) if options.seeds else (),
+        axes=axes,
+        given=given,
+    )
+    return spec, Path(there or spec.folder)
+
+
+def _numbers(text: str, flag: str) -> list[float]:
+    try:
+        return [float(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise ConfigError(f"{flag}: found {text!r}; expected numbers, as '3e-4 1e-3'") from None
+
+
+def _seeds(text: str) -> list[int]:
+    parts = text.replace(",", " ").split()
+    if not parts or not all(p.isdecimal() for p in parts) or (len(parts) == 1 and int(parts[0]) < 1):
+        raise ConfigError(f"--seeds: found {text!r}; expected how many, or the seeds themselves: '1 2 3'")
+    return [int(p) for p in parts] if len(parts) > 1 else list(range(1, int(parts[0]) + 1))
+
+
+def _check_ready(spec: SweepSpec, trials: Sequence[Trial]) -> None:
+    """What every run would stumble over, before the first one begins."""
+    checked_data(trials, str(spec.base.get("dataset", "")))
+    if any(t.config.output.tensorboard for t in trials) and importlib.util.find_spec("tensorboard") is None:
+        raise MissingExtraError(
+            'tensorboard: the package is not installed; expected pip install "bytekiln[track]", or --no-tensorboard'
+        )
+
+
+def _detached(name: str, argv: list[str], spec: SweepSpec, folder: Path, *, overwrite: bool) -> int:
+    """Start the same command in tmux; what can be refused is refused here, where it is seen."""
+    check(name)
+    if (folder / "sweep.toml").exists() and not overwrite:
+        open_folder(spec, folder)
+        with coordinating(folder):
+            pass
+    rest, skip = [], False
+    for arg in argv:
+        if skip:
+            skip = False
+        elif arg == "--detach":
+            skip = True
+        elif not arg.startswith("--detach="):
+            rest.append(arg)
+    print(detach(name, [sys.executable, "-m", "bytekiln.cli", "lm-sweep", *rest]))
+    return 0
+
+
+def _then(command: str, status: int) -> None:
+    """Run what is to follow, unless nothing came of the sweep."""
+    if status == 1:
+        notice(f"--then: not run, since every run failed: {command}")
+        return
+    notice(f"then: {command}")
+    ended = subprocess.run(command, shell=True, check=False).returncode
+    if ended:
+        notice(f"--then: ended with exit status {ended}")
+
+
+def _worker(argv: list[str]) -> int:
+    parser = Parser(
+        "lm-sweep worker",
+        description="Join a sweep that runs, or has stopped, from another terminal or another machine that shares its "
+        "folder: take runs from it until none is left.",
+        examples=("lm-sweep worker tinystories-lr --jobs 2",),
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="the sweep's folder")
+    parser.add_argument("--jobs", type=_count, default=1, metavar="N", help="runs at once; default: 1")
+    options = parser.parse_args(argv)
+    notice(f"joins {options.folder} as {Holder.me()}")
+    with ProgressBoard(notice) as board:
+        results = work(options.folder, jobs=options.jobs, say=board.say, board=board)
+    print(summary(results))
+    return exit_status(results)
+
+
+def _adopt(argv: list[str]) -> int:
+    parser = Parser(
+        "lm-sweep adopt",
+        description="Take a run that exists into a sweep: its checkpoints and TensorBoard files get the sweep's names, "
+        "and it is entered into the results. Refused where the run's config says another value.",
+        examples=(
+            "lm-sweep adopt checkpoints/tinystories --as lr=6e-4",
+            "lm-sweep adopt runs/base --as lr=1e-3,seed=1 --sweep my-sweep",
+        ),
+    )
+    parser.add_argument("run", metavar="FOLDER", help="run folder, or folder of checkpoints")
+    parser.add_argument("--as", dest="values", action="append", required=True, metavar="FIELD=VALUE",
+                        help="what the sweep calls it by; several: lr=6e-4,seed=1")  # fmt: skip
+    parser.add_argument("--sweep", default="", metavar="PRESET|FILE|FOLDER", help="the sweep; default: by its name")
+    parser.add_argument("--tensorboard", metavar="DIR", help="its TensorBoard files; default: as its config says")
+    options = parser.parse_args(argv)
+    values: dict[str, Value] = {}
+    for text in (part for given in options.values for part in given.split(",")):
+        key, equals, value = text.partition("=")
+        if not equals or not value:
+            raise ConfigError(f"--as: found {text!r}; expected FIELD=VALUE")
+        field = canonical(key.strip(), "--as")
+        values[field] = typed(field, value.strip())
+    board = Path(options.tensorboard) if options.tensorboard else None
+    entry, path = adopt_run(Path(options.run), values, sweep=options.sweep, tensorboard=board)
+    print(f"{entry.name}: {entry.status}, checkpoints in {entry.checkpoint_dir}")
+    if entry.tensorboard_dir:
+        print(f"TensorBoard: {entry.tensorboard_dir}")
+    print(f"results: {path}")
+    return 0
+
+
+def _search(argv: list[str]) -> int:
+    if importlib.util.find_spec("bytekiln.cli_search") is None:
+        raise ConfigError("lm-sweep search: this version has none")
+    return int(import_module("bytekiln.cli_search").search(argv))
+
+
+def _experiment(what: str, name: str) -> Any:  # noqa: ANN401 - a function of `experiments`, or None
+    """`experiments.pipeline(name)` runs a whole experiment, `experiments.after(name)` adds to a sweep that is done."""
+    if importlib.util.find_spec("bytekiln.experiments") is None:
+        return None
+    function = getattr(import_module("bytekiln.experiments"), what, None)
+    return function(name) if function is not None else None
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected a whole number from 1 on")
+    return int(text)
+
+
+def _parser(*, everything: bool) -> Parser:
+    parser = Parser(
+        "lm-sweep",
+        usage="lm-sweep PRESET|SPEC.toml|FOLDER [flags] [flags of lm-train], or lm-sweep search|worker|adopt …",
+        description="Train runs that differ in learning rate, seed or any other field, each in a process and a folder "
+        "of its own, and compare them. The same command goes on with what is not done. "
+        f"Sweeps: {', '.join(sweep_presets())}; a run's preset ({', '.join(presets())}) or config is a base.",
+        examples=EXAMPLES,
+    )
+    add = parser.add_argument
+    add("source", nargs="?", metavar="PRESET|SPEC|FOLDER", help="what to sweep; a sweep's folder goes on")
+    add("--help-all", action="help", help="show every field of a run, too")
+    add("--lrs", metavar="'X Y …'", help="learning rates, in the place of the sweep's")
+    add("--seeds", metavar="N", help="each combination with N seeds (1 to N), or with these: '7 8 9'")
+    add("--axis", action="append", default=[], metavar="FIELD='V …'", help="values of any field; several make a grid")
+    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of all runs, as --FIELD VALUE does")
+    add("--scale", metavar="NAME", help="a smaller form that the sweep has, as cpu")
+    add("--dataset", metavar="NAME", help="train on data/processed/NAME_{train,valid}.npy")
+    add("--folder", metavar="DIR", help="the sweep's folder; default: its name, here")
+    add("--dry-run", action="store_true", help="list the runs with parameters, FLOPs, time and disk; run nothing")
+    add("--jobs", type=_count, metavar="N", help=f"runs at once, which share the {cores()} cores; default: 1")
+    add("--retry", action="append", default=[], metavar="STATUS", help="run again what ended so: failed, diverged …")
+    add("--overwrite", action="store_true", help="replace an existing sweep and its runs")
+    add("--yes", action="store_true", help=f"more than {MANY_RUNS:,} runs are meant")
+    add("--detach", metavar="NAME", help="run in a new tmux session of this name")
+    add("--then", metavar="COMMAND", help="run this once all is done; never when every run failed, nor after Ctrl-C")
+    add("--ray", action="store_true", help="run as tasks of an existing Ray cluster (extra: ray)")
+    add_run_flags(parser, everything=everything)
+    for action in parser._actions:
+        if action.dest in FIELDS and (action.dest in NOT_MINE or (not everything and action.dest not in SHOWN)):
+            action.help = argparse.SUPPRESS
+    return parser
+
+
+SHOWN = ("train_data", "val_data", "tokenizer", "max_steps", "batch_size", "device")
+"""Fields that `--help` shows; all are there."""

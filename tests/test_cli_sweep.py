@@ -1,0 +1,308 @@
+"""`lm-sweep` as a user meets it: dry run, refusals, adoption, sessions, what follows, and sweeps that are killed."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bytekiln import cli, cli_sweep
+from bytekiln.sweep import run_sweep
+from bytekiln.sweep_results import read_results
+from lm_runs import ONE_THREAD, TINY, tokens
+from sweep_driver import Start
+from sweep_kills import make, outcome, start
+
+HERE = Path(__file__).parent
+FLAGS = [f"--{k}={str(v).lower()}" for k, v in TINY.items() if k != "lr"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with token files."""
+    monkeypatch.chdir(tmp_path)
+    tokens(tmp_path / "train.npy")
+    tokens(tmp_path / "val.npy", 200, seed=1)
+    return tmp_path
+
+
+@pytest.fixture
+def sweep(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> object:
+    """`sweep("tinystories-lr", …, status=2)` in this process, its runs trivial; (stdout, stderr)."""
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def run(*argv: object, status: int = 0, begins: Start | None = None) -> tuple[str, str]:
+        trivial = functools.partial(run_sweep, start=begins or Start())
+        monkeypatch.setattr(cli_sweep, "run_sweep", trivial)
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            ended = cli.run("lm-sweep", [str(a) for a in argv])
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        out, err = capsys.readouterr()
+        assert ended == status, err
+        if status == 2:
+            assert err.count("error: ") == 1 and err.rstrip().count("\n") == err[: err.index("error: ")].count("\n")
+        return out, err
+
+    return run
+
+
+DATA = ("--train-data", "train.npy", "--val-data", "val.npy")
+
+
+def test_dry_run_lists_runs_and_their_sum(sweep, here: Path) -> None:
+    out, _ = sweep("tinystories-lr", *DATA, *FLAGS, "--seeds", 2, "--dry-run", "--jobs", 2)
+    lines = out.splitlines()
+    assert lines[0].split() == ["run", "parameters", "steps", "tokens", "FLOPs", "time", "disk"]
+    assert lines[1].startswith("lr=3e-4,seed=1") and lines[12].startswith("lr=1.2e-3,seed=2")
+    assert lines[13].startswith("all") and "12 runs" in lines[-1] and "2 at once" in lines[-1]
+    assert not (here / "tinystories-lr").exists()
+
+
+def test_the_table_and_the_best(sweep, here: Path) -> None:
+    out, err = sweep("tinystories-lr", *DATA, "--no-tensorboard", "--lrs", "2.5e-4 3e-4")
+    assert "best: lr=2.5e-4, validation loss 2.0000 at step 6" in out and "tinystories-lr/lr_sweep_results.json" in out
+    assert "2 runs in tinystories-lr, 1 at once" in err and "lr=3e-4: completed" in err
+    assert [r.lr_str for r in read_results(here / "tinystories-lr/lr_sweep_results.json")] == ["2.5e-4", "3e-4"]
+    begun = Start()
+    sweep("tinystories-lr", begins=begun)  # by its name alone: as it was begun here
+    sweep("./tinystories-lr", begins=begun)
+    assert begun.started == []
+
+
+def test_another_spec_is_refused_by_what_differs(sweep, here: Path) -> None:
+    base = ("tinystories-lr", *DATA, "--no-tensorboard")
+    sweep(*base, "--lrs", "3e-4")
+    _, err = sweep(*base, "--lrs", "3e-4 4e-4", status=2)
+    assert "sweep.toml: axes.lr: found [0.0003]; expected [0.0003, 0.0004]" in err and "--folder" in err
+    _, err = sweep(*base, "--lrs", "3e-4", "--batch-size", 8, status=2)
+    assert "base.batch_size: found nothing; expected 8" in err
+    sweep(*base, "--lrs", "3e-4 4e-4", "--overwrite", begins=(begun := Start()))
+    assert begun.started == ["lr=3e-4", "lr=4e-4"]
+    sweep(*base, "--lrs", "3e-4", "--folder", "other", begins=(begun := Start()))
+    assert begun.started == [] or begun.started == ["lr=3e-4"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ((), "found no sweep; expected a preset"),
+        (("tinystories-lrr",), "did you mean tinystories-lr?"),
+        (("tinystories-lr", "--axis", "learning_rat=1 2", *DATA), "did you mean learning_rate?"),
+        (("tinystories-lr", "--set", "d_modle=3", *DATA), "unknown key d_modle; did you mean d_model?"),
+        (("tinystories-lr", "--set", "d_model", *DATA), "expected FIELD=VALUE"),
+        (("tinystories-lr", "--lrs", "a b", *DATA), "--lrs: found 'a b'"),
+        (("tinystories-lr", "--lr", "1e-3", *DATA), "expected --lrs"),
+        (("tinystories-lr", "--seeds", "0", *DATA), "--seeds: found '0'"),
+        (("tinystories-lr", "--jobs", "0", *DATA), "expected a whole number from 1 on"),
+        (("tinystories-lr", "--scale", "gpu", *DATA), "expected one that tinystories-lr has: cpu"),
+        (("tinystories-lr", "--retry", "faild", "--no-tensorboard", *DATA), "retry: found faild"),
+        (("tinystories-lr", "--lrss", "1"), "unknown flag --lrss; did you mean --lrs?"),
+        (("tinystories-lr",), "make it with: bpe-train --dataset tinystories && bpe-encode --dataset tinystories"),
+        (("debug", "--seeds", "2"), "train_data: found none"),
+        (("debug", "--axis", "seed=" + " ".join(map(str, range(10_000))), *DATA), "found 10,000 runs"),
+        (("worker", "nowhere"), "trials.json: no such file"),
+        (("adopt", "nowhere", "--as", "lr=1e-3", "--sweep", "debug"), "nowhere: no such folder"),
+        (("adopt", "checkpoints/other", "--as", "lr=1e-3"), "expected --sweep"),
+        (("adopt", "checkpoints/tinystories", "--as", "lr"), "--as: found 'lr'"),
+        (("tinystories-lr", "--detach", "a.b", *DATA), "--detach: "),
+    ],
+)
+def test_refusals(sweep, argv: tuple[str, ...], words: str) -> None:
+    _, err = sweep(*argv, status=2)
+    assert words in err
+
+
+def test_many_runs_are_made_on_demand(sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_sweep, "MANY_RUNS", 2)
+    argv = ("debug", "--seeds", 3, *DATA)
+    assert "found 3 runs; expected at most 2, or --yes" in sweep(*argv, status=2)[1]
+    assert "seed=3" in sweep(*argv, "--yes")[0]
+
+
+def test_missing_programs_and_packages_are_one_line(sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as m:
+        m.setenv("PATH", "/nowhere")
+        _, err = sweep("tinystories-lr", "--detach", "x", *DATA, status=2)
+        assert "tmux is not installed" in err and "apt install tmux" in err
+    find = cli_sweep.importlib.util.find_spec
+    monkeypatch.setattr(cli_sweep.importlib.util, "find_spec", lambda n: None if n == "tensorboard" else find(n))
+    _, err = sweep("tinystories-lr", *DATA, status=2)
+    assert 'pip install "bytekiln[track]", or --no-tensorboard' in err
+    monkeypatch.setitem(sys.modules, "ray", None)
+    _, err = sweep("tinystories-lr", *DATA, "--no-tensorboard", "--ray", status=2)
+    assert 'pip install "bytekiln[ray]"' in err
+
+
+@pytest.mark.parametrize(("code", "status", "follows"), [(0, 0, True), (3, 0, True), (1, 1, False)])
+def test_then_follows_unless_every_run_failed(sweep, here: Path, code: int, status: int, follows: bool) -> None:
+    codes = dict.fromkeys(("lr=3e-4", "lr=4e-4"), code)
+    argv = ("tinystories-lr", *DATA, "--no-tensorboard", "--lrs", "3e-4 4e-4")
+    _, err = sweep(*argv, "--then", "echo done > then.txt", status=status, begins=Start(codes))
+    assert (here / "then.txt").exists() == follows
+    if not follows:
+        assert "not run, since every run failed" in err
+
+
+def test_some_failed_is_four_and_nothing_follows_by_itself(sweep, here: Path) -> None:
+    argv = ("tinystories-lr", *DATA, "--no-tensorboard", "--lrs", "3e-4 4e-4")
+    out, _ = sweep(*argv, status=4, begins=Start({"lr=3e-4": 2}))
+    assert "lr=3e-4: oh dear" in out
+    sweep(*argv, "--retry", "failed")
+
+
+# --- whole commands ---------------------------------------------------------------------------------------------
+
+
+def lm(here: Path, *argv: object, status: int = 0) -> str:
+    """A command in a process of its own; its output."""
+    run = subprocess.run(
+        [sys.executable, "-m", "bytekiln.cli", *map(str, argv)],
+        capture_output=True, text=True, cwd=here, timeout=280, env={**os.environ, **ONE_THREAD, "NO_COLOR": "1"},
+    )  # fmt: skip
+    assert run.returncode == status, run.stdout + run.stderr
+    return run.stdout + run.stderr
+
+
+def test_seed_000_from_the_baseline_to_the_resume(here: Path) -> None:
+    """Rename what exists, sweep, look at the results, resume one rate by hand: the document's order."""
+    data = [*DATA, *FLAGS]
+    lm(here, "lm-train", "tinystories", *data, "--checkpoint-dir", "checkpoints/tinystories", "--tensorboard",
+       "--tensorboard-dir", "runs/tinystories/tinystories-4L-512d", "--out-dir", "runs/tinystories")  # fmt: skip
+    rows = (here / "runs/tinystories/metrics.csv").read_text()
+    said = lm(here, "lm-sweep", "adopt", "checkpoints/tinystories", "--as", "lr=8e-4", status=2)
+    assert "lr: found 6e-4 in the run's config; expected 8e-4" in said
+    lm(here, "lm-sweep", "adopt", "checkpoints/tinystories", "--as", "lr=6e-4")
+    assert not (here / "checkpoints/tinystories").exists()
+    assert (here / "checkpoints/tinystories_lr6e-4/checkpoint_final").is_dir()
+    assert [p.name for p in (here / "runs/tinystories").iterdir()] == ["tinystories-4L-512d_lr6e-4"]
+    assert (here / "tinystories-lr/runs/lr=6e-4/metrics.csv").read_text() == rows
+    said = lm(here, "lm-sweep", "tinystories-lr", *data, "--lrs", "6e-4 8e-4")
+    assert "lr=6e-4: begins" not in said and "lr=8e-4: completed" in said
+    entries = json.loads((here / "tinystories-lr/lr_sweep_results.json").read_text())
+    for entry, lr in zip(entries, ("6e-4", "8e-4"), strict=True):
+        wanted = {
+            "lr": float(lr), "lr_str": lr, "min_lr": float(lr) / 10, "status": "completed", "exit_status": 0,
+            "checkpoint_dir": f"checkpoints/tinystories_lr{lr}",
+            "final_checkpoint": f"checkpoints/tinystories_lr{lr}/checkpoint_final",
+            "tensorboard_dir": f"runs/tinystories/tinystories-4L-512d_lr{lr}",
+        }  # fmt: skip
+        assert {k: pytest.approx(v) if k == "min_lr" else v for k, v in wanted.items()} == {k: entry[k] for k in wanted}
+        assert entry["best_step"] == 6 and entry["final_val_loss"] > 0 and entry["elapsed_time"] > 0
+        assert list((here / entry["tensorboard_dir"]).glob("events.out.tfevents.*"))
+    config = here / "configs/train_tinystories.json"
+    config.parent.mkdir()
+    config.write_text(json.dumps({k: v for k, v in TINY.items() if k != "lr"} | {"train_data": "train.npy"}))
+    said = lm(here, "lm-train", "--config", "configs/train_tinystories.json", "--max-lr", "8e-4", "--min-lr", "8e-5",
+              "--tensorboard", "--resume", "checkpoints/tinystories_lr8e-4/checkpoint_4.pt")  # fmt: skip
+    assert "Resuming from step 4" in said and "completed" in said
+
+
+def test_adopting_needs_no_result_and_goes_on_after_a_kill(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bytekiln import adopt as module
+    from bytekiln.train import train
+    from lm_runs import tiny
+
+    config = tiny(here, checkpoint_dir=str(here / "checkpoints/tinystories"), out_dir=str(here / "r"), lr=6e-4)
+    train(config)
+    (here / "r/result.json").unlink()
+    with monkeypatch.context() as m:
+        m.setattr(module, "_remove_old", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            module.adopt(Path("checkpoints/tinystories"), {"lr": 6e-4})
+    assert (here / "checkpoints/tinystories/checkpoint_final").is_dir(), "what was there goes last"
+    entry, path = module.adopt(Path("checkpoints/tinystories"), {"lr": 6e-4})
+    assert entry.status == "completed" and entry.best_step == 6 and read_results(path) == [entry]
+    assert not (here / "checkpoints/tinystories").exists() and not (here / "r").exists()
+    again = train(config.with_(out_dir=str(here / "tinystories-lr/runs/lr=6e-4"), max_steps=8,
+                               checkpoint_dir=entry.checkpoint_dir), resume="auto", given={"max_steps": 8})  # fmt: skip
+    assert again.status == "completed" and again.steps == 8, "its checkpoints are whole and know their new place"
+
+
+@pytest.fixture
+def tmux(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """A tmux server of its own."""
+    program = shutil.which("tmux")
+    if program is None:
+        pytest.skip("tmux is not installed")
+    monkeypatch.setenv("TMUX_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("TMUX", raising=False)
+    yield program
+    subprocess.run([program, "kill-server"], capture_output=True, check=False)
+
+
+def test_detached_in_a_session(sweep, here: Path, tmux: str) -> None:
+    argv = ("tinystories-lr", *DATA, "--no-tensorboard", "--lrs", "3e-4")
+    sweep(*argv)  # trivially done, so that the session only looks back
+    out, _ = sweep(*argv, "--detach", "lr_sweep", "--then", "echo $TMUX > then.txt; sleep 60")
+    assert "tmux attach -t lr_sweep" in out
+    _, err = sweep(*argv, "--detach", "lr_sweep", status=2)
+    assert "found a tmux session lr_sweep" in err and "tmux attach -t lr_sweep" in err
+    until = time.monotonic() + 60
+    while not (here / "then.txt").exists():
+        assert time.monotonic() < until, subprocess.run([tmux, "capture-pane", "-p", "-t", "lr_sweep"],
+                                                        capture_output=True, text=True).stdout  # fmt: skip
+        time.sleep(0.1)
+    assert "tmux" in (here / "then.txt").read_text()
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_the_same(tmp_path: Path) -> None:
+    """Six sweeps and six runs, killed with SIGKILL: the results file of the whole sweep, weights bit for bit."""
+    run = subprocess.run(
+        [sys.executable, str(HERE / "sweep_kills.py"), str(tmp_path), "7", "12"],
+        capture_output=True, text=True, timeout=1500, env={**os.environ, **ONE_THREAD},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    told = json.loads(run.stdout)["results"]
+    assert {r["killed"] for r in told} == {"sweep", "run"}
+    for r in told:
+        assert r["ends"][-1] == 0 and not r["left"] and not r["different"], told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_by_a_signal_it_goes_on_bit_for_bit(tmp_path: Path, number: signal.Signals) -> None:
+    spec = make(tmp_path)
+    assert start(spec, tmp_path / "whole").wait(280) == 0
+    sweep = start(spec, tmp_path / "stopped")
+    checkpoints = tmp_path / "stopped/runs"
+    until = time.monotonic() + 200
+    while not list(checkpoints.glob("*/checkpoints/checkpoint_5")):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    sweep.send_signal(number)
+    assert sweep.wait(200) == 128 + number
+    assert "interrupted" in {r.status for r in read_results(tmp_path / "stopped/results.json")}
+    assert start(spec, tmp_path / "stopped").wait(280) == 0
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+    assert re.search(r"goes on", (tmp_path / "stopped.said").read_text())
+
+
+@pytest.mark.slow
+def test_on_a_local_ray_cluster(here: Path) -> None:
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir="/tmp/bytekiln-ray")
+    try:
+        from bytekiln.sweep_ray import RayStart
+        from bytekiln.sweep_spec import changed, load_spec, trials_of
+
+        base = {k: v for k, v in TINY.items() if k != "lr"} | {"train_data": "train.npy", "tensorboard": False}
+        spec = changed(load_spec("tinystories-lr"), lrs=[1e-3, 1e9], given=base)
+        begin = RayStart()
+        assert begin.jobs(1) == 2
+        results = run_sweep(trials_of(spec), here / "s", jobs=2, start=begin)
+    finally:
+        ray.shutdown()
+    assert [r.status for r in results] == ["completed", "diverged"]
