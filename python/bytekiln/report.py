@@ -1,258 +1,184 @@
-"""Pictures of runs, drawn from their files alone. In: run folders. Out: a PNG. Imports no torch.
+"""Reports of runs, from their files alone: one HTML page, pictures, tables. Imports no torch.
 
-Called by `cli_lm`. matplotlib is used without a display and without its global state.
+In: run folders and sweep folders. Out: files. Called by `cli_report` and by what ends in a report. The parts:
+`report_runs` reads, `report_groups` compares, `report_html` makes the page, `report_pictures` the PNG files.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import csv
+import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from bytekiln.config import UNLIMITED_STEPS, RunConfig, load_config
-from bytekiln.errors import ConfigError, FileError, FormatError, OutputExistsError
-from bytekiln.metrics import Row, read_metrics
+from bytekiln.atomic import write_file
+from bytekiln.config import UNLIMITED_STEPS
+from bytekiln.errors import FileError
+from bytekiln.report_curves import points_for
+from bytekiln.report_groups import differing
+from bytekiln.report_html import page
+from bytekiln.report_model import Report
+from bytekiln.report_pictures import pictures, write_picture
+from bytekiln.report_places import Place, find_places
+from bytekiln.report_runs import Run, read_run
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-COLOURS = ("#1f5fa8", "#c8502d", "#2f8a57", "#7d4fa3", "#b58a17", "#2b9aa8", "#a33b6c", "#5b6770")
-"""Told apart by eyes that confuse red and green, and in print."""
-INK, FAINT = "#22272e", "#d9dde2"
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run folder tells."""
-
-    folder: Path
-    name: str
-    rows: list[Row]
-    config: RunConfig
-    result: dict[str, Any]
-
-    @classmethod
-    def read(cls, folder: Path) -> Run:
-        """Read a run folder, finished or not.
-
-        Raises:
-            FileError: it is no run folder.
-            FormatError: a file in it is malformed, or there is no row yet.
-        """
-        if not (folder / "config.toml").is_file():
-            raise FileError(f"{folder}: found no config.toml; expected a run folder")
-        config = load_config(folder / "config.toml")
-        metrics = Path(config.output.metrics_path) if config.output.metrics_path else folder / "metrics.csv"
-        rows = read_metrics(metrics)
-        if not any(r.step for r in rows):
-            raise FormatError(f"{metrics}: found no step; expected at least one")
-        try:
-            result = json.loads((folder / "result.json").read_text("utf-8"))
-        except FileNotFoundError:
-            result = {}
-        except (OSError, ValueError):
-            raise FormatError(f"{folder / 'result.json'}: found no JSON; expected the result of a run") from None
-        numbers = ("parameters", "final_bits_per_byte", "tokens_per_s")
-        if not isinstance(result, dict) or not all(isinstance(result.get(k), int | float | None) for k in numbers):
-            raise FormatError(f"{folder / 'result.json'}: found other JSON; expected the result of a run")
-        return cls(folder, folder.resolve().name, rows, config, result)
-
-    @property
-    def steps(self) -> int:
-        """Steps done, whatever came out of them."""
-        return self.rows[-1].step
-
-    @property
-    def evaluations(self) -> list[tuple[int, float]]:
-        """Steps, and validation losses behind them."""
-        return [(r.step, r.val_loss) for r in self.rows if r.val_loss is not None]
-
-    @property
-    def label(self) -> str:
-        """The name for matplotlib, which takes dollar signs for formulas."""
-        return self.name.replace("$", r"\$")
+SEVERAL_BYTES = 100_000_000
+"""Metrics that are more than this together are read by several processes."""
+CURVES = "loss val_loss train_eval_loss val_accuracy bits_per_byte lr grad_norm tokens_per_s expert_load".split()
 
 
-def draw(runs: Sequence[Run], out: Path, *, overwrite: bool = False) -> None:
-    """Draw the loss curves of one run, or of several against each other, above their learning rates.
+def read_report(paths: Sequence[Path], *, title: str = "", baseline: str = "") -> Report:
+    """Read runs and sweeps.
 
     Args:
-        runs: at least one.
-        out: the PNG; written whole or not at all.
-        overwrite: replace it if it exists.
+        paths: run folders, sweep folders, folders with such in them.
+        title: of the page; empty: the sweep's or the run's name.
+        baseline: group or run that the others are compared with; empty: what the sweeps say.
+
+    Raises:
+        FileError: a path is no folder, or has no run in it.
+        ConfigError: no group or run is called like the baseline.
+    """
+    places: dict[Path, Place] = {}
+    for path in paths:
+        for place in find_places(path):
+            places.setdefault(place.folder.resolve(), place)
+    listed = [*places.values()]
+    points = points_for(len(listed))
+    runs = _read_all(listed, points)
+    _tell_apart(runs)
+    return Report.of(runs, title=title, baseline=baseline, points=points)
+
+
+def _read_all(places: Sequence[Place], points: int) -> list[Run]:
+    size = sum(m.stat().st_size for p in places if (m := p.folder / "metrics.csv").is_file())
+    workers = min(os.cpu_count() or 1, len(places), 16)
+    if size > SEVERAL_BYTES and workers > 1:
+        with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
+            return list(pool.map(read_run, places, repeat(points), chunksize=2))
+    return [read_run(p, points) for p in places]
+
+
+def _tell_apart(runs: Sequence[Run]) -> None:
+    """Equal names of different runs get their folders' names before them."""
+    names = [r.name for r in runs]
+    for run in runs:
+        if names.count(run.name) > 1:
+            parts = run.folder.resolve().parts
+            above = run.asked.folder.resolve().name if run.asked else parts[-2] if len(parts) > 1 else ""
+            run.name = f"{above}/{run.name}"
+
+
+def write_page(report: Report, out: Path, *, overwrite: bool) -> None:
+    """Write the page.
 
     Raises:
         OutputExistsError: it exists.
         FileError: it cannot be written.
     """
-    if out.exists() and not overwrite:
-        raise OutputExistsError(
-            f"{out}: exists; expected a free name: --overwrite replaces it, --out takes another name"
-        )
-    if out.suffix.lower() != ".png":
-        raise ConfigError(f"{out}: found suffix {out.suffix or 'none'}; expected .png")
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with rc_context(
-        {
-            "font.size": 10.5,
-            "axes.edgecolor": "#8a929c",
-            "text.color": INK,
-            "axes.labelcolor": INK,
-            "xtick.color": INK,
-            "ytick.color": INK,
-        }
-    ):
-        figure = Figure(figsize=(9.6, 6.6), dpi=150, layout="constrained", facecolor="white")
-        FigureCanvasAgg(figure)
-        losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3.4, 1))
-        for i, run in enumerate(runs):
-            colour = COLOURS[i % len(COLOURS)]
-            _draw_losses(losses, run, colour, alone=len(runs) == 1)
-            steps = [r for r in run.rows if r.lr is not None]
-            rates.plot([r.step for r in steps], [r.lr for r in steps], color=colour, linewidth=1.4)
-        _frame(losses, "loss (nats a token)")
-        _frame(rates, "learning rate")
-        rates.set_xlabel("step")
-        rates.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-        rates.set_ylim(bottom=0)
-        losses.set_xlim(0, max(r.steps for r in runs) * 1.01)
-        losses.set_ylim(*_limits(runs))
-        vocabularies = {r.config.model.vocab_size for r in runs}
-        uniform = math.log(max(vocabularies))
-        if len(vocabularies) == 1 and uniform <= losses.get_ylim()[1]:
-            losses.axhline(
-                uniform,
-                color="#8a929c",
-                linewidth=1,
-                linestyle=(0, (4, 3)),
-                label=f"uniform guess, ln {vocabularies.pop():,}",
-            )
-        losses.legend(loc="upper right", facecolor="white", edgecolor="none", framealpha=1, labelcolor=INK)
-        losses.set_title(_title(runs), loc="left", fontsize=12.5, fontweight="bold")
-        if len(runs) == 1:
-            losses.annotate(
-                _subtitle(runs[0]),
-                (0, 1),
-                (0, 2),
-                "axes fraction",
-                "offset points",
-                fontsize=9,
-                color="#5b6770",
-                va="bottom",
-            )
-            losses.set_title(_title(runs), loc="left", fontsize=12.5, fontweight="bold", pad=18)
-        temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-        try:
-            figure.savefig(temporary, format="png")
-            temporary.replace(out)
-        except OSError as exc:
-            temporary.unlink(missing_ok=True)
-            raise FileError(
-                f"{out}: cannot be written: {(exc.strerror or str(exc)).lower()}; expected a writable folder"
-            ) from None
+    write_file(out, page(report).encode("utf-8", "replace"), overwrite=overwrite)
 
 
-def smoothed(values: Sequence[float], span: int) -> list[float]:
-    """Exponential moving average over about `span` values, without the pull towards its start (as in Adam).
+def write_pictures(report: Report, folder: Path, *, overwrite: bool) -> list[Path]:
+    """Write every picture that there is something to draw in.
 
-    >>> smoothed([2.0, 2.0, 2.0], 10)
-    [2.0, 2.0, 2.0]
+    Raises:
+        OutputExistsError: one exists.
+        FileError: there is nothing to draw, or one cannot be written.
     """
-    keep, total, weight, out = 1 - 2 / (span + 1), 0.0, 0.0, []
-    for v in values:
-        total, weight = keep * total + v, keep * weight + 1
-        out.append(total / weight)
+    drawn = pictures(report)
+    if not drawn:
+        raise FileError(f"{report.runs[0].folder}: found no step of a run; expected at least one for a picture")
+    out = []
+    for name, draw in drawn.items():
+        out.append(folder / f"{name}.png")
+        write_picture(draw, out[-1], overwrite=overwrite)
     return out
 
 
-def _draw_losses(axes: Axes, run: Run, colour: str, *, alone: bool) -> None:
-    points = [(r.step, r.loss) for r in run.rows if r.loss is not None]
-    steps, losses = [step for step, _ in points], [loss for _, loss in points]
-    label = "" if alone else f"{run.label}, "
-    if alone:
-        axes.plot(steps, losses, color=colour, linewidth=0.7, alpha=0.22, label="training, every step")
-    smooth = smoothed(losses, max(1, len(losses) // 50))
-    fallback = f"{label}training, smoothed" if alone or not run.evaluations else None
-    axes.plot(steps, smooth, color=colour, linewidth=1.6 if alone else 0.9, alpha=1 if alone else 0.5, label=fallback)
-    if run.evaluations:
-        axes.plot(
-            [step for step, _ in run.evaluations],
-            [loss for _, loss in run.evaluations],
-            color=COLOURS[1] if alone else colour,
-            linewidth=1.8,
-            marker="o",
-            markersize=4,
-            label=f"{label}validation, best {_best(run)[1]:.3f}",
-        )
+def write_csv(report: Report, folder: Path, *, overwrite: bool) -> list[Path]:
+    """Write `report_runs.csv`, `report_differences.csv` and `report_curves.csv` (long form, thinned as on the page).
 
-
-def _best(run: Run) -> tuple[int, float]:
-    """Step and loss of the best evaluation; of equal ones the first, as `checkpoint_best`."""
-    return min(run.evaluations, key=lambda e: e[1])
-
-
-def _limits(runs: Sequence[Run]) -> tuple[float, float]:
-    """From below the lowest loss to above the highest at the start: a diverged end does not flatten the rest."""
-    found = [[x for r in run.rows for x in (r.loss, r.val_loss) if x is not None] for run in runs]
-    every = [x for losses in found for x in losses]
-    if not every:
-        return 0.0, 1.0
-    first = max(x for losses in found for x in losses[:2])
-    low, high = min(every), min(max(every), first * 1.5)
-    span = high - low or 1.0
-    return low - 0.05 * span, high + 0.06 * span
-
-
-def _frame(axes: Axes, label: str) -> None:
-    axes.set_ylabel(label)
-    axes.grid(visible=True, color=FAINT, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _title(runs: Sequence[Run]) -> str:
-    return runs[0].label if len(runs) == 1 else f"{len(runs)} runs compared"
-
-
-def _subtitle(run: Run) -> str:
-    m, result = run.config.model, run.result
-    parts = [
-        f"{m.num_layers} layers × {m.d_model}, {m.num_heads} heads, context {m.context_length}, "
-        f"vocabulary {m.vocab_size:,}"
+    Raises:
+        OutputExistsError: one exists.
+        FileError: one cannot be written.
+    """
+    fields = list(differing(report.runs))
+    numbers = (
+        "best_val_loss best_step final_val_loss final_train_loss final_train_eval_loss final_bits_per_byte "
+        "final_val_accuracy steps max_steps tokens parameters tokens_per_s wall_time_s"
+    ).split()
+    judged = "spikes expected_spikes sigma highest highest_step largest_grad_norm largest_grad_step slope end".split()
+    runs: list[list[object]] = [["run", "variant", "status", *fields, *numbers, *judged, "note", "folder"]]
+    curves: list[list[object]] = [["run", "curve", "step", "value"]]
+    for run in report.runs:
+        of_result = [run.result.get(n) for n in numbers]
+        of_loss = [getattr(run.stability, n) if run.stability else None for n in judged]
+        notes = "; ".join([*([run.why] if run.why else []), *run.notes])
+        values = [run.config.get(n) for n in fields]
+        runs.append([run.name, run.group, run.status, *values, *of_result, *of_loss, notes, run.folder])
+        for name in CURVES:
+            if (curve := run.curves.get(name)) is not None:
+                curves += [[run.name, name, int(x), y] for x, y in zip(curve.x.tolist(), curve.y.tolist(), strict=True)]
+    differences: list[list[object]] = [
+        [
+            "variant",
+            "runs",
+            "mean_best_val_loss",
+            "sigma",
+            "baseline",
+            "difference",
+            "low",
+            "high",
+            "p",
+            "test",
+            "verdict",
+        ]
     ]
-    if result.get("parameters"):
-        parts.append(f"{result['parameters'] / 1e6:.2f} M parameters")
-    if result.get("final_bits_per_byte"):
-        parts.append(f"{result['final_bits_per_byte']:.3f} bits a byte")
-    if result.get("tokens_per_s"):
-        parts.append(f"{result['tokens_per_s']:,.0f} tokens a second")
-    if result and result.get("status") != "completed":
-        parts.append(str(result.get("status")))
-    return " · ".join(parts)
+    known = {id(c.group): c for c in report.comparisons}
+    for g in report.groups:
+        c = known.get(id(g))
+        d = c.difference if c else None
+        told: list[object] = [None] * 5 + [c.verdict if c else ""]
+        if c and d:
+            told = [d.mean, d.low, d.high, c.p, d.how, c.verdict]
+        base = report.baseline.name if report.baseline else ""
+        differences.append([g.name, len(g.losses), g.mean, g.sigma, base, *told])
+    out = []
+    for name, rows in (("runs", runs), ("differences", differences), ("curves", curves)):
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([["" if v is None else v for v in row] for row in rows])
+        out.append(folder / f"report_{name}.csv")
+        write_file(out[-1], text.getvalue().encode("utf-8", "replace"), overwrite=overwrite)
+    return out
 
 
 def summary(run: Run) -> list[tuple[str, str]]:
     """The run in a few lines: (what, value)."""
-    limit = run.config.training.max_steps
-    last = next((r for r in reversed(run.rows) if r.loss is not None), None)
-    of_step = f" at step {last.step:,}: later ones are not finite" if last and last.step < run.steps else ""
+    limit = run.config.get("max_steps")
+    of = f" of {limit:,}" if isinstance(limit, int) and limit < UNLIMITED_STEPS else ""
+    loss = run.curves.get("loss")
     rows = [
         ("run", str(run.folder)),
-        ("status", str(run.result.get("status", "no result yet"))),
-        ("step", f"{run.steps:,}" + (f" of {limit:,}" if limit < UNLIMITED_STEPS else "")),
-        ("training loss", f"{last.loss:.4f}{of_step}" if last else "none that is finite"),
+        ("status", run.status if run.status != "unfinished" else "no result yet"),
+        ("step", f"{run.steps:,}{of}"),
     ]
-    if run.evaluations:
-        step, loss = _best(run)
-        rows += [("validation loss", f"{run.evaluations[-1][1]:.4f}"), ("best", f"{loss:.4f} at step {step:,}")]
-        bits = next(r.bits_per_byte for r in reversed(run.rows) if r.val_loss is not None)
-        if bits is not None:
-            rows.append(("bits a byte", f"{bits:.4f}"))
-    return rows
+    if loss is not None:
+        last = int(loss.x[-1])
+        of_step = f" at step {last:,}: later ones are not finite" if last < run.steps else ""
+        rows.append(("training loss", f"{float(loss.y[-1]):.4f}{of_step}"))
+    else:
+        rows.append(("training loss", "none that is finite"))
+    if (validation := run.curves.get("val_loss")) is not None:
+        best = int(validation.y.argmin())
+        rows += [
+            ("validation loss", f"{float(validation.y[-1]):.4f}"),
+            ("best", f"{float(validation.y[best]):.4f} at step {int(validation.x[best]):,}"),
+        ]
+        if (bits := run.curves.get("bits_per_byte")) is not None:
+            rows.append(("bits a byte", f"{float(bits.y[-1]):.4f}"))
+    return [*rows, *(("note", n) for n in run.notes)]
