@@ -1,6 +1,7 @@
 """Loss and accuracy on data, deterministic: dropout off, each target counted once. Called by `train`.
 
 In: the objective and batches, of validation or of training data. Out: `Scores`, means over all real targets.
+`HarnessLM`, by which lm-evaluation-harness drives a model, is found here too; `harness` has it.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +18,13 @@ from torch import nn
 from bytekiln.data import Batch, to_device
 from bytekiln.errors import FormatError
 from bytekiln.objective import Objective
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - what a module has
+    """`HarnessLM`, from higher up and only when it is asked for: nothing that trains needs it."""
+    if name == "HarnessLM":
+        return import_module("bytekiln.harness").HarnessLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class Scores(NamedTuple):
