@@ -1,10 +1,10 @@
 """Runs small trainings and kills them with SIGKILL at counted moments; started by test_resume.py in a fresh process.
 
 Usage: python kill_driver.py FOLDER SEED COUNT [more]. Each training is a forked child (the parent has paid for the
-import of torch and never computes). The child counts events: micro-steps, flushes to the disk, renames, deletions, rows of
-the metrics (killed with the row half written). One unbroken run tells how many there are; then COUNT moments are
-drawn, every kind of event among them, and each killed run is resumed until it is complete. The result is printed as
-JSON.
+import of torch and never computes). The child counts events: micro-steps, flushes to the disk, renames, deletions,
+rows of the metrics (killed with the row half written). One unbroken run tells how many there are; then COUNT
+moments are drawn, every kind of event among them, and each killed run is resumed until it is complete. The result
+is printed as JSON.
 """
 
 from __future__ import annotations

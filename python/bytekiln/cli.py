@@ -3,7 +3,8 @@
 Each command is imported only when it runs, so that `bpe-encode --version` answers in milliseconds and
 tokenizer commands never load torch. `python -m bytekiln.cli bpe-train …` works too.
 
-Exit status: 0 done, 1 internal error, 2 the user's mistake, 3 training diverged, 130 and 143 interrupted.
+Exit status: 0 done, 1 internal error or every run of a sweep failed, 2 the user's mistake, 3 training diverged, 4 some
+runs of a sweep failed, 130 and 143 interrupted.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ COMMANDS = {
     "lm-train": ("bytekiln.cli_lm", "train", "train a Transformer language model"),
     "lm-plan": ("bytekiln.cli_plan", "plan", "count parameters, FLOPs, memory and time before a run"),
     "lm-sample": ("bytekiln.cli_lm", "sample", "generate text from a trained model"),
-    "lm-report": ("bytekiln.cli_lm", "report", "draw the curves of a run"),
+    "lm-score": ("bytekiln.cli_score", "score", "measure a model: loss, bits a byte, HellaSwag and other sets"),
+    "lm-sweep": ("bytekiln.cli_sweep", "sweep", "train runs that differ, side by side, and compare them"),
+    "lm-report": ("bytekiln.cli_report", "report", "compare runs and sweeps on one page"),
 }
 
 USERS_TROUBLE = frozenset(
@@ -35,12 +38,27 @@ USERS_TROUBLE = frozenset(
 """Operating-system errors that tell of the user's files and disks, not of a mistake in the program."""
 
 
+PR_SET_PDEATHSIG = 1
+"""Of Linux's `prctl`."""
+
+
 class Terminated(BaseException):
     """SIGTERM arrived; like KeyboardInterrupt no `except Exception` may swallow it."""
 
 
 def _on_sigterm(_signal: int, _frame: FrameType | None) -> NoReturn:
     raise Terminated
+
+
+def _end_with(parent: int) -> None:
+    """Get SIGTERM when the process that started this one dies, a run of a killed sweep for instance; Linux only."""
+    import ctypes
+
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+        if os.getppid() != parent:  # it died before
+            sys.exit(128 + signal.SIGTERM)
 
 
 def run(command: str, argv: list[str] | None = None) -> int:
@@ -54,6 +72,8 @@ def run(command: str, argv: list[str] | None = None) -> int:
         # Before torch loads OpenMP: its threads otherwise spin while they wait, and on a machine that has other
         # work a training step takes eight times as long (docs/performance.md).
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if (parent := os.environ.pop("BYTEKILN_PARENT", "")).isdigit():
+        _end_with(int(parent))
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
@@ -126,6 +146,16 @@ def lm_plan() -> int:
 def lm_sample() -> int:
     """Entry point of `lm-sample`."""
     return run("lm-sample")
+
+
+def lm_score() -> int:
+    """Entry point of `lm-score`."""
+    return run("lm-score")
+
+
+def lm_sweep() -> int:
+    """Entry point of `lm-sweep`."""
+    return run("lm-sweep")
 
 
 def lm_report() -> int:

@@ -1,0 +1,229 @@
+"""`lm-sweep search`: find a learning rate by few runs, and say how sure it is. Argument list in, exit status out.
+
+Called by `cli_sweep`. torch is loaded for the range test and for the times of a dry run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bytekiln.config import RunConfig
+from bytekiln.console import error_console_line, human_count, human_time, notice, table
+from bytekiln.errors import ConfigError, OutputExistsError
+from bytekiln.metrics import write_atomically
+from bytekiln.run_flags import spell_switches
+from bytekiln.search import Search
+from bytekiln.search_asked import asked, search_parser, target_of
+from bytekiln.search_files import (
+    RECOMMENDATION,
+    STATE,
+    base_of,
+    check_same,
+    read_state,
+    recommendation,
+    sentence,
+    state_of,
+    to_json,
+    write_state,
+)
+from bytekiln.search_plan import STAGES, Plan
+from bytekiln.search_runs import SweepRunner, check_base, range_tester
+from bytekiln.sweep_folder import checked_data, coordinating, remove_sweep, trouble
+from bytekiln.sweep_progress import ProgressBoard
+from bytekiln.sweep_spec import SweepSpec, Trial
+from bytekiln.transfer import off_by, predict
+
+
+def search(argv: list[str]) -> int:
+    """0 done, 1 no run ended well, 4 some runs failed, 130 and 143 interrupted."""
+    parser = search_parser(everything="--help-all" in argv)
+    options = parser.parse_args(spell_switches(argv))
+    base, plan, folder = asked(options)
+    runner_args: dict[str, Any] = {"jobs": options.jobs, "retry": options.retry}
+    made = SweepRunner(base, folder, plan).config()
+    check_base(made)
+    target = target_of(options, base) if options.transfer_to else None
+    if target is not None:
+        predict(1e-3, made, target[1])  # refused before anything is trained
+    if options.dry_run:
+        print(dry_run(plan, made, options.jobs))
+        return 0
+    checked_data([Trial("search", {}, None, 0, c) for c in (made, *([target[1]] if target else []))])
+    _open(folder, base, plan, overwrite=options.overwrite)
+    with coordinating(folder), ProgressBoard(notice) as board:
+        found, status = _one(base, plan, folder, board, options.until, runner_args)
+        if target is None or found.recommended is None or found.status not in ("confirmed", "unconfirmed"):
+            return status
+        return max(status, _transfer(found, made, target, plan, folder, board, runner_args))
+
+
+def _one(
+    base: SweepSpec, plan: Plan, folder: Path, board: ProgressBoard, until: str, runner_args: Mapping[str, Any]
+) -> tuple[Search, int]:
+    """A search from where it stands to the end of a stage, its files and its words."""
+    from bytekiln.range_test import read_range_test
+    from bytekiln.search_picture import draw_search
+
+    began = time.monotonic()
+    stored = read_state(folder)
+    before = stored["elapsed_s"] if stored else 0.0
+    described = base_of(base)
+    runner = SweepRunner(base, folder, plan, say=board.say, board=board, **runner_args)
+
+    def elapsed() -> float:
+        return before + time.monotonic() - began
+
+    def save(s: Search) -> None:
+        write_state(folder / STATE, state_of(s, described, elapsed()))
+        runner.tell_given_up([r for r in s.runs.values() if r.given_up])
+
+    found = Search(plan, runner, range_tester(runner, plan, board.say), save=save, say=board.say).run(until)
+    results = runner.results()
+    about = recommendation(found, results, elapsed())
+    if found.status != "stopped":
+        write_atomically(folder / RECOMMENDATION, to_json(about))
+    if found.runs:
+        draw_search(found, folder / "lr_search.png", read_range_test(folder / "range_test"))
+    if found.status == "failed":
+        error_console_line(ConfigError(sentence(found)))
+        return found, 1
+    _tell(found, folder)
+    return found, 4 if any(r.status == "failed" for r in found.runs.values()) else 0
+
+
+def _tell(found: Search, folder: Path) -> None:
+    """What was found, on stdout."""
+    if found.status == "stopped":
+        if found.stage == "range_test":
+            print(f"range test: {found.found_range['why']}")
+        print(f"stopped behind {found.stage}, as asked; the same command without --until goes on")
+        print(f"state: {folder / STATE}")
+        return
+    rows: list[tuple[str, ...]] = [("lr", "seed", "stage", "status", "steps", "best val", "")]
+    for r in sorted(found.runs.values(), key=lambda r: (r.lr, r.seed)):
+        loss = f"{r.best[0]:.4f}" if r.best else ""
+        rows.append((f"{r.lr:.3g}", str(r.seed), r.stage, "given up" if r.given_up else r.status, f"{r.steps:,}", loss,
+                     r.given_up or (r.why if r.status in ("diverged", "failed") else "")))  # fmt: skip
+    print(table(rows, indent=""))
+    for note in found.notes:
+        print(f"note: {note}")
+    print(f"\n{sentence(found)}\n\nrecommendation: {folder / RECOMMENDATION}\npicture: {folder / 'lr_search.png'}")
+
+
+def _transfer(
+    found: Search,
+    made: RunConfig,
+    target: tuple[SweepSpec, RunConfig],
+    plan: Plan,
+    folder: Path,
+    board: ProgressBoard,
+    runner_args: Mapping[str, Any],
+) -> int:
+    """Predict the rate of the target, and search beside it at full length."""
+    spec, config = target
+    assert found.recommended is not None
+    said = predict(found.recommended, made, config)
+    board.say(f"transfer: {said.rule}")
+    for line in said.warnings:
+        board.say(f"transfer: {line}")
+    steps = config.training.max_steps
+    there = Plan(steps, seeds=plan.seeds[:1], points=3, factor=plan.factor, centre=said.lr, low=plan.low / 100,
+                 high=plan.high, keep=(), budget=8 * steps, confidence=plan.confidence)  # fmt: skip
+    place = folder / "transfer"
+    _open(place, spec, there, overwrite=False)
+    second, status = _one(spec, there, place, board, STAGES[-1], runner_args)
+    if second.recommended is None:
+        return status
+    off = off_by(said.lr, second.recommended, plan.factor)
+    within = abs(off) <= 1
+    about = {**dataclasses.asdict(said), "found": second.recommended, "grid_steps_off": off, "within_one_step": within}
+    runner = SweepRunner(spec, place, there)
+    told = recommendation(second, runner.results(), read_state(place)["elapsed_s"], transfer=about)  # type: ignore[index]
+    write_atomically(place / RECOMMENDATION, to_json(told))
+    print(f"transfer: predicted {said.lr:g}, found {second.recommended:g}: {abs(off):.2f} steps of a factor "
+          f"{plan.factor:g} {'above' if off > 0 else 'below'}")  # fmt: skip
+    return status
+
+
+def dry_run(plan: Plan, config: RunConfig, jobs: int) -> str:
+    """The stages, their runs, and what they would need."""
+    from bytekiln.cli_plan import with_vocabulary
+    from bytekiln.plan import make_plan
+
+    made = make_plan(with_vocabulary(config))
+    full = plan.max_steps
+    stages: list[tuple[str, str, int]] = []
+    if plan.range_steps:
+        stages.append(("range test", f"one run, lr {plan.low:g} to {plan.high:g}", plan.range_steps))
+    before, alive = 0, plan.points
+    for rung, keep in [*zip(plan.rungs, plan.keep, strict=False), (full, 0)]:
+        what = f"{alive} rates to step {rung:,}" + ("" if keep else ", the end")
+        stages.append(("coarse", what, alive * (rung - before)))
+        before, alive = rung, min(keep, alive) if keep else alive
+    if len(plan.seeds) > 1:
+        others = len(plan.seeds) - 1
+        stages.append(
+            ("seeds", f"{others} more seed{'s' * (others > 1)} at the best rate and its neighbours", 3 * others * full)
+        )
+    stages.append(("fit", "parabola in ln(lr), interval", 0))
+    stages.append(("confirm", "the recommended rate at full length", full))
+    total = plan.expected_steps()
+
+    def line(name: str, what: str, steps: int) -> tuple[str, ...]:
+        share = steps / full
+        flops = human_count(made.flops_per_token * made.length.tokens * share)
+        return name, what, f"{steps:,}", f"{share:.2f}", flops, human_time(made.time.run_s * share)
+
+    rows: list[tuple[str, ...]] = [("stage", "runs", "steps", "full runs", "FLOPs", "time")]
+    rows += [line(*s) for s in stages]
+    rows += [line("all", "", total), line("full grid", "13 rates x 3 seeds", plan.grid_steps)]
+    return (
+        f"{table(rows, indent='')}\n\n{made.parameters:,} parameters; {100 * total / plan.grid_steps:.0f} % of the "
+        f"full grid's steps, never more than {plan.limit:,.0f}; time {made.time.basis}, {jobs} at once"
+    )
+
+
+def _open(folder: Path, base: SweepSpec, plan: Plan, *, overwrite: bool) -> None:
+    """Begin a search's folder, or go on with the one of the same search."""
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise OutputExistsError(f"{folder}: found a file; expected a folder for the search")
+        replaced = overwrite and (folder / STATE).exists()
+        if replaced:
+            with coordinating(folder):
+                _remove(folder)
+        stored = read_state(folder)
+        if stored is not None:
+            check_same(stored, base_of(base), plan, folder / STATE)
+        elif not replaced and (strange := _strangers(folder)):
+            raise OutputExistsError(
+                f"{folder}: found {strange[0]} and no search; expected a free folder: --folder takes another"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        if stored is None:
+            empty = Search(plan, lambda _: [])
+            write_state(folder / STATE, state_of(empty, base_of(base), 0.0))
+    except OSError as exc:
+        raise trouble(folder, exc) from None
+
+
+def _strangers(folder: Path) -> list[str]:
+    """What is in a folder in which no search was begun."""
+    names = (p.name for p in folder.iterdir()) if folder.is_dir() else iter(())
+    return sorted(name for name in names if name != "coordinator.lock")
+
+
+def _remove(folder: Path) -> None:
+    """What a search wrote, and nothing else."""
+    for stage in ("coarse", "seeds", "confirm"):
+        if (folder / stage).is_dir():
+            remove_sweep(folder / stage)
+    test = [f"range_test/range_test.{kind}" for kind in ("json", "csv", "png")]
+    for name in (*test, "lr_search.png", RECOMMENDATION, STATE):
+        (folder / name).unlink(missing_ok=True)
+    if (folder / "transfer" / STATE).exists():
+        _remove(folder / "transfer")

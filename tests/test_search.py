@@ -1,0 +1,552 @@
+"""The search on planted losses: what it asks for, what wins, what is given up; its files; its command on real runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from bytekiln import cli_search, search_runs
+from bytekiln.checkpoint import load_checkpoint
+from bytekiln.config import load_config
+from bytekiln.errors import BytekilnError, ConfigError, FormatError, MismatchError, OutputExistsError
+from bytekiln.metrics import read_metrics
+from bytekiln.search import Search
+from bytekiln.search_files import check_same, read_state, recommendation, sentence, state_of, to_json, write_state
+from bytekiln.search_picture import draw_search
+from bytekiln.search_plan import Plan, Request, Seen, rungs_of
+from bytekiln.sweep_results import read_results
+from bytekiln.train import train
+from lm_runs import tiny, tokens
+
+STEPS = 240
+Status = Callable[[float, int], str]
+
+
+class Planted:
+    """A runner whose losses are a parabola in ln(rate), reached from above as a run goes on."""
+
+    def __init__(
+        self,
+        optimum: float = 1e-2,
+        *,
+        curvature: float = 0.05,
+        noise: float = 0.0,
+        early: float = 1.0,
+        status: Status = lambda lr, seed: "completed",
+    ) -> None:
+        """`early`: by what the optimum of a run's beginning is greater; `status`: how a run at a rate ends."""
+        self.optimum, self.curvature, self.noise, self.early, self.status = optimum, curvature, noise, early, status
+        self.rng = np.random.default_rng(5)
+        self.noises: dict[tuple[float, int], float] = {}
+        self.asked: list[Request] = []
+        self.runs: dict[tuple[float, int], Seen] = {}
+
+    def loss(self, lr: float, seed: int, step: int) -> float:
+        share = step / STEPS
+        optimum = self.optimum * self.early ** (1 - share)
+        noise = self.noises.setdefault((lr, seed), self.rng.normal(0, self.noise) if self.noise else 0.0)
+        return 2.0 + 0.1 * seed % 0.3 + self.curvature * math.log(lr / optimum) ** 2 + 1.5 * (1 - share) + noise
+
+    def __call__(self, wanted: Sequence[Request]) -> list[Seen]:
+        for w in wanted:
+            self.asked.append(w)
+            end = self.status(w.lr, w.seed)
+            steps = [s for s in range(20, STEPS + 1, 20) if s <= w.until]
+            if end in ("diverged", "failed"):
+                steps = steps[:1]
+            curve = tuple((s, self.loss(w.lr, w.seed, s)) for s in steps)
+            if end == "completed" and w.until < STEPS:
+                end = "interrupted"
+            self.runs[w.lr, w.seed] = Seen(
+                w.stage, w.lr, w.seed, end, steps[-1], curve, name=f"lr={w.lr:g},seed={w.seed}"
+            )
+        return [self.runs[w.lr, w.seed] for w in wanted]
+
+
+def plan(**values: Any) -> Plan:
+    return Plan(**{"max_steps": STEPS, "seeds": (1, 2), "rungs": (20, 60), "centre": 1e-2, **values})
+
+
+def searched(runner: Planted, **values: Any) -> Search:
+    return Search(plan(**values), runner).run()
+
+
+# --- what it finds ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimum", [3e-3, 1.3e-2, 4e-2])
+def test_the_planted_optimum_is_found_within_a_fifth_of_the_grid(optimum: float) -> None:
+    found = searched(Planted(optimum))
+    assert found.status == "confirmed" and found.recommended == pytest.approx(optimum, rel=0.01)
+    assert found.last_fit is not None and found.last_fit.low <= optimum <= found.last_fit.high
+    assert found.confirmed_loss == pytest.approx(found.predicted_loss, abs=1e-6)
+    assert [lr < found.recommended for lr, _ in found.neighbours] == [True, False]
+    assert found.steps <= found.plan.grid_steps / 5
+
+
+def test_losses_with_noise_cost_little_regret() -> None:
+    rng, regrets = np.random.default_rng(0), []
+    for i in range(30):
+        runner = Planted(1e-2 * math.exp(rng.uniform(-1.5, 1.5)), noise=0.01)
+        runner.rng = np.random.default_rng(i)
+        found = searched(runner)
+        assert found.recommended is not None
+        regrets.append(0.05 * math.log(found.recommended / runner.optimum) ** 2)
+        assert found.steps <= found.plan.limit
+    assert sum(r <= 0.02 for r in regrets) >= 27, "2 σ in 9 of 10"
+
+
+@pytest.mark.parametrize(("optimum", "side"), [(2e-4, "lower"), (0.5, "higher")])
+def test_an_optimum_beyond_the_grid_widens_it_and_says_so(optimum: float, side: str) -> None:
+    found = searched(Planted(optimum))
+    assert found.recommended == pytest.approx(optimum, rel=0.05)
+    assert found.widened and all((lr < 1e-3) == (side == "lower") for lr in found.widened)
+    assert any("widened to" in n for n in found.notes)
+
+
+def test_widening_ends_and_says_why() -> None:
+    found = searched(Planted(10.0), widenings=2)
+    assert len(found.widened) == 2 and found.status == "unconfirmed"
+    assert any("not widened: it was widened 2 times" in n for n in found.notes)
+    found = searched(Planted(10.0), high=0.1)
+    assert not found.widened and any("is outside" in n for n in found.notes)
+    assert "highest that was run" in " ".join(found.notes)
+
+
+def test_a_flat_optimum_has_a_wide_interval() -> None:
+    found = searched(Planted(curvature=0.0, noise=0.01))
+    assert found.last_fit is not None and not found.last_fit.bounded
+    assert found.last_fit.high / found.last_fit.low >= 64 and "whole range" in sentence(found)
+
+
+def test_every_rate_diverges() -> None:
+    runner = Planted(status=lambda lr, seed: "diverged")
+    found = searched(runner)
+    assert found.status == "failed" and found.recommended is None
+    assert "no run ended well (11 diverged" in found.notes[-1], "four lower rates were tried"
+    about = recommendation(found, [], 60.0)
+    assert about["best_learning_rate"] is None and about["best_result"] is None
+    assert about["recommendation"].startswith("No learning rate can be recommended: no run ended well")
+    assert len(about["not_ranked"]) == 11
+
+
+def test_rates_that_diverge_or_fail_never_win_whatever_they_have_seen() -> None:
+    class Tempting(Planted):
+        def loss(self, lr: float, seed: int, step: int) -> float:
+            return 0.1 if self.status(lr, seed) != "completed" else super().loss(lr, seed, step)
+
+    for end in ("diverged", "failed"):
+        runner = Tempting(1e-2, status=lambda lr, seed, end=end: end if lr >= 3e-2 else "completed")
+        found = searched(runner)
+        assert found.recommended == pytest.approx(1e-2, rel=0.02) and found.status == "confirmed"
+        assert all(r["status"] == end for r in recommendation(found, [], 0.0)["not_ranked"])
+
+
+def test_the_lower_side_of_ruin_is_searched() -> None:
+    found = searched(Planted(2e-4, status=lambda lr, seed: "diverged" if lr > 6e-4 else "completed"), budget=1e9)
+    assert found.recommended == pytest.approx(2e-4, rel=0.1)
+
+
+def test_a_confirmation_that_diverges_leaves_the_best_rate_that_ended_well() -> None:
+    grid = {round(1e-2 * 2.0**i, 6) for i in range(-4, 5)}
+    runner = Planted(1.4e-2, status=lambda lr, seed: "completed" if round(lr, 6) in grid else "diverged")
+    found = searched(runner)
+    assert found.status == "unconfirmed" and found.recommended in grid
+    assert any("ended as diverged" in n for n in found.notes)
+
+
+def test_a_neighbour_that_is_clearly_better_is_recommended_instead() -> None:
+    class Kinked(Planted):
+        def loss(self, lr: float, seed: int, step: int) -> float:
+            on_grid = any(abs(math.log(lr / (1e-2 * 2.0**i))) < 0.02 for i in range(-6, 7))
+            return super().loss(lr, seed, step) + (0.0 if on_grid else 0.5)
+
+    found = searched(Kinked(1.4e-2, noise=0.001))
+    assert found.status == "unconfirmed" and found.recommended in (1e-2, 2e-2)
+    assert any("is recommended instead" in n for n in found.notes)
+
+
+def test_an_early_order_that_turns_brings_a_rate_back() -> None:
+    found = searched(Planted(1e-3, early=60.0), budget=1e9)
+    assert found.recommended == pytest.approx(1e-3, rel=0.1)
+    assert any("goes on after all" in n for n in found.notes)
+    assert all(not r.given_up for r in found.runs.values() if r.status == "completed")
+
+
+# --- what it asks for -------------------------------------------------------------------------------------------
+
+
+def test_all_rates_share_the_first_seed_and_repeats_have_others() -> None:
+    runner = Planted()
+    found = searched(runner)
+    stages = {stage: {r.seed for r in runner.asked if r.stage == stage} for stage in ("coarse", "seeds", "confirm")}
+    assert stages["coarse"] == {1} and stages["seeds"] == {2} and stages["confirm"] <= {1}
+    assert len({r.lr for r in runner.asked if r.stage == "coarse" and r.until == 20}) == 7
+    repeats = sorted(r.lr for r in runner.asked if r.stage == "seeds")
+    assert len(repeats) == 3 and repeats[0] < found.recommended < repeats[-1]  # type: ignore[operator]
+
+
+def test_rates_are_given_up_with_a_reason_but_never_the_best_ones_neighbours() -> None:
+    runner = Planted(6e-3)
+    found = searched(runner)
+    given_up = {r.lr: r for r in found.runs.values() if r.given_up}
+    assert len(given_up) == 4
+    for r in given_up.values():
+        assert f"step {r.steps}: loss" in r.given_up and "above that of" in r.given_up
+        assert r.status == "interrupted" and r.steps in (20, 60)
+    full = sorted(r.lr for r in found.runs.values() if r.status == "completed" and r.seed == 1 and r.stage == "coarse")
+    assert full == [2.5e-3, 5e-3, 1e-2]
+
+
+def test_a_run_is_asked_for_again_only_to_go_on() -> None:
+    runner = Planted()
+    searched(runner)
+    seen: dict[tuple[float, int], int] = {}
+    for w in runner.asked:
+        assert w.until > seen.get((w.lr, w.seed), 0)
+        seen[w.lr, w.seed] = w.until
+
+
+def test_a_search_whose_steps_are_used_up_leaves_out_repeats_and_says_so() -> None:
+    found = searched(Planted(), budget=5 * STEPS)
+    assert found.steps <= 5 * STEPS and found.recommended == pytest.approx(1e-2, rel=0.05)
+    assert any("seed 2 is not run at" in n for n in found.notes)
+
+
+def test_without_pruning_every_rate_is_trained_to_the_end() -> None:
+    runner = Planted()
+    found = searched(runner, rungs=(), budget=1e9)
+    assert {w.until for w in runner.asked} == {STEPS} and not any(r.given_up for r in found.runs.values())
+
+
+def test_it_stops_behind_a_stage_and_goes_on() -> None:
+    runner = Planted()
+    for stage in ("range_test", "coarse", "seeds", "fit"):
+        found = Search(plan(), runner).run(stage)
+        assert (found.status, found.stage) == ("stopped", stage)
+        assert (found.recommended is not None) == (stage == "fit")
+    assert Search(plan(), runner).run().status == "confirmed"
+
+
+def test_the_range_test_places_the_grid() -> None:
+    told = {"suggestion": 2e-2, "steps": 30, "why": "because"}
+    found = Search(plan(centre=0.0, range_steps=30), Planted(), lambda: told).run("coarse")
+    assert {5e-3, 1e-2, 2e-2, 4e-2} <= set(found.rates())
+    assert found.steps == 30 + sum(r.steps for r in found.runs.values())
+
+
+def test_a_plan_that_cannot_be_is_refused() -> None:
+    for wrong, message in [
+        ({"points": 2}, "points: found 2"),
+        ({"factor": 1.0}, "factor: found 1"),
+        ({"seeds": (1, 1)}, "seeds: expected different ones"),
+        ({"rungs": (60, 20)}, "rungs: found"),
+        ({"rungs": (60, 240)}, "expected below max_steps"),
+        ({"keep": (2,), "rungs": (20,)}, "a rate and its neighbours"),
+        ({"centre": 0.0}, "centre: found neither"),
+        ({"low": 1.0, "high": 0.1}, "range: found 1 to 0.1"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            plan(**wrong)
+    assert rungs_of(40_000, 2000) == (4000, 10_000) and rungs_of(100, 0) == ()
+
+
+# --- its files --------------------------------------------------------------------------------------------------
+
+
+def test_the_files_hold_what_was_found_and_are_always_json(tmp_path: Path) -> None:
+    found = searched(Planted(6e-3, status=lambda lr, seed: "diverged" if lr > 0.05 else "completed"))
+    base = {"preset": "demo"}
+    write_state(tmp_path / "search.json", state_of(found, base, 12.5))
+    state = read_state(tmp_path)
+    assert state is not None and state["status"] == "confirmed" and state["elapsed_s"] == 12.5
+    check_same(state, base, found.plan, tmp_path)
+    check_same(state, base, plan(budget=1e6), tmp_path)
+    with pytest.raises(MismatchError, match=r"plan\.factor: found 2\.0; expected 3\.0"):
+        check_same(state, base, plan(factor=3.0), tmp_path)
+    with pytest.raises(MismatchError, match=r"base\.preset: found demo; expected debug"):
+        check_same(state, {"preset": "debug"}, found.plan, tmp_path)
+
+    def strict(name: str) -> float:
+        raise AssertionError(f"{name} is no JSON")
+
+    about = json.loads(to_json(recommendation(found, [], 90.0)), parse_constant=strict)
+    for name in ("best_learning_rate", "best_result", "all_results", "search_time_minutes", "recommendation"):
+        assert about[name] is not None, "seed 002 has it"
+    assert about["best_learning_rate"] == about["best_result"]["learning_rate"] == found.recommended
+    assert about["interval"]["low"] < found.recommended < about["interval"]["high"]  # type: ignore[operator]
+    assert about["cost"]["share_of_grid"] == pytest.approx(found.steps / (39 * STEPS))
+    assert {p["why"][:5] for p in about["pruned"]} == {"step "} and about["search_time_minutes"] == 1.5
+    assert about["predicted_loss"] == pytest.approx(about["confirmed_loss"])
+    draw_search(found, tmp_path / "lr_search.png")
+    assert (tmp_path / "lr_search.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_of_searches_that_found_little(tmp_path: Path) -> None:
+    for runner in (Planted(status=lambda lr, seed: "diverged"), Planted(curvature=0.0), Planted(10.0)):
+        draw_search(searched(runner, widenings=1), tmp_path / "lr_search.png")
+    draw_search(Search(plan(), Planted()).run("coarse"), tmp_path / "lr_search.png")
+
+
+def test_a_damaged_state_is_refused_by_name(tmp_path: Path) -> None:
+    assert read_state(tmp_path) is None
+    for text in ("{", "[]", '{"format": "x", "version": 1}', '{"format": "bytekiln-search", "version": 1}'):
+        (tmp_path / "search.json").write_text(text)
+        with pytest.raises(FormatError, match=r"search\.json: .*; expected the state of a search"):
+            read_state(tmp_path)
+
+
+# --- a run that pauses ------------------------------------------------------------------------------------------
+
+
+def test_a_paused_run_goes_on_as_if_there_had_been_no_pause(tmp_path: Path) -> None:
+    values = {"schedule": "cosine", "dropout": 0.1, "checkpoint_interval": 0, "eval_interval": 2}
+    whole = train(tiny(tmp_path, out_dir=str(tmp_path / "whole"), **values))
+    config = tiny(tmp_path, out_dir=str(tmp_path / "paused"), **values)
+    for step in (2, 4):
+        result = train(config, resume="auto", pause_at=step)
+        assert (result.status, result.steps, result.signal) == ("interrupted", step, None)
+        assert result.why == f"paused at step {step}; --resume auto goes on from there"
+    again = train(config, resume="auto", pause_at=4)
+    assert again.steps == 4 and again.best_val_loss == result.best_val_loss
+    ended = train(config, resume="auto")
+    assert (ended.status, ended.final_val_loss, ended.best_step) == ("completed", whole.final_val_loss, whole.best_step)
+    one, other = (load_checkpoint(tmp_path / n / "checkpoints" / "checkpoint_final") for n in ("whole", "paused"))
+    for name, tensor in one.model.items():
+        assert torch.equal(tensor, other.model[name]), name
+    for name, tensor in one.training.items():
+        assert torch.equal(tensor, other.training[name]), name
+    rows = [
+        [(r.step, r.loss, r.lr, r.val_loss) for r in read_metrics(tmp_path / n / "metrics.csv")]
+        for n in ("whole", "paused")
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_a_pause_behind_the_end_changes_nothing(tmp_path: Path) -> None:
+    assert train(tiny(tmp_path), pause_at=100).status == "completed"
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+class InProcess:
+    """A run of a sweep in this process, in the place of a child."""
+
+    started: ClassVar[list[tuple[str, int | None]]] = []
+    dies_at: int | None = None
+
+    def __init__(self, folder: Path, threads: int, *, step: int | None = None) -> None:
+        type(self).started.append((folder.name, step))
+        if self.dies_at is not None and len(self.started) > self.dies_at:
+            os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C while it runs: the sweep waits for it, and ends
+        config = load_config(folder / "trial.toml").with_(out_dir=str(folder))
+        try:
+            result = train(config, resume="auto", pause_at=step or 0)
+            self.code = {"interrupted": 130, "diverged": 3}.get(result.status, 0)
+        except BytekilnError as exc:
+            (folder / "log.txt").write_text(f"error: {exc}\n")
+            self.code = 2
+
+    def poll(self) -> int:
+        return self.code
+
+    def send(self, number: int) -> None:
+        """Nothing runs any more."""
+
+    def kill(self) -> None:
+        """Nothing runs any more."""
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[InProcess]:
+    """Runs of sweeps in this process; the working directory has token files and a config."""
+    InProcess.started, InProcess.dies_at = [], None
+    monkeypatch.setattr(search_runs, "Process", InProcess)
+    monkeypatch.setattr(search_runs, "Paused", InProcess)
+    monkeypatch.setattr("bytekiln.sweep.POLL_S", 0.0)
+    monkeypatch.chdir(tmp_path)
+    tokens(tmp_path / "train.npy", 3000)
+    tokens(tmp_path / "val.npy", 300, seed=1)
+    config = {
+        "train_data": "train.npy", "val_data": "val.npy", "vocab_size": 61, "d_model": 16, "num_layers": 1,
+        "num_heads": 2, "context_length": 8, "batch_size": 4, "max_steps": 24, "lr": 1e-2, "min_lr": 1e-3,
+        "schedule": "cosine", "eval_interval": 2, "num_eval_batches": 2, "checkpoint_interval": 0, "compile": False,
+        "precision": "fp32", "device": "cpu",
+    }  # fmt: skip
+    (tmp_path / "tiny.json").write_text(json.dumps(config))
+    return InProcess
+
+
+FLAGS = ["tiny.json", "--centre", "0.03", "--points", "5", "--budget", "20"]
+
+
+def test_the_command_finds_a_rate_and_does_nothing_twice(
+    in_process: type[InProcess], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli_search.search(FLAGS) == 0
+    out = capsys.readouterr().out
+    assert "Use learning rate" in out and "lr_recommendation.json" in out
+    folder = tmp_path / "tiny-search"
+    about = json.loads((folder / "lr_recommendation.json").read_text())
+    state = read_state(folder)
+    assert state is not None and state["status"] in ("confirmed", "unconfirmed")
+    names = {"search.json", "lr_recommendation.json", "lr_search.png", "coarse", "seeds"}
+    assert names <= {p.name for p in folder.iterdir()}
+    paused = [r for r in read_results(folder / "coarse" / "results.json") if r.pruned]
+    assert len(paused) == len(about["pruned"]) == 2 and all(r.status == "interrupted" for r in paused)
+    assert all(r["parameter_count"] for r in about["all_results"])
+    # min_lr follows each rate, and the data are the same for all: same seed, same first batch, same first loss.
+    configs = [load_config(p / "trial.toml") for p in (folder / "coarse" / "runs").iterdir()]
+    assert all(c.optimizer.floor_lr == pytest.approx(c.optimizer.lr / 10) for c in configs)
+    firsts = {read_metrics(p / "metrics.csv")[1].loss for p in (folder / "coarse" / "runs").iterdir()}
+    assert len(firsts) == 1
+
+    before = len(in_process.started)
+    for again in (FLAGS, ["tiny-search"]):
+        assert cli_search.search(again) == 0
+        assert "Use learning rate" in capsys.readouterr().out
+    assert len(in_process.started) == before
+    told = json.loads((folder / "lr_recommendation.json").read_text())
+    assert {k: v for k, v in told.items() if k != "search_time_minutes"} == {
+        k: v for k, v in about.items() if k != "search_time_minutes"
+    }
+    with pytest.raises(MismatchError, match=r"plan\.factor: found 2\.0; expected 3\.0"):
+        cli_search.search([*FLAGS, "--factor", "3"])
+    with pytest.raises(ConfigError, match="expected no field of a run"):
+        cli_search.search(["tiny-search", "--batch-size", "8"])
+
+
+@pytest.mark.slow
+def test_a_search_that_was_killed_anywhere_ends_the_same(
+    in_process: type[InProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli_search.search([*FLAGS, "--folder", "whole"]) == 0
+    total = len(in_process.started)
+    for at in (0, 3, 6, total - 2):
+        in_process.started, in_process.dies_at = [], at
+        with pytest.raises(KeyboardInterrupt):
+            cli_search.search([*FLAGS, "--folder", f"killed{at}"])
+        read_state(tmp_path / f"killed{at}")
+        in_process.dies_at, began = None, len(in_process.started)
+        assert cli_search.search([*FLAGS, "--folder", f"killed{at}"]) == 0
+        assert len(in_process.started) - began == total - at - 1, "what was done is not done again"
+        one, other = (
+            json.loads((tmp_path / n / "lr_recommendation.json").read_text()) for n in ("whole", f"killed{at}")
+        )
+        for told in (one, other):
+            told.pop("search_time_minutes")
+            for r in (told["best_result"], *told["all_results"]):
+                r.pop("training_time_minutes")
+        assert one == other
+
+
+def test_every_rate_diverges_is_exit_status_1(
+    in_process: type[InProcess], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A rate without warm-up and clipping at 1e8 and above ruins any model of this size at once.
+    flags = ["tiny.json", "--centre", "1e12", "--points", "3", "--range", "1e11", "1e13", "--grad-clip", "0"]
+    assert cli_search.search([*flags, "--optimizer", "sgd"]) == 1
+    captured = capsys.readouterr()
+    assert "error: No learning rate can be recommended: no run ended well" in captured.err
+    about = json.loads((tmp_path / "tiny-search" / "lr_recommendation.json").read_text())
+    assert about["best_learning_rate"] is None and about["status"] == "failed"
+
+
+def test_range_test_alone_then_the_rest(
+    in_process: type[InProcess], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["tiny.json", "--range-steps", "30", "--budget", "20"]
+    assert cli_search.search([*flags, "--until", "range_test"]) == 0
+    assert "geometric mean" in capsys.readouterr().out and not in_process.started
+    folder = tmp_path / "tiny-search" / "range_test"
+    stamp = (folder / "range_test.csv").stat().st_mtime_ns
+    assert cli_search.search([*flags, "--until", "coarse"]) == 0
+    assert (folder / "range_test.csv").stat().st_mtime_ns == stamp and in_process.started
+    assert (tmp_path / "tiny-search" / "lr_search.png").exists()
+    assert not (tmp_path / "tiny-search" / "lr_recommendation.json").exists()
+
+
+def test_a_dry_run_prints_stages_and_cost_and_writes_nothing(
+    in_process: type[InProcess], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli_search.search(["tiny.json", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    for word in ("range test", "coarse", "seeds", "confirm", "full grid", "936", "% of the full grid's steps"):
+        assert word in out
+    assert not (tmp_path / "tiny-search").exists() and not in_process.started
+
+
+def test_what_cannot_be_searched_is_refused_before_anything_is_written(
+    in_process: type[InProcess], tmp_path: Path
+) -> None:
+    for flags, message in [
+        (["--val-data", ""], "val_data: found none"),
+        (["--max-time", "60"], "expected one that ends by --max-steps"),
+        (["--lr", "1e-3"], "expected --centre LR"),
+        (["--set", "lr"], "--set: found 'lr'; expected FIELD=VALUE"),
+        (["--set", "learning=3"], "unknown key learning"),
+        (["--points", "2"], "points: found 2"),
+        (["--confidence", "2"], "expected a number between 0 and 1"),
+        (["--train-data", "nowhere.npy"], "nowhere.npy: no such file"),
+        (["--transfer-to", "tiny.json", "--transfer-set", "optimizer=muon"], "optimizer: found muon in the target"),
+    ]:
+        with pytest.raises(BytekilnError, match=message):
+            cli_search.search(["tiny.json", *flags])
+    assert not (tmp_path / "tiny-search").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match=r"found letter\.txt and no search"):
+        cli_search.search(["tiny.json", "--folder", "full", "--overwrite"])
+    assert (tmp_path / "full" / "letter.txt").read_text() == "mine"
+
+
+def test_overwrite_begins_anew(in_process: type[InProcess], tmp_path: Path) -> None:
+    flags = [*FLAGS, "--points", "3", "--until", "coarse"]
+    assert cli_search.search(flags) == 0
+    (tmp_path / "tiny-search" / "notes.txt").write_text("mine")
+    begun = len(in_process.started)
+    assert cli_search.search([*flags, "--factor", "3", "--overwrite"]) == 0
+    assert len(in_process.started) >= begun + 3
+    assert (tmp_path / "tiny-search" / "notes.txt").read_text() == "mine"
+
+
+def test_a_transfer_predicts_and_confirms_at_the_other_width(
+    in_process: type[InProcess], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = ["--transfer-to", "tiny.json", "--transfer-set", "d_model=32"]
+    assert cli_search.search([*FLAGS, *wide]) == 0
+    out = capsys.readouterr().out
+    assert "transfer: predicted" in out and "steps of a factor 2" in out
+    there = json.loads((tmp_path / "tiny-search" / "transfer" / "lr_recommendation.json").read_text())
+    here = json.loads((tmp_path / "tiny-search" / "lr_recommendation.json").read_text())
+    assert there["transfer"]["source_lr"] == here["best_learning_rate"]
+    assert there["transfer"]["lr"] == pytest.approx(here["best_learning_rate"] / 2, rel=0.01)
+    rates = {r["learning_rate"] for r in there["all_results"]}
+    assert there["transfer"]["lr"] in rates and len(rates) >= 3
+    assert there["best_learning_rate"] == there["transfer"]["found"]
+
+
+@pytest.mark.slow
+def test_the_whole_command_with_real_processes(command: Any, tmp_path: Path) -> None:
+    tokens(tmp_path / "train.npy", 3000)
+    tokens(tmp_path / "val.npy", 300, seed=1)
+    fields = {"train_data": "train.npy", "val_data": "val.npy", "vocab_size": 61, "d_model": 16, "num_layers": 1,
+              "num_heads": 2, "context_length": 8, "batch_size": 4, "max_steps": 24, "eval_interval": 2,
+              "num_eval_batches": 2, "checkpoint_interval": 0, "compile": False, "precision": "fp32"}  # fmt: skip
+    (tmp_path / "tiny.json").write_text(json.dumps(fields))
+    flags = ("tiny.json", "--points", "3", "--range-steps", "30", "--seeds", "1", "--budget", "20", "--jobs", "2")
+    env = {"OMP_NUM_THREADS": "1"}
+    done = command("lm-sweep", "search", *flags, env=env, timeout=900)
+    assert "Use learning rate" in done.stdout and "paused" in done.output and "SIGINT" not in done.output
+    again = command("lm-sweep", "search", *flags, env=env, timeout=300)
+    assert "begins" not in again.output and "goes on" not in again.output
