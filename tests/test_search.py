@@ -344,11 +344,17 @@ class InProcess:
 
     started: ClassVar[list[tuple[str, int | None]]] = []
     dies_at: int | None = None
+    stopped: ClassVar[dict[str, int]] = {}
+    """Attempts, by run, that a SIGTERM ends before they have trained."""
 
     def __init__(self, folder: Path, threads: int, *, step: int | None = None) -> None:
         type(self).started.append((folder.name, step))
         if self.dies_at is not None and len(self.started) > self.dies_at:
             os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C while it runs: the sweep waits for it, and ends
+        if self.stopped.get(folder.name, 0) > 0:
+            type(self).stopped[folder.name] -= 1
+            self.code = 143
+            return
         config = load_config(folder / "trial.toml").with_(out_dir=str(folder))
         try:
             result = train(config, resume="auto", pause_at=step or 0)
@@ -370,7 +376,7 @@ class InProcess:
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[InProcess]:
     """Runs of sweeps in this process; the working directory has token files and a config."""
-    InProcess.started, InProcess.dies_at = [], None
+    InProcess.started, InProcess.dies_at, InProcess.stopped = [], None, {}
     monkeypatch.setattr(search_runs, "Process", InProcess)
     monkeypatch.setattr(search_runs, "Paused", InProcess)
     monkeypatch.setattr("bytekiln.sweep.POLL_S", 0.0)
@@ -424,6 +430,25 @@ def test_the_command_finds_a_rate_and_does_nothing_twice(
         cli_search.search([*FLAGS, "--factor", "3"])
     with pytest.raises(ConfigError, match="expected no field of a run"):
         cli_search.search(["tiny-search", "--batch-size", "8"])
+
+
+def test_a_run_that_is_stopped_from_outside_goes_on_before_it_is_judged(
+    in_process: type[InProcess], tmp_path: Path
+) -> None:
+    flags = ["tiny.json", "--centre", "0.03", "--points", "3", "--until", "coarse"]
+    assert cli_search.search([*flags, "--folder", "whole"]) == 0
+    in_process.stopped = {"lr=0.03,seed=42": 1}
+    assert cli_search.search([*flags, "--folder", "stopped"]) == 0
+    one, other = (read_state(tmp_path / n) for n in ("whole", "stopped"))
+    assert one is not None and other is not None and one["runs"] == other["runs"]
+    in_process.stopped = {"lr=0.03,seed=42": 99}
+    assert cli_search.search([*flags, "--folder", "again"]) == 4
+    state = read_state(tmp_path / "again")
+    assert state is not None
+    lost = next(r for r in state["runs"] if r["lr"] == 0.03)
+    assert lost["status"] == "failed" and "3 times: SIGTERM" in lost["why"]
+    in_process.stopped = {}
+    assert cli_search.search([*flags, "--folder", "again"]) == 0, "and it goes on once nobody stops it"
 
 
 @pytest.mark.slow

@@ -124,8 +124,8 @@ class Seen:
         return min(((loss, step) for step, loss in self.curve if math.isfinite(loss)), default=None)
 
     def loss_at(self, step: int) -> float:
-        """Best validation loss up to a step; infinite for a run that cannot win any more, or has none."""
-        if self.status in ("diverged", "failed"):
+        """Best validation loss up to a step; infinite for a run that cannot win, has not come so far, or has none."""
+        if self.status in ("diverged", "failed") or (self.status == "interrupted" and self.steps < step):
             return math.inf
         return min((loss for s, loss in self.curve if s <= step and math.isfinite(loss)), default=math.inf)
 

@@ -27,6 +27,8 @@ from bytekiln.sweep_results import TrialResult, read_results, update_results
 from bytekiln.sweep_spec import SweepSpec, Trial, trials_of
 
 RESULTS = "results.json"
+ATTEMPTS = 3
+"""How often a run is begun or gone on with that is stopped from outside before it comes to its step."""
 _PAUSED = re.compile(r"^(.*): interrupted( in [^,:]*(?:, [^:]*)?): SIGINT arrived.*$")
 
 
@@ -86,32 +88,37 @@ class SweepRunner:
             BytekilnError: as `run_sweep`.
         """
         found = {w: self._seen(w, t) for w, t in zip(wanted, self._trials(wanted), strict=True)}
-        for stage in dict.fromkeys(w.stage for w in wanted):
-            mine = [w for w in wanted if w.stage == stage]
-            for until in sorted({w.until for w in mine}):
-                todo = [w for w in mine if w.until == until and not self._done(w, found[w])]
-                if not todo:
-                    continue
-                folder, trials = self.folder / stage, self._trials(todo)
-                folder.mkdir(parents=True, exist_ok=True)
-                write_spec(self._spec(stage, [(t.config.optimizer.lr, t.seed) for t in trials]), folder)
-                full = until >= self.plan.max_steps
-                run_sweep(
-                    trials,
-                    folder,
-                    jobs=self.jobs,
-                    retry=self.retry,
-                    results=RESULTS,
-                    say=self.say if full else self._say_paused,
-                    board=self.board,
-                    start=self.start(None if full else until),
-                )
-                self._tried |= {(stage, t.name) for t in trials}
-                for w, trial in zip(todo, trials, strict=True):
-                    found[w] = self._seen(w, trial)
-                    if found[w].status in ("pending", "running"):
-                        found[w] = dataclasses.replace(found[w], status="failed", why=f"{trial.name} did not end")
+        for stage, until in sorted({(w.stage, w.until) for w in wanted}):
+            mine = [w for w in wanted if (w.stage, w.until) == (stage, until)]
+            for _ in range(ATTEMPTS):
+                todo = [w for w in mine if not self._done(w, found[w])]
+                if todo:
+                    found |= self._train(stage, until, todo)
+            for w in mine:
+                seen = found[w]
+                if not self._done(w, seen):  # stopped from outside again and again; the next search goes on with it
+                    why = f"{seen.name} was {seen.status} at step {seen.steps}, {ATTEMPTS} times: {seen.why}"
+                    found[w] = dataclasses.replace(seen, status="failed", why=why)
         return [found[w] for w in wanted]
+
+    def _train(self, stage: str, until: int, todo: Sequence[Request]) -> dict[Request, Seen]:
+        """Have runs of one stage trained up to a step."""
+        folder, trials = self.folder / stage, self._trials(todo)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_spec(self._spec(stage, [(t.config.optimizer.lr, t.seed) for t in trials]), folder)
+        full = until >= self.plan.max_steps
+        run_sweep(
+            trials,
+            folder,
+            jobs=self.jobs,
+            retry=self.retry,
+            results=RESULTS,
+            say=self.say if full else self._say_paused,
+            board=self.board,
+            start=self.start(None if full else until),
+        )
+        self._tried |= {(stage, t.name) for t in trials}
+        return {w: self._seen(w, trial) for w, trial in zip(todo, trials, strict=True)}
 
     def _say_paused(self, line: str) -> None:
         """A run that comes to its rung ends as interrupted; to a person that is a pause."""
