@@ -1,7 +1,7 @@
 """The learning-rate search against a full grid, on a small model that really trains.
 
     lr_search.py [--searches 10] [--workers 2] [--text FILE] [--cache FOLDER] [--grid-only]
-    lr_search.py --transfer [--optimizer adamw|muon|both] [--widths 128 512] [--steps 150] [--text FILE]
+    lr_search.py --transfer [--optimizer adamw|muon|both] [--widths 128 512] [--steps 100] [--text FILE]
 
 Text: tinyshakespeare's characters where the shared data lies beside the repository, else --text FILE. The model has
 some 57,000 parameters and trains 300 steps (a few seconds); all runs are in this process and its forked workers, torch
@@ -297,7 +297,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         fields = {**MODEL, **token_files(options.text, Path(folder))}
         if options.transfer:
-            fields["max_steps"] = options.steps or 150
+            fields["max_steps"] = options.steps or 100
             fields["eval_interval"] = max(fields["max_steps"] // 12, 1)
             fields["num_eval_batches"] = 10
         elif options.steps:

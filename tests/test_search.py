@@ -119,7 +119,7 @@ def test_widening_ends_and_says_why() -> None:
     assert any("not widened: it was widened 2 times" in n for n in found.notes)
     found = searched(Planted(10.0), high=0.1)
     assert not found.widened and any("is outside" in n for n in found.notes)
-    assert "highest that was run" in " ".join(found.notes)
+    assert "highest at full length" in " ".join(found.notes)
 
 
 def test_a_flat_optimum_has_a_wide_interval() -> None:
@@ -189,7 +189,7 @@ def test_all_rates_share_the_first_seed_and_repeats_have_others() -> None:
     runner = Planted()
     found = searched(runner)
     stages = {stage: {r.seed for r in runner.asked if r.stage == stage} for stage in ("coarse", "seeds", "confirm")}
-    assert stages["coarse"] == {1} and stages["seeds"] == {2} and stages["confirm"] <= {1}
+    assert stages["coarse"] == {1} and stages["seeds"] == {2} and stages["confirm"] <= {1, 2}
     assert len({r.lr for r in runner.asked if r.stage == "coarse" and r.until == 20}) == 7
     repeats = sorted(r.lr for r in runner.asked if r.stage == "seeds")
     assert len(repeats) == 3 and repeats[0] < found.recommended < repeats[-1]  # type: ignore[operator]
@@ -220,6 +220,15 @@ def test_a_search_whose_steps_are_used_up_leaves_out_repeats_and_says_so() -> No
     found = searched(Planted(), budget=5 * STEPS)
     assert found.steps <= 5 * STEPS and found.recommended == pytest.approx(1e-2, rel=0.05)
     assert any("seed 2 is not run at" in n for n in found.notes)
+
+
+def test_steps_that_are_left_repeat_the_recommended_rate_and_its_neighbours() -> None:
+    runner = Planted(1.3e-2)
+    found = searched(runner, budget=1e9, seeds=(1, 2, 3))
+    lr = found.recommended
+    for rate in (lr, *(o for o, _ in found.neighbours)):
+        assert {p.seed for p in found.full() if p.lr == rate} == {1, 2, 3}
+    assert found.last_fit is not None and found.last_fit.degrees > 3
 
 
 def test_without_pruning_every_rate_is_trained_to_the_end() -> None:

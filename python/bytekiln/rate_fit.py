@@ -213,7 +213,7 @@ def _near_the_end(lr: float, rates: list[float], edge: str) -> bool:
 
 def _at_the_edge(kind: str, best: float) -> str:
     side, more = ("lowest", "lower") if kind == "edge_low" else ("highest", "higher")
-    return f"the best rate, {best:.3g}, is the {side} that was run; the range should be widened to {more} rates"
+    return f"the best rate, {best:.3g}, is the {side} at full length; the range should be widened to {more} rates"
 
 
 class _Parabola(NamedTuple):

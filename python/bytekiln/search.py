@@ -18,7 +18,19 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from bytekiln.rate_fit import Fit, Point, fit_rates
-from bytekiln.search_plan import ENDED_WELL, SAME, STAGES, Plan, RangeTester, Request, Runner, Seen, rounded
+from bytekiln.search_plan import (
+    ENDED_WELL,
+    SAME,
+    STAGES,
+    Plan,
+    RangeTester,
+    Request,
+    Runner,
+    Seen,
+    best_and_beside,
+    none_ended_well,
+    rounded,
+)
 from bytekiln.sweep_axes import short
 
 CERTAIN = 2.0
@@ -61,7 +73,7 @@ class Search:
         self.recommended: float | None = None
         self.confirmed_loss: float | None = None
         self.neighbours: list[tuple[float, float]] = []
-        """(rate, mean loss) beside the recommended one, over the seeds of the confirmation."""
+        """(rate, loss) beside the recommended one: `confirmed_loss` and the mean difference over the seeds of both."""
 
     # --- the whole --------------------------------------------------------------------------------------------
 
@@ -173,7 +185,7 @@ class Search:
             further = rounded(further)
             if not self._widen(further, rung):
                 if not math.isfinite(losses[best]):
-                    raise NoRun(self._all_lost())
+                    raise NoRun(none_ended_well(self.runs.values()))
                 return sorted(alive)
             alive.append(further)
             self._ask("coarse", [further], seed, rung)
@@ -200,21 +212,14 @@ class Search:
         order = sorted(alive)
         losses = {lr: self._loss(lr, seed, rung) for lr in order}
         best = min(order, key=lambda lr: losses[lr])
-        chosen = [best]
-        while len(chosen) < min(keep, len(order)):
-            i, j = order.index(min(chosen)) - 1, order.index(max(chosen)) + 1
-            sides = [order[k] for k in (i, j) if 0 <= k < len(order)]
-            both = len(chosen) == 2 and len(sides) == 2 and best in (min(chosen), max(chosen))
-            if both:  # its two neighbours always
-                sides = [s for s in sides if (s < best) == (best == min(chosen))]
-            chosen.append(min(sides, key=lambda lr: losses[lr]))
+        chosen = best_and_beside(losses, keep)
         for lr in order:
             known = self.runs[lr, seed]
             if lr not in chosen and known.status == "interrupted" and not known.given_up:
                 why = f"step {rung}: loss {losses[lr]:.4f}, {losses[lr] - losses[best]:.4f} above that of {short(best)}"
                 self.runs[lr, seed] = dataclasses.replace(known, given_up=why)
         self.save(self)
-        return sorted(chosen)
+        return chosen
 
     def _bracket(self, seed: int) -> None:
         """The best rate has a neighbour at full length on either side, as far as rates and steps allow."""
@@ -222,7 +227,7 @@ class Search:
         while True:
             losses = {lr: self._loss(lr, seed, plan.max_steps) for lr in self.rates() if self._is_full(lr, seed)}
             if not losses or not math.isfinite(min(losses.values())):
-                raise NoRun(self._all_lost())
+                raise NoRun(none_ended_well(self.runs.values()))
             best = min(losses, key=lambda lr: losses[lr])
             lacking = []
             for further in (rounded(best / plan.factor), rounded(best * plan.factor)):
@@ -255,13 +260,6 @@ class Search:
         known = self.runs.get((lr, seed))
         return math.inf if known is None else known.loss_at(step)
 
-    def _all_lost(self) -> str:
-        counts: dict[str, int] = {}
-        for r in self.runs.values():
-            counts[r.status] = counts.get(r.status, 0) + 1
-        told = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
-        return f"no run ended well ({told}, rates {short(min(self.rates()))} to {short(max(self.rates()))})"
-
     # --- seeds, fit, confirmation -----------------------------------------------------------------------------
 
     def _seeds(self) -> None:
@@ -269,7 +267,7 @@ class Search:
         self.stage, plan = "seeds", self.plan
         points = self.full()
         if not points:
-            raise NoRun(self._all_lost())
+            raise NoRun(none_ended_well(self.runs.values()))
         first = fit_rates([p for p in points if p.seed == plan.seeds[0]], confidence=plan.confidence)
         rates = sorted({p.lr for p in points})
         i = rates.index(first.best)
@@ -312,21 +310,20 @@ class Search:
             self.recommended, self.status = self.fit.best, "unconfirmed"
             self.confirmed_loss = _mean(p.loss for p in self.full() if p.lr == self.fit.best)
             return
+        self._repeat(lr)
         mine = [p for p in self.full() if p.lr == lr]
         self.confirmed_loss = _mean(p.loss for p in mine)
         if self.fit.curvature > 0:
             self.predicted_loss = _mean(self.fit.at(lr, p.seed) for p in mine)
         self.last_fit = fit_rates(self.full(), confidence=plan.confidence, span=(self.rates()[0], self.rates()[-1]))
-        others = sorted({p.lr for p in self.full() if p.lr != lr})
-        below, above = [o for o in others if o < lr][-1:], [o for o in others if o > lr][:1]
-        self.neighbours = [(o, self._paired(o, lr)) for o in (*below, *above)]
-        noise = CERTAIN * (self.fit.sigma or 0.0) * math.sqrt(2 / len(mine))
         self.status = "confirmed"
-        for other, loss in self.neighbours:
-            if loss < self.confirmed_loss - noise:
+        for other in self._beside(lr):
+            more, common = self._difference(other, lr)
+            self.neighbours.append((other, self.confirmed_loss + more))
+            if common and more < -CERTAIN * (self.fit.sigma or 0.0) * math.sqrt(2 / common):
                 self._note(
-                    f"{short(other)} was better at full length: {loss:.4f} against {self.confirmed_loss:.4f} at "
-                    f"{short(lr)}; it is recommended instead"
+                    f"{short(other)} was better at full length, by {-more:.4f} over {common} "
+                    f"seed{'s' * (common > 1)}; it is recommended instead of {short(lr)}"
                 )
                 self.recommended = other
         if self.recommended != lr:
@@ -336,11 +333,24 @@ class Search:
             self.status = "unconfirmed"
             self._note(f"{short(self.recommended)} has no neighbour on one side that ended well")
 
-    def _paired(self, other: float, lr: float) -> float:
-        """Mean loss of a rate over the seeds that `lr` has as well, else over its own."""
-        seeds = {p.seed for p in self.full() if p.lr == lr}
-        mine = [p for p in self.full() if p.lr == other]
-        return _mean([p.loss for p in mine if p.seed in seeds] or [p.loss for p in mine])
+    def _beside(self, lr: float) -> list[float]:
+        """The nearest rates on either side that ended well at full length."""
+        others = sorted({p.lr for p in self.full() if p.lr != lr})
+        return [*[o for o in others if o < lr][-1:], *[o for o in others if o > lr][:1]]
+
+    def _repeat(self, lr: float) -> None:
+        """What steps are left go into the other seeds of the recommended rate and of those beside it."""
+        for seed in self.plan.seeds:
+            for rate in (lr, *self._beside(lr)):
+                if (rate, seed) not in self.runs and self._affords(self.plan.max_steps):
+                    self._ask("confirm", [rate], seed, self.plan.max_steps)
+
+    def _difference(self, other: float, lr: float) -> tuple[float, int]:
+        """(mean loss of `other` above that of `lr`, by the seeds that both have; how many those are)."""
+        mine, theirs = ({p.seed: p.loss for p in self.full() if p.lr == rate} for rate in (lr, other))
+        common = [theirs[seed] - mine[seed] for seed in mine if seed in theirs]
+        assert self.fit is not None
+        return (_mean(common), len(common)) if common else (self.fit.at(other) - self.fit.at(lr), 0)
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from bytekiln.errors import ConfigError
+from bytekiln.sweep_axes import short
 
 STAGES = ("range_test", "coarse", "seeds", "fit", "confirm")
 ENDED_WELL = ("completed", "early_stopped")
@@ -163,3 +164,30 @@ def rungs_of(max_steps: int, eval_interval: int) -> tuple[int, ...]:
         return ()
     found = [max(round(share * max_steps / eval_interval), 1) * eval_interval for share in FIRST_RUNGS]
     return tuple(sorted({r for r in found if r <= max_steps / 2}))
+
+
+def none_ended_well(runs: Iterable[Seen]) -> str:
+    """Why there is nothing to choose from."""
+    seen = list(runs)
+    ended = sorted(r.status for r in seen)
+    told = ", ".join(f"{ended.count(status)} {status}" for status in dict.fromkeys(ended))
+    rates = [r.lr for r in seen]
+    return f"no run ended well ({told}, rates {short(min(rates))} to {short(max(rates))})"
+
+
+def best_and_beside(losses: Mapping[float, float], keep: int) -> list[float]:
+    """The rate of least loss and those next to it, the better side first, its two neighbours always.
+
+    >>> best_and_beside({1.0: 3.0, 2.0: 2.0, 4.0: 2.5, 8.0: 2.6, 16.0: 4.0}, 4)
+    [1.0, 2.0, 4.0, 8.0]
+    """
+    order = sorted(losses)
+    best = min(order, key=lambda lr: losses[lr])
+    chosen = [best]
+    while len(chosen) < min(keep, len(order)):
+        i, j = order.index(min(chosen)) - 1, order.index(max(chosen)) + 1
+        sides = [order[k] for k in (i, j) if 0 <= k < len(order)]
+        if len(chosen) == 2 and len(sides) == 2:  # one neighbour is in: now the other one
+            sides = [lr for lr in sides if (lr < best) == (best == min(chosen))]
+        chosen.append(min(sides, key=lambda lr: losses[lr]))
+    return sorted(chosen)
