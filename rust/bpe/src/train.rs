@@ -32,7 +32,7 @@ use foldhash::fast::FixedState;
 
 use crate::error::{Error, Result};
 use crate::hash;
-use crate::progress::{Progress, Stage};
+use crate::progress::{Progress, Stage, drop_beside};
 
 /// Number of a token in its vocabulary.
 pub type TokenId = u32;
@@ -181,37 +181,10 @@ struct Trainer {
 pub fn train(words: &[(Vec<u8>, u64)], wanted: usize, rule: TieBreak, progress: &Progress) -> Result<Merges> {
     progress.begin(Stage::Merge, wanted as u64);
     let mut trainer = Trainer::new(words, progress)?;
-    let mut queue = Queue { heap: Vec::new(), ties: TieOrder::new(rule) };
-    let mut initial: Vec<(u64, Pair)> = trainer.pairs.iter().map(|(&pair, state)| (state.count, pair)).collect();
-    initial.sort_unstable();
-    for (count, pair) in initial {
-        queue.push(&trainer.tokens, count, pair);
-    }
-
-    let mut merges = Vec::new();
-    while merges.len() < wanted {
-        progress.check()?;
-        let Some((count, pair)) = queue.pop(&trainer.tokens) else { break };
-        let now = trainer.pairs.get(&pair).map_or(0, |state| state.count);
-        if now != count {
-            // Edges were lost since the entry was made.
-            if now > 0 {
-                queue.push(&trainer.tokens, now, pair);
-            }
-            continue;
-        }
-        let id = trainer.tokens.len() as TokenId;
-        let joined = [trainer.tokens[pair.0 as usize].as_slice(), &trainer.tokens[pair.1 as usize]].concat();
-        trainer.tokens.push(joined);
-        merges.push(pair);
-        for gained in trainer.merge(pair, id) {
-            if let Some(state) = trainer.pairs.get(&gained) {
-                queue.push(&trainer.tokens, state.count, gained);
-            }
-        }
-        progress.add(1);
-    }
-    Ok(Merges { pairs: merges, tokens: trainer.tokens })
+    let merges = trainer.run(wanted, rule, progress);
+    let tokens = std::mem::take(&mut trainer.tokens);
+    drop_beside(trainer);
+    Ok(Merges { pairs: merges?, tokens })
 }
 
 impl Trainer {
@@ -242,6 +215,41 @@ impl Trainer {
         let word_counts = words.iter().map(|&(_, count)| count).collect();
         let tokens = (0..=255u8).map(|b| vec![b]).collect();
         Ok(Self { cells, word_counts, pairs, tokens })
+    }
+
+    /// Merges the most frequent pair until there are `wanted` merges or no pair is left.
+    fn run(&mut self, wanted: usize, rule: TieBreak, progress: &Progress) -> Result<Vec<Pair>> {
+        let mut queue = Queue { heap: Vec::new(), ties: TieOrder::new(rule) };
+        let mut initial: Vec<(u64, Pair)> = self.pairs.iter().map(|(&pair, state)| (state.count, pair)).collect();
+        initial.sort_unstable();
+        for (count, pair) in initial {
+            queue.push(&self.tokens, count, pair);
+        }
+
+        let mut merges = Vec::new();
+        while merges.len() < wanted {
+            progress.check()?;
+            let Some((count, pair)) = queue.pop(&self.tokens) else { break };
+            let now = self.pairs.get(&pair).map_or(0, |state| state.count);
+            if now != count {
+                // Edges were lost since the entry was made.
+                if now > 0 {
+                    queue.push(&self.tokens, now, pair);
+                }
+                continue;
+            }
+            let id = self.tokens.len() as TokenId;
+            let joined = [self.tokens[pair.0 as usize].as_slice(), &self.tokens[pair.1 as usize]].concat();
+            self.tokens.push(joined);
+            merges.push(pair);
+            for gained in self.merge(pair, id) {
+                if let Some(state) = self.pairs.get(&gained) {
+                    queue.push(&self.tokens, state.count, gained);
+                }
+            }
+            progress.add(1);
+        }
+        Ok(merges)
     }
 
     fn len_of(&self, id: TokenId) -> usize {
