@@ -80,11 +80,11 @@ def contestants(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Ca
     from lm_eval.api.instance import Instance  # type: ignore[import-untyped]
     from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped]
 
-    from bytekiln.choices import encode_pair, likelihoods
     from bytekiln.config import ModelConfig
     from bytekiln.model import TransformerLM
-    from bytekiln.scores import Scorer
-    from bytekiln.tasks import read_questions
+    from bytekiln.score.choices import encode_pair, likelihoods
+    from bytekiln.score.scorer import Scorer
+    from bytekiln.score.tasks import read_questions
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(SEED)

@@ -12,8 +12,8 @@ Regret: the mean loss at the recommended rate over the grid's seeds (trained afr
 in σ. The bar: at most 2 σ in 9 of 10, at most a fifth of the grid's steps, σ at most 0.02. Runs and searches are kept
 in --cache: remove it to measure anew.
 
---transfer searches at the smaller width, predicts the rate of the larger one (`bytekiln.transfer`), and searches a grid
-of factor 2 round it there; the bar: found and predicted are at most one step apart.
+--transfer searches at the smaller width, predicts the rate of the larger one (`bytekiln.search.transfer`), and searches
+a grid of factor 2 round it there; the bar: found and predicted are at most one step apart.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class Live:
     """A run that can be paused: it simply is not asked for more."""
 
     def __init__(self, fields: dict[str, Any]) -> None:
-        from bytekiln.bare_run import BareRun
         from bytekiln.config import load_config
+        from bytekiln.search.bare_run import BareRun
 
         self.run = BareRun(load_config(None, fields))
         self.curve: Curve = []
@@ -99,7 +99,7 @@ class InProcess:
         self.fields, self.live = fields, dict[tuple[float, int], Live]()
 
     def __call__(self, wanted: Sequence[Any]) -> list[Any]:
-        from bytekiln.search_plan import Seen
+        from bytekiln.search.plan import Seen
 
         seen = []
         for w in wanted:
@@ -156,9 +156,9 @@ def best(curve: Curve) -> float:
 def one_search(job: tuple[dict[str, Any], tuple[int, ...], dict[str, Any]]) -> dict[str, Any]:
     """A search with seeds of its own, range test and all, in a worker."""
     from bytekiln.config import load_config
-    from bytekiln.range_test import measure
-    from bytekiln.search import Search
-    from bytekiln.search_plan import Plan, rungs_of
+    from bytekiln.search.plan import Plan, rungs_of
+    from bytekiln.search.range_test import measure
+    from bytekiln.search.stages import Search
 
     fields, seeds, more = job
     began = time.perf_counter()
@@ -188,7 +188,7 @@ def one_search(job: tuple[dict[str, Any], tuple[int, ...], dict[str, Any]]) -> d
 
 def against_the_grid(options: argparse.Namespace, fields: dict[str, Any], workers: Any) -> int:
     """The bench; its exit status is 0 where the bar is reached."""
-    from bytekiln.rate_fit import Point, fit_rates
+    from bytekiln.search.rate_fit import Point, fit_rates
 
     cache = Cache(fields, options.cache, workers)
     grid = cache.losses(RATES, GRID_SEEDS)
@@ -260,7 +260,7 @@ def transferred(options: argparse.Namespace, fields: dict[str, Any], workers: An
 def one_transfer(job: tuple[dict[str, Any], str, tuple[int, int]]) -> dict[str, Any]:
     """Search at the smaller width, predict, search beside the prediction at the larger one."""
     from bytekiln.config import load_config
-    from bytekiln.transfer import off_by, predict
+    from bytekiln.search.transfer import off_by, predict
 
     fields, optimizer, widths = job
     began = time.perf_counter()

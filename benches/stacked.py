@@ -41,8 +41,8 @@ def measure(shape: str, threads: int, runs: int, steps: int, compiled: bool) -> 
     from bytekiln.prepare import keep_freed_memory
     from bytekiln.runfolder import prepare_folder
     from bytekiln.signals import Signals
-    from bytekiln.stack import _prepared
-    from bytekiln.stack_run import Stack, StackedRun
+    from bytekiln.stack.command import _prepared
+    from bytekiln.stack.run import Stack, StackedRun
 
     torch.set_num_threads(threads)
     keep_freed_memory()

@@ -14,7 +14,7 @@ from bytekiln import Tokenizer, train_bpe_from_iterator
 from bytekiln.checkpoint import Checkpoint, save_checkpoint
 from bytekiln.config import ModelConfig, RunConfig, load_config
 from bytekiln.model import TransformerLM
-from bytekiln.scores import Scorer
+from bytekiln.score.scorer import Scorer
 from lm_runs import TINY
 
 WORDS = "kiln clay wheel potter glaze bowl fire ash brick mug slip oven soft cold red wet".split()

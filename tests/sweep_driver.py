@@ -13,8 +13,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from bytekiln.sweep import run_sweep, work
-from bytekiln.sweep_spec import Trial, read_spec, trials_of
+from bytekiln.sweep.coordinate import run_sweep, work
+from bytekiln.sweep.spec import Trial, read_spec, trials_of
 
 BASE = {"vocab_size": 61, "d_model": 16, "num_layers": 1, "num_heads": 2, "context_length": 8, "max_steps": 6}
 

@@ -12,12 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bytekiln.characters import CharTokenizer
-from bytekiln.choices import Request, encode_pair, is_truncated, jobs_of, likelihoods, plain_likelihoods, truncated
 from bytekiln.errors import ConfigError
-from bytekiln.score_runs import score_benchmark
-from bytekiln.scores import Scorer
-from bytekiln.shared_prefix import lay_out
-from bytekiln.tasks import read_questions
+from bytekiln.score.choices import (
+    Request,
+    encode_pair,
+    is_truncated,
+    jobs_of,
+    likelihoods,
+    plain_likelihoods,
+    truncated,
+)
+from bytekiln.score.runs import score_benchmark
+from bytekiln.score.scorer import Scorer
+from bytekiln.score.shared_prefix import lay_out
+from bytekiln.score.tasks import read_questions
 from score_models import rows, scorer, taught, tokenizer, write_rows
 
 MODELS: dict[str, dict[str, Any]] = {

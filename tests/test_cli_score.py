@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from bytekiln import cli_score, score_runs, score_text
+from bytekiln import cli_score
 from bytekiln.errors import BytekilnError, ConfigError, FileError, FormatError, MismatchError, OutputExistsError
+from bytekiln.score import runs as score_runs
+from bytekiln.score import text as score_text
 from bytekiln.tokenizer import encode_files
 from score_models import model, rows, saved, tokenizer, write_rows
 from test_scores import TEXT, text_file

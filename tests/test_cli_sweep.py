@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from bytekiln import cli, cli_sweep
-from bytekiln.sweep import run_sweep
-from bytekiln.sweep_results import read_results
+from bytekiln.sweep.coordinate import run_sweep
+from bytekiln.sweep.results import read_results
 from lm_runs import ONE_THREAD, TINY, tokens
 from sweep_driver import Start
 from sweep_kills import make, outcome, start
@@ -210,7 +210,7 @@ def test_seed_000_from_the_baseline_to_the_resume(here: Path) -> None:
 
 
 def test_adopting_needs_no_result_and_goes_on_after_a_kill(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bytekiln import adopt as module
+    from bytekiln.sweep.coordinate import adopt as module
     from bytekiln.train import train
     from lm_runs import tiny
 
@@ -295,8 +295,8 @@ def test_on_a_local_ray_cluster(here: Path) -> None:
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir="/tmp/bytekiln-ray")
     try:
-        from bytekiln.sweep_ray import RayStart
-        from bytekiln.sweep_spec import changed, load_spec, trials_of
+        from bytekiln.sweep.ray import RayStart
+        from bytekiln.sweep.spec import changed, load_spec, trials_of
 
         base = {k: v for k, v in TINY.items() if k != "lr"} | {"train_data": "train.npy", "tensorboard": False}
         spec = changed(load_spec("tinystories-lr"), lrs=[1e-3, 1e9], given=base)

@@ -17,26 +17,25 @@ FLOORS = [
     ["errors", "signals"],
     [
         "_core",
-        "detach",
-        "paired",
-        "report_curves",
-        "report_places",
-        "report_rows",
-        "search_plan",
-        "stability",
+        "sweep.detach",
+        "score.paired",
+        "report.curves",
+        "report.places",
+        "report.rows",
+        "report.stability",
         "student",
-        "tasks",
+        "score.tasks",
     ],
-    ["console", "rate_fit"],
+    ["console", "search.rate_fit"],
     ["section", "tokenfile"],
-    ["model_config", "training_config", "sweep_journal"],
+    ["model_config", "training_config", "sweep.journal"],
     ["fields"],
     ["config", "tokenizer"],
-    ["__init__", "stack_rules", "sweep_axes"],
-    ["atomic", "search", "sweep_model", "sweep_table", "transfer"],
-    ["characters", "bpe_flags", "score_records", "sweep_spec"],
+    ["__init__", "stack.rules", "sweep.axes"],
+    ["atomic", "search.plan", "sweep.model", "sweep.table"],
+    ["characters", "bpe_flags", "score.records", "search.stages", "search.transfer", "sweep.spec"],
     ["characters_file", "metrics", "inspection", "hardware", "accounting", "schedule", "ranks", "guard", "bundle"],
-    ["kernels", "sweep_results"],
+    ["kernels", "sweep.results"],
     [
         "attention",
         "muon",
@@ -47,10 +46,10 @@ FLOORS = [
         "overlap",
         "layer_warnings",
         "run_state",
-        "report_runs",
-        "search_files",
-        "sweep_process",
-        "sweep_progress",
+        "report.runs",
+        "search.files",
+        "sweep.process",
+        "sweep.progress",
     ],
     [
         "model",
@@ -61,9 +60,9 @@ FLOORS = [
         "preview",
         "tracking",
         "layer_stats",
-        "report_groups",
-        "sweep_folder",
-        "sweep_ray",
+        "report.groups",
+        "sweep.folder",
+        "sweep.ray",
     ],
     [
         "sources",
@@ -72,23 +71,32 @@ FLOORS = [
         "result",
         "hf_config",
         "hf_weights",
-        "report_rates",
-        "shared_prefix",
-        "sweep_view",
+        "report.rates",
+        "score.shared_prefix",
+        "sweep.view",
     ],
-    ["data", "convert", "sample", "adopt", "report_data", "report_model", "stack_model", "sweep"],
-    ["evaluate", "prepare", "samples_file", "footprint", "horizon", "report_pictures", "report_tables", "scores"],
-    ["learner", "runfolder", "choices", "report_sections", "score_overlap", "score_text"],
-    ["record", "plan", "validation", "bare_run", "harness", "report_html", "score_runs"],
-    ["train", "range_test"],
-    ["report", "demo_text", "sampling", "run_flags", "search_picture", "search_runs", "stack_run"],
-    ["cli_bpe", "cli_lm", "cli_plan", "demo", "cli_report", "cli_score", "search_asked", "stack"],
+    ["data", "convert", "sample", "sweep.adopt", "report.data", "report.model", "stack.model", "sweep.coordinate"],
+    ["evaluate", "prepare", "samples_file", "footprint", "horizon", "report.pictures", "report.tables", "score.scorer"],
+    ["learner", "runfolder", "score.choices", "report.sections", "score.overlap", "score.text"],
+    ["record", "plan", "validation", "search.bare_run", "score.harness", "report.html", "score.runs"],
+    ["train", "search.range_test"],
+    ["report.build", "demo_text", "sampling", "run_flags", "search.picture", "search.runs", "stack.run"],
+    ["cli_bpe", "cli_lm", "cli_plan", "demo", "cli_report", "cli_score", "search.asked", "stack.command"],
     ["cli_search", "cli_sweep"],
     ["cli"],
 ]
 """From the ground up. Modules of one floor never import each other."""
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
-MODULES = sorted(p.stem for p in PACKAGE.glob("*.py"))
+
+
+def dotted(path: Path) -> str:
+    """The name of a module below the package: `sweep.spec`."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = sorted(dotted(p) for p in PACKAGE.rglob("*.py"))
+ROOMS = sorted(p.parent.name for p in PACKAGE.glob("*/__init__.py"))
+"""The sub-packages. Their `__init__` is a sentence and imports nothing: no module pays for another."""
 
 
 def imports(source: str) -> set[tuple[int, str]]:
@@ -101,19 +109,25 @@ def imports(source: str) -> set[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: relative import"
             names = [node.module or ""]
-            if node.module == "bytekiln":
-                names = [f"bytekiln.{a.name}" if a.name in FLOOR else "bytekiln" for a in node.names]
+            if node.module == "bytekiln" or names[0].removeprefix("bytekiln.") in ROOMS:
+                inner = [f"{node.module}.{a.name}" for a in node.names]
+                names = [name if name.removeprefix("bytekiln.") in FLOOR else str(node.module) for name in inner]
         for name in names:
             head, _, rest = name.partition(".")
             if head == "bytekiln":
-                found.add((node.lineno, rest.split(".")[0] or "__init__"))
+                found.add((node.lineno, rest or "__init__"))
     return found
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_itself_imports_nothing(room: str) -> None:
+    assert len(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8")).body) == 1
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.removesuffix(".__init__") not in ROOMS])
 def test_imports_go_down(module: str) -> None:
     assert module in FLOOR, f"{module} has no floor yet; give it one in FLOORS and in CONTRIBUTING.md"
-    for line, other in sorted(imports((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))):
+    for line, other in sorted(imports((PACKAGE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))):
         assert other in FLOOR, f"{module}.py:{line}: imports {other}, which has no floor"
         assert FLOOR[other] < FLOOR[module], (
             f"{module}.py:{line}: floor {FLOOR[module]} imports {other} of floor {FLOOR[other]}"
@@ -123,8 +137,9 @@ def test_imports_go_down(module: str) -> None:
 def test_the_walk_sees_hidden_imports() -> None:
     source = (
         "def f():\n    if True:\n        from bytekiln import train, Tokenizer\n        import bytekiln.model as m\n"
+        "        from bytekiln.sweep import axes\n        from bytekiln.sweep.spec import Trial\n"
     )
-    assert imports(source) == {(3, "train"), (3, "__init__"), (4, "model")}
+    assert imports(source) == {(3, "train"), (3, "__init__"), (4, "model"), (5, "sweep.axes"), (6, "sweep.spec")}
 
 
 HEAVY = ("torch", "pydantic", "matplotlib", "tokenizers")
@@ -148,7 +163,7 @@ def loaded_after(code: str, names: tuple[str, ...]) -> set[str]:
         ("import bytekiln.cli, bytekiln.console, bytekiln.cli_bpe", (*HEAVY, "numpy", "rich")),
         ("import bytekiln.demo", (*HEAVY, "numpy", "rich")),
         ("import bytekiln.tokenfile, bytekiln.tokenizer", (*HEAVY, "rich")),
-        ("import bytekiln.report", ("torch",)),
+        ("import bytekiln.report.build", ("torch",)),
         ("import bytekiln.cli_lm", ("torch",)),
     ],
 )

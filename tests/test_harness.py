@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import bytekiln.evaluate
-import bytekiln.harness
-from bytekiln.choices import plain_likelihoods
+import bytekiln.score.harness
 from bytekiln.errors import BytekilnError, ConfigError
 from bytekiln.sample import generate
-from bytekiln.score_runs import score_benchmark
-from bytekiln.scores import Scorer
+from bytekiln.score.choices import plain_likelihoods
+from bytekiln.score.runs import score_benchmark
+from bytekiln.score.scorer import Scorer
 from conftest import ROOT, SHARED
 from score_models import WORDS, model, rows, saved, scorer, tokenizer, write_rows
 
@@ -156,14 +156,14 @@ class Request:
 
 
 def adapter(judge: Scorer) -> Any:
-    return bytekiln.harness.HarnessLM(judge)
+    return bytekiln.score.harness.HarnessLM(judge)
 
 
 def test_requests_in_any_order() -> None:
     judge = scorer(6)
     lm = adapter(judge)
     asked = [("a kiln", " is hot"), ("a kiln", " is"), ("wet clay", "."), ("a kiln", " is hot"), ("", "red slip")]
-    expected = plain_likelihoods(judge, [bytekiln.harness.encode_pair(tokenizer(), *pair) for pair in asked])
+    expected = plain_likelihoods(judge, [bytekiln.score.harness.encode_pair(tokenizer(), *pair) for pair in asked])
     for doc_ids in ([None] * 5, [0, 0, 1, 2, 3]):
         found = lm.loglikelihood([Request(*a, doc_id=d) for a, d in zip(asked, doc_ids, strict=True)])
         assert [v for v, _ in found] == pytest.approx([a.loglikelihood for a in expected], abs=1e-4)
@@ -218,18 +218,18 @@ def test_a_run_by_its_path_and_by_the_harness_arguments(tmp_path: Path) -> None:
 
 
 def test_without_the_harness_one_line_says_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    bytekiln.harness._adapter.cache_clear()
+    bytekiln.score.harness._adapter.cache_clear()
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(BytekilnError, match=r'pip install "bytekiln\[eval\]"'):
         _ = bytekiln.evaluate.HarnessLM
-    for module in (bytekiln.evaluate, bytekiln.harness):
+    for module in (bytekiln.evaluate, bytekiln.score.harness):
         with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
             _ = module.Nothing
 
 
 def test_importing_the_adapter_loads_no_harness() -> None:
-    code = "import bytekiln.harness, bytekiln.evaluate, sys; sys.exit('lm_eval' in sys.modules)"
+    code = "import bytekiln.score.harness, bytekiln.evaluate, sys; sys.exit('lm_eval' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

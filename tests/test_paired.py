@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bytekiln.errors import MismatchError
-from bytekiln.paired import accuracy_interval, compare_answers, compare_losses, standard_error
+from bytekiln.score.paired import accuracy_interval, compare_answers, compare_losses, standard_error
 
 
 @given(k=st.integers(0, 12), n=st.integers(0, 12))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bytekiln.errors import ConfigError, FormatError
-from bytekiln.range_test import (
+from bytekiln.search.range_test import (
     SMOOTHING,
     TOO_HIGH,
     draw_range_test,
@@ -131,8 +131,8 @@ def test_on_a_real_model_it_is_the_runs_own_steps(tmp_path: Path) -> None:
 
 
 def test_a_bare_run_takes_the_steps_of_a_training_run(tmp_path: Path) -> None:
-    from bytekiln.bare_run import BareRun
     from bytekiln.metrics import read_metrics
+    from bytekiln.search.bare_run import BareRun
     from bytekiln.train import train
 
     config = tiny(tmp_path, dropout=0.1, batch_stages="0.5:2", schedule="cosine", grad_accum_steps=2)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bytekiln.errors import ConfigError
-from bytekiln.rate_fit import Point, fit_rates
+from bytekiln.search.rate_fit import Point, fit_rates
 
 
 def planted(

@@ -14,11 +14,11 @@ import pytest
 
 from bytekiln.errors import ConfigError, FileError, OutputExistsError
 from bytekiln.metrics import Row
-from bytekiln.report import read_report, summary, write_csv, write_page, write_pictures
-from bytekiln.report_html import page
-from bytekiln.report_model import Report
-from bytekiln.report_pictures import _draw_losses, draw_losses, pictures, write_picture
-from bytekiln.report_runs import Run
+from bytekiln.report.build import read_report, summary, write_csv, write_page, write_pictures
+from bytekiln.report.html import page
+from bytekiln.report.model import Report
+from bytekiln.report.pictures import _draw_losses, draw_losses, pictures, write_picture
+from bytekiln.report.runs import Run
 from report_files import rows_to, write_config, write_large, write_result, write_run, write_sweep
 
 PNG = b"\x89PNG\r\n\x1a\n"

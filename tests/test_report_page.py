@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from browser import Browser
-from bytekiln.report import read_report, write_page
+from bytekiln.report.build import read_report, write_page
 from report_files import rows_to, write_run, write_sweep
 
 READY = "document.documentElement.dataset.ready === '1'"

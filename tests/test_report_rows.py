@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from bytekiln.errors import FileError, FormatError
 from bytekiln.layer_warnings import LayerRow
 from bytekiln.metrics import MetricsFile, Row, RowFile, read_metrics
-from bytekiln.report_curves import averaged, points_for, sampled, smoothed, thinned
-from bytekiln.report_rows import EVALUATION, EVERY_ROW, HERE_AND_THERE, LAYER_STEPS, READ, read_layers, read_table
+from bytekiln.report.curves import averaged, points_for, sampled, smoothed, thinned
+from bytekiln.report.rows import EVALUATION, EVERY_ROW, HERE_AND_THERE, LAYER_STEPS, READ, read_layers, read_table
 from report_files import rows_to
 
 numbers = st.none() | st.floats(allow_nan=False, allow_infinity=False)

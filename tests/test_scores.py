@@ -21,10 +21,10 @@ from bytekiln.errors import BytekilnError, ConfigError, FileError, FormatError, 
 from bytekiln.evaluate import evaluate
 from bytekiln.model import TransformerLM
 from bytekiln.objective import Objective
-from bytekiln.score_records import Records
-from bytekiln.score_runs import compared, score_data
-from bytekiln.score_text import IMPLAUSIBLE_BITS, TextScore, implausible, open_stream, windows
-from bytekiln.scores import Scorer, open_scorer, token_scores
+from bytekiln.score.records import Records
+from bytekiln.score.runs import compared, score_data
+from bytekiln.score.scorer import Scorer, open_scorer, token_scores
+from bytekiln.score.text import IMPLAUSIBLE_BITS, TextScore, implausible, open_stream, windows
 from bytekiln.tokenizer import encode_files
 from lm_runs import tiny, tokens
 from score_models import WORDS, model, saved, scorer, tokenizer
@@ -103,7 +103,7 @@ def test_the_same_figures_as_while_training(masked: bool, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("changes", [{}, {"logit_softcap": 5.0}, {"pad_vocab": True}, {"tie_embeddings": True}])
 def test_token_scores_are_the_definition(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bytekiln.scores.LOGIT_BYTES", 4 * 300 * 3)  # three rows at a time
+    monkeypatch.setattr("bytekiln.score.scorer.LOGIT_BYTES", 4 * 300 * 3)  # three rows at a time
     judge = scorer(**changes)
     ids = torch.randint(0, 280, (1, 11), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-from bytekiln import cli_search, search_runs
+from bytekiln import cli_search
 from bytekiln.checkpoint import load_checkpoint
 from bytekiln.config import load_config
 from bytekiln.errors import BytekilnError, ConfigError, FormatError, MismatchError, OutputExistsError
 from bytekiln.metrics import read_metrics
-from bytekiln.search import Search
-from bytekiln.search_files import check_same, read_state, recommendation, sentence, state_of, to_json, write_state
-from bytekiln.search_picture import draw_search
-from bytekiln.search_plan import Plan, Request, Seen, rungs_of
-from bytekiln.sweep_results import read_results
+from bytekiln.search.files import check_same, read_state, recommendation, sentence, state_of, to_json, write_state
+from bytekiln.search.picture import draw_search
+from bytekiln.search.plan import Plan, Request, Seen, rungs_of
+from bytekiln.search.stages import Search
+from bytekiln.search.stages import runs as search_runs
+from bytekiln.sweep.results import read_results
 from bytekiln.train import train
 from lm_runs import tiny, tokens
 
@@ -388,7 +389,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[InProces
     InProcess.started, InProcess.dies_at, InProcess.stopped = [], None, {}
     monkeypatch.setattr(search_runs, "Process", InProcess)
     monkeypatch.setattr(search_runs, "Paused", InProcess)
-    monkeypatch.setattr("bytekiln.sweep.POLL_S", 0.0)
+    monkeypatch.setattr("bytekiln.sweep.coordinate.POLL_S", 0.0)
     monkeypatch.chdir(tmp_path)
     tokens(tmp_path / "train.npy", 3000)
     tokens(tmp_path / "val.npy", 300, seed=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bytekiln.stability import Stability, spread, stability
+from bytekiln.report.stability import Stability, spread, stability
 
 
 def losses(steps: int, noise: float = 0.03, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:

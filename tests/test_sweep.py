@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from bytekiln import sweep_journal
 from bytekiln.errors import BytekilnError, ConfigError, FileError, FormatError, MismatchError, OutputExistsError
 from bytekiln.metrics import Row, RowFile
-from bytekiln.sweep import run_sweep, work
-from bytekiln.sweep_folder import coordinating, remove_sweep, store_trials, stored_trials
-from bytekiln.sweep_journal import Holder, Journal
-from bytekiln.sweep_process import command, ending, environment
-from bytekiln.sweep_progress import Follower, ProgressBoard, plain_line
-from bytekiln.sweep_results import TrialResult, best_of, exit_status, read_results, update_results, write_results
+from bytekiln.sweep.coordinate import journal as sweep_journal
+from bytekiln.sweep.coordinate import run_sweep, work
+from bytekiln.sweep.folder import coordinating, remove_sweep, store_trials, stored_trials
+from bytekiln.sweep.journal import Holder, Journal
+from bytekiln.sweep.process import command, ending, environment
+from bytekiln.sweep.progress import Follower, ProgressBoard, plain_line
+from bytekiln.sweep.results import TrialResult, best_of, exit_status, read_results, update_results, write_results
 from conftest import ROOT
 from sweep_driver import Start, trials, write_result
 
@@ -216,7 +216,7 @@ def test_foreign_checkpoints_are_not_gone_on_with(tmp_path: Path) -> None:
 
 
 def test_jobs_run_at_once_and_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bytekiln.sweep.cores", lambda: 8)
+    monkeypatch.setattr("bytekiln.sweep.coordinate.cores", lambda: 8)
     began = time.monotonic()
     run_sweep(trials(4), tmp_path / "s", jobs=4, start=(start := Start(seconds=1.0)))
     assert time.monotonic() - began < 3.5 and start.threads == {2}
@@ -362,7 +362,7 @@ def test_progress_follows_a_growing_file(tmp_path: Path, monkeypatch: pytest.Mon
     r = TrialResult("a", None, {}, 1e-3, "1e-3", 1e-4, 1, "running", run_dir="runs/a", max_steps=9)
     said: list[str] = []
     board = ProgressBoard(said.append, live=False)
-    monkeypatch.setattr("bytekiln.sweep_progress.PLAIN_INTERVAL_S", 0.0)
+    monkeypatch.setattr("bytekiln.sweep.progress.PLAIN_INTERVAL_S", 0.0)
     board.show([r], tmp_path)
     assert said == ["a: step 3 of 9, loss 2.5000, validation 3.5000, 6.0 s left, 0 of 1 runs done"]
     assert plain_line(r, follower.seen, None, [r]).startswith("a: step 3 of 9")
@@ -372,7 +372,7 @@ def test_progress_follows_a_growing_file(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_live_table_shows_runs_losses_and_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
-    from bytekiln.sweep_progress import Seen, table_of
+    from bytekiln.sweep.progress import Seen, table_of
 
     results = [
         TrialResult(f"lr={i}", None, {}, 1e-3, "1e-3", 1e-4, 1, "pending" if i else "running", max_steps=100)

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bytekiln.errors import BytekilnError, ConfigError, FormatError
-from bytekiln.sweep_axes import LONGEST_NAME, Axis, exact_name, folder_names, read_axis, short
-from bytekiln.sweep_spec import SweepSpec, changed, load_spec, read_spec, sweep_presets, trials_of
-from bytekiln.sweep_table import to_toml
+from bytekiln.sweep.axes import LONGEST_NAME, Axis, exact_name, folder_names, read_axis, short
+from bytekiln.sweep.spec import SweepSpec, changed, load_spec, read_spec, sweep_presets, trials_of
+from bytekiln.sweep.table import to_toml
 
 BASE = {"vocab_size": 61, "d_model": 16, "num_layers": 1, "num_heads": 2, "context_length": 8}
 

@@ -13,9 +13,9 @@ from typing import Any
 import pyarrow.ipc
 import pytest
 
-from bytekiln import tasks
 from bytekiln.errors import BytekilnError, ConfigError, FileError, FormatError
-from bytekiln.tasks import TASKS, preprocess, read_questions
+from bytekiln.score import tasks
+from bytekiln.score.tasks import TASKS, preprocess, read_questions
 from conftest import SHARED
 from score_models import rows, write_rows
 

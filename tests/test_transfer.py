@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from bytekiln.bare_run import BareRun
 from bytekiln.config import RunConfig, load_config
 from bytekiln.errors import ConfigError
-from bytekiln.transfer import off_by, predict
+from bytekiln.search.bare_run import BareRun
+from bytekiln.search.transfer import off_by, predict
 from lm_runs import tiny, tokens
 
 

@@ -1,7 +1,7 @@
 """bytekiln: raw text in, a trained language model out.
 
 Importing the package loads the Rust tokenizer core and nothing heavier; torch, pydantic and
-matplotlib are imported by the modules that use them (`bytekiln.train`, `bytekiln.report` …).
+matplotlib are imported by the modules that use them (`bytekiln.train`, `bytekiln.report.build` …).
 
 >>> import bytekiln
 >>> k = bytekiln.train_bpe_from_iterator(["low lower lowest"], vocab_size=260)

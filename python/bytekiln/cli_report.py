@@ -65,8 +65,8 @@ def report(argv: list[str]) -> int:
         if path is not None and not path.parent.is_dir():
             raise FileError(f"{path.parent}: no such folder; expected the folder for {path.name}")
 
-    from bytekiln.report import read_report, summary, write_csv, write_page, write_pictures
-    from bytekiln.report_pictures import draw_losses, write_picture
+    from bytekiln.report.build import read_report, summary, write_csv, write_page, write_pictures
+    from bytekiln.report.pictures import draw_losses, write_picture
 
     found = read_report(paths, title=options.title, baseline=options.baseline)
     overwrite = options.overwrite or ours

@@ -19,8 +19,8 @@ from bytekiln.sampling import whole_number
 if TYPE_CHECKING:
     import argparse
 
-    from bytekiln.score_runs import Score
-    from bytekiln.scores import Scorer
+    from bytekiln.score.runs import Score
+    from bytekiln.score.scorer import Scorer
 
 EXAMPLES = (
     "lm-score runs/demo --data valid.txt --context-length 256 --stride 128",
@@ -48,7 +48,7 @@ def score(argv: list[str]) -> int:
     if out is not None:
         _check_output(out, options)
 
-    from bytekiln.score_runs import compared, score_benchmark, score_data
+    from bytekiln.score.runs import compared, score_benchmark, score_data
 
     scorers = [_open(run, options) for run in (options.run, options.against) if run]
     data = list(options.data or [])
@@ -116,7 +116,7 @@ def _records(out: Path | None, label: str) -> Path | None:
 
 def _open(run: str, options: argparse.Namespace) -> Scorer:
     from bytekiln.prepare import find_device
-    from bytekiln.scores import open_scorer
+    from bytekiln.score.scorer import open_scorer
 
     return open_scorer(
         run,

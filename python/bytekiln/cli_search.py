@@ -16,9 +16,8 @@ from bytekiln.console import error_console_line, human_count, human_time, notice
 from bytekiln.errors import ConfigError, OutputExistsError
 from bytekiln.metrics import write_atomically
 from bytekiln.run_flags import spell_switches
-from bytekiln.search import Search
-from bytekiln.search_asked import asked, search_parser, target_of
-from bytekiln.search_files import (
+from bytekiln.search.asked import asked, search_parser, target_of
+from bytekiln.search.files import (
     RECOMMENDATION,
     STATE,
     base_of,
@@ -30,12 +29,13 @@ from bytekiln.search_files import (
     to_json,
     write_state,
 )
-from bytekiln.search_plan import STAGES, Plan
-from bytekiln.search_runs import SweepRunner, check_base, range_tester
-from bytekiln.sweep_folder import checked_data, coordinating, remove_sweep, trouble
-from bytekiln.sweep_progress import ProgressBoard
-from bytekiln.sweep_spec import SweepSpec, Trial
-from bytekiln.transfer import off_by, predict
+from bytekiln.search.plan import STAGES, Plan
+from bytekiln.search.runs import SweepRunner, check_base, range_tester
+from bytekiln.search.stages import Search
+from bytekiln.search.transfer import off_by, predict
+from bytekiln.sweep.folder import checked_data, coordinating, remove_sweep, trouble
+from bytekiln.sweep.progress import ProgressBoard
+from bytekiln.sweep.spec import SweepSpec, Trial
 
 
 def search(argv: list[str]) -> int:
@@ -65,8 +65,8 @@ def _one(
     base: SweepSpec, plan: Plan, folder: Path, board: ProgressBoard, until: str, runner_args: Mapping[str, Any]
 ) -> tuple[Search, int]:
     """A search from where it stands to the end of a stage, its files and its words."""
-    from bytekiln.range_test import read_range_test
-    from bytekiln.search_picture import draw_search
+    from bytekiln.search.picture import draw_search
+    from bytekiln.search.range_test import read_range_test
 
     began = time.monotonic()
     stored = read_state(folder)

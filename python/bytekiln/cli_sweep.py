@@ -15,22 +15,22 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from bytekiln.adopt import adopt as adopt_run
 from bytekiln.config import FIELDS, canonical, presets
 from bytekiln.console import Parser, human_bytes, human_count, human_time, notice, table
-from bytekiln.detach import check, detach
 from bytekiln.errors import ConfigError, MissingExtraError
 from bytekiln.run_flags import add_run_flags, given_fields, spell_switches
 from bytekiln.section import Value
-from bytekiln.sweep import run_sweep, work
-from bytekiln.sweep_axes import Axis
-from bytekiln.sweep_folder import checked_data, coordinating, open_folder
-from bytekiln.sweep_journal import Holder
-from bytekiln.sweep_process import cores
-from bytekiln.sweep_progress import ProgressBoard, number
-from bytekiln.sweep_results import TrialResult, best_of, exit_status
-from bytekiln.sweep_spec import SweepSpec, Trial, changed, load_spec, sweep_presets, trials_of
-from bytekiln.sweep_table import PLACES, typed, typed_axis
+from bytekiln.sweep.adopt import adopt as adopt_run
+from bytekiln.sweep.axes import Axis
+from bytekiln.sweep.coordinate import run_sweep, work
+from bytekiln.sweep.detach import check, detach
+from bytekiln.sweep.folder import checked_data, coordinating, open_folder
+from bytekiln.sweep.journal import Holder
+from bytekiln.sweep.process import cores
+from bytekiln.sweep.progress import ProgressBoard, number
+from bytekiln.sweep.results import TrialResult, best_of, exit_status
+from bytekiln.sweep.spec import SweepSpec, Trial, changed, load_spec, sweep_presets, trials_of
+from bytekiln.sweep.table import PLACES, typed, typed_axis
 
 MANY_RUNS = 1000
 """More runs than this are started only with --yes."""
@@ -73,7 +73,7 @@ def sweep(argv: list[str]) -> int:
     start: dict[str, Any] = {}
     jobs = options.jobs or 1
     if options.ray:
-        from bytekiln.sweep_ray import RayStart
+        from bytekiln.sweep.ray import RayStart
 
         ray = start["start"] = RayStart()
         jobs = options.jobs or ray.jobs(1)

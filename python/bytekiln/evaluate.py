@@ -23,7 +23,7 @@ from bytekiln.objective import Objective
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - what a module has
     """`HarnessLM`, from higher up and only when it is asked for: nothing that trains needs it."""
     if name == "HarnessLM":
-        return import_module("bytekiln.harness").HarnessLM
+        return import_module("bytekiln.score.harness").HarnessLM
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,0 +1,1 @@
+"""What a trained model is worth: losses of any text, benchmarks, paired comparisons, lm-evaluation-harness."""

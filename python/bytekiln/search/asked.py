@@ -1,0 +1,203 @@
+"""What `lm-sweep search` was asked for: its flags, and the base, plan and folder that follow from them.
+
+In: an argument list. Out: values for `cli_search`. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bytekiln.config import FIELDS, RunConfig, canonical, presets
+from bytekiln.console import Parser, notice
+from bytekiln.errors import ConfigError
+from bytekiln.metrics import write_atomically
+from bytekiln.run_flags import add_run_flags, given_fields
+from bytekiln.search.files import CONFIG, STATE, read_state
+from bytekiln.search.plan import STAGES, Plan, rungs_of
+from bytekiln.search.runs import SweepRunner, check_base
+from bytekiln.sweep.process import cores
+from bytekiln.sweep.spec import DATA_PATHS, SweepOutput, SweepSpec, changed, load_spec
+from bytekiln.sweep.table import PLACES, to_toml
+
+EXAMPLES = (
+    "lm-sweep search shakespeare-char-cpu --dataset shakespeare-char --jobs 2",
+    "lm-sweep search tinystories --dataset tinystories --dry-run",
+    "lm-sweep search tinystories --until range_test       the range test alone",
+    "lm-sweep search tinystories --transfer-to owt        predict the rate of another model, and confirm it there",
+    "lm-sweep search tinystories-search                   goes on where it was interrupted",
+)
+SHAPE = ("d_model", "num_layers", "num_heads", "num_kv_heads", "d_ff", "ffn_multiple")
+"""Fields that a transfer changes: on the command line they are the source's."""
+SHOWN = ("train_data", "val_data", "tokenizer", "max_steps", "batch_size", "device", "seed")
+EVALUATIONS = 12
+"""Evaluations of a run whose own interval is too long for rates to be given up."""
+RANGE_SHARE, RANGE_STEPS = 0.15, (30, 200)
+"""Steps of the range test: a share of a run, between two bounds."""
+LOW, HIGH = 1e-5, 10.0
+
+
+def asked(options: argparse.Namespace) -> tuple[SweepSpec, Plan, Path]:
+    """Base, plan and folder: stored ones of a search's folder, else of the command line."""
+    given = _given(options)
+    place = str(given.pop("out_dir", "") or options.folder or "")
+    source = Path(options.source)
+    if source.is_dir() and (source / STATE).exists():
+        state = read_state(source)
+        assert state is not None
+        if given or options.scale or options.dataset:
+            named = ", ".join(given) or ("--scale" if options.scale else "--dataset")
+            raise ConfigError(f"{source}: found a search and {named}; expected no field of a run: it has its own")
+        stored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in state["plan"].items()}
+        plan = Plan(**stored)
+        if options.budget:
+            plan = dataclasses.replace(plan, budget=options.budget * plan.max_steps)
+        base = dict(state["base"])
+        if isinstance(base.get("config"), dict):
+            path = (source / CONFIG).absolute()
+            if not path.exists():
+                write_atomically(path, to_toml(base["config"]).encode())
+            base["config"] = str(path)
+        return SweepSpec(name=source.resolve().name, base=base), plan, source
+    spec = load_spec(options.source)
+    name = spec.name.removesuffix("-sweep")
+    spec = spec.model_copy(update={"axes": {}, "seeds": (), "variant": {}, "kind": "grid", "samples": 0,
+                                   "baseline": "", "output": SweepOutput(), "variants_only": False})  # fmt: skip
+    if options.dataset:
+        spec = spec.model_copy(update={"base": {**spec.base, "dataset": options.dataset}})
+    spec = changed(spec, scale=options.scale or "", given=given)
+    folder = Path(place or f"{name}-search")
+    made = SweepRunner(spec, folder, Plan(1, centre=1.0)).config()
+    base = dict(spec.base)
+    base |= {k: v for k in DATA_PATHS if (v := made.flat().get(k))}
+    interval, steps = made.training.eval_interval, made.training.max_steps
+    if not rungs_of(steps, interval) or interval > steps / 8:
+        interval = max(round(steps / EVALUATIONS), 1)
+        base["eval_interval"] = interval
+        notice(f"eval_interval: {interval} in the runs of this search, so that rates can be given up early")
+    seed = made.training.seed
+    seeds = tuple(seed + i for i in range(options.seeds))
+    range_steps = options.range_steps
+    if range_steps is None:
+        range_steps = 0 if options.centre else min(max(round(RANGE_SHARE * steps), RANGE_STEPS[0]), RANGE_STEPS[1])
+    low, high = options.range or (LOW, HIGH)
+    rungs = () if options.no_pruning else rungs_of(steps, interval)
+    plan = Plan(steps, seeds, options.points, options.factor, rungs, (4, 3), options.centre, low, high, range_steps,
+                budget=options.budget * steps, confidence=options.confidence)  # fmt: skip
+    spec = spec.model_copy(update={"name": name, "base": base, "scale": {}, "scaled": "", "question": ""})
+    return spec, plan, folder
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    given: dict[str, Any] = given_fields(options)
+    given |= _pairs(options.set, "--set")
+    if "lr" in given:
+        raise ConfigError("lr: found one in a search for it; expected --centre LR, the middle of the grid")
+    return given
+
+
+def _pairs(texts: list[str], flag: str) -> dict[str, Any]:
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"{flag}: found {text!r}; expected FIELD=VALUE")
+        found[canonical(key.strip(), flag)] = value.strip()
+    return found
+
+
+def target_of(options: argparse.Namespace, base: SweepSpec) -> tuple[SweepSpec, RunConfig]:
+    """The model that the rate is transferred to, on the same data and with the same flags but those of its shape."""
+    spec = load_spec(options.transfer_to)
+    given = {k: v for k, v in _given(options).items() if k not in (*SHAPE, "out_dir")}
+    given |= {
+        k: v for k, v in base.base.items() if k in DATA_PATHS or k in ("vocab_size", "data_dtype", "eval_interval")
+    }
+    given |= _pairs(options.transfer_set, "--transfer-set")
+    spec = spec.model_copy(update={"axes": {}, "seeds": (), "variant": {}, "kind": "grid", "baseline": "",
+                                   "output": SweepOutput(), "variants_only": False, "name": "transfer"})  # fmt: skip
+    spec = changed(spec, given=given)
+    config = SweepRunner(spec, Path(), Plan(1, centre=1.0)).config()
+    check_base(config)
+    return spec, config
+
+
+def _number(low: float, high: float) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low < value < high:
+            raise argparse.ArgumentTypeError(f"found {text!r}; expected a number between {low:g} and {high:g}")
+        return value
+
+    return read
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected a whole number from 1 on")
+    return int(text)
+
+
+def search_parser(*, everything: bool) -> Parser:
+    parser = Parser(
+        "lm-sweep search",
+        usage="lm-sweep search PRESET|CONFIG.toml|FOLDER [flags] [flags of lm-train]",
+        description="Find the learning rate of a run: a range test, a coarse grid whose bad rates are given up early, "
+        "further seeds near the best, a parabola with its confidence interval, and the recommended rate at full length "
+        "beside its neighbours. Judged by the best validation loss. The same command goes on with what is not done. "
+        f"Presets: {', '.join(presets())}.",
+        examples=EXAMPLES,
+    )
+    add, positive = parser.add_argument, _number(0, float("inf"))
+    add("source", metavar="PRESET|CONFIG|FOLDER", help="the run; a search's folder goes on")
+    add("--help-all", action="help", help="show every field of a run, too")
+    add("--points", type=_count, default=7, metavar="N", help="rates of the coarse grid; default: 7")
+    add("--factor", type=_number(1, 1000), default=2.0, metavar="X", help="between two of them; default: 2")
+    add("--seeds", type=_count, default=2, metavar="N", help="seeds at the best rate and its neighbours; default: 2")
+    add(
+        "--centre",
+        type=positive,
+        default=0.0,
+        metavar="LR",
+        help="middle of the grid; default: the range test's suggestion",
+    )
+    add(
+        "--range", type=positive, nargs=2, metavar=("LOW", "HIGH"), help=f"of the range test; default: {LOW:g} {HIGH:g}"
+    )
+    add("--range-steps", type=_count, metavar="N", help="its steps; default: 15 %% of a run, 30 to 200")
+    add(
+        "--budget",
+        type=positive,
+        default=0.0,
+        metavar="N",
+        help="full runs that the search may cost; default: 7.8, a fifth of a grid",
+    )
+    add("--confidence", type=_number(0, 1), default=0.95, metavar="P", help="of the interval; default: 0.95")
+    add("--no-pruning", action="store_true", help="train every rate to the end")
+    add(
+        "--until", choices=STAGES, default=STAGES[-1], metavar="STAGE", help=f"stop behind a stage: {', '.join(STAGES)}"
+    )
+    add("--transfer-to", metavar="PRESET|CONFIG", help="then predict the rate of this run, and confirm it there")
+    add("--transfer-set", action="append", default=[], metavar="FIELD=VALUE", help="a field of that run")
+    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of all runs, as --FIELD VALUE does")
+    add("--scale", metavar="NAME", help="a smaller form that a sweep has, as cpu")
+    add("--dataset", metavar="NAME", help="train on data/processed/NAME_{train,valid}.npy")
+    add("--folder", metavar="DIR", help="the search's folder; default: NAME-search, here")
+    add("--dry-run", action="store_true", help="show the stages with their steps, FLOPs and time; run nothing")
+    add(
+        "--jobs", type=_count, default=1, metavar="N", help=f"runs at once, which share the {cores()} cores; default: 1"
+    )
+    add("--retry", action="append", default=[], metavar="STATUS", help="run again what ended so: failed, diverged …")
+    add("--overwrite", action="store_true", help="replace an existing search and its runs")
+    add_run_flags(parser, everything=everything)
+    hidden = (*PLACES, "lr")
+    for action in parser._actions:
+        if action.dest in FIELDS and (action.dest in hidden or (not everything and action.dest not in SHOWN)):
+            action.help = argparse.SUPPRESS
+    return parser

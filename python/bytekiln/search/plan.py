@@ -1,0 +1,193 @@
+"""A search for a learning rate as data: its plan, what it asks of whoever trains, and what it is told.
+
+In: values. Out: `Plan`, `Request`, `Seen`, and the protocols of a `Runner` and a `RangeTester`. Called by `search` and
+everything round it; imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from bytekiln.errors import ConfigError
+from bytekiln.sweep.axes import short
+
+STAGES = ("range_test", "coarse", "seeds", "fit", "confirm")
+ENDED_WELL = ("completed", "early_stopped")
+GRID_POINTS, GRID_SEEDS = 13, 3
+"""The full grid that the cost is compared with."""
+FIRST_RUNGS = (1 / 12, 1 / 4)
+"""Shares of a run after which rates are given up. On small models the order of the rates stays from there on."""
+SAME = 0.05
+"""Rates closer than this, as ln of their ratio, are one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What decides a search, beside the runs themselves."""
+
+    max_steps: int
+    """Optimizer steps of a full run."""
+    seeds: tuple[int, ...] = (42, 43)
+    """The first one judges the coarse grid; all judge the best rate and its neighbours."""
+    points: int = 7
+    """Rates of the coarse grid."""
+    factor: float = 2.0
+    """Between two of them."""
+    rungs: tuple[int, ...] = ()
+    """Steps after which rates are given up; each a multiple of the interval between evaluations."""
+    keep: tuple[int, ...] = (4, 3)
+    """How many go on behind each rung."""
+    centre: float = 0.0
+    """Middle of the coarse grid; 0: the range test's suggestion."""
+    low: float = 1e-6
+    high: float = 10.0
+    """Range of the range test, and the end of all widening."""
+    range_steps: int = 0
+    """Steps of the range test; 0: none, where a centre is given."""
+    widenings: int = 4
+    """How often the grid may grow at an end."""
+    budget: float = 0.0
+    """Steps that the search may take in all; what does not fit is left out, and said. 0: a fifth of the full grid's."""
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        checks = [
+            (self.points >= 3, f"points: found {self.points}; expected at least 3"),
+            (self.factor > 1, f"factor: found {self.factor:g}; expected more than 1"),
+            (len(self.seeds) >= 1 and len(set(self.seeds)) == len(self.seeds), "seeds: expected different ones"),
+            (len(self.keep) >= len(self.rungs), f"keep: found {len(self.keep)} for {len(self.rungs)} rungs"),
+            (
+                all(k >= 3 for k in self.keep),
+                f"keep: found {self.keep}; expected at least 3, a rate and its neighbours",
+            ),
+            (list(self.rungs) == sorted(set(self.rungs)), f"rungs: found {self.rungs}; expected rising steps"),
+            (0 < self.low < self.high, f"range: found {self.low:g} to {self.high:g}; expected rising rates above 0"),
+            (self.centre > 0 or self.range_steps > 0, "centre: found neither one nor a range test; expected one"),
+            (all(0 < r < self.max_steps for r in self.rungs), f"rungs: found {self.rungs}; expected below max_steps"),
+        ]
+        for good, message in checks:
+            if not good:
+                raise ConfigError(message)
+
+    @property
+    def grid_steps(self) -> int:
+        """Steps of the full grid."""
+        return GRID_POINTS * GRID_SEEDS * self.max_steps
+
+    @property
+    def limit(self) -> float:
+        """Steps that the search may take."""
+        return self.budget or self.grid_steps / 5
+
+    def expected_steps(self) -> int:
+        """Steps of a search that need not be widened."""
+        total, before, alive = self.range_steps, 0, self.points
+        for rung, keep in zip(self.rungs, self.keep, strict=False):
+            total, before, alive = total + alive * (rung - before), rung, min(keep, alive)
+        return total + alive * (self.max_steps - before) + (3 * (len(self.seeds) - 1) + 1) * self.max_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A run that is wanted, up to a step."""
+
+    stage: str
+    lr: float
+    seed: int
+    until: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What is known of a run."""
+
+    stage: str
+    lr: float
+    seed: int
+    status: str
+    """As in a results file; interrupted, while it waits at a rung."""
+    steps: int
+    curve: tuple[tuple[int, float], ...] = ()
+    """(step, validation loss), without that before the first step."""
+    why: str = ""
+    name: str = ""
+    """Of the run in its sweep."""
+    given_up: str = ""
+    """Why the search gave it up; empty: it did not."""
+
+    @property
+    def best(self) -> tuple[float, int] | None:
+        """(best validation loss, its step)."""
+        return min(((loss, step) for step, loss in self.curve if math.isfinite(loss)), default=None)
+
+    def loss_at(self, step: int) -> float:
+        """Best validation loss up to a step; infinite for a run that cannot win, has not come so far, or has none."""
+        if self.status in ("diverged", "failed") or (self.status == "interrupted" and self.steps < step):
+            return math.inf
+        return min((loss for s, loss in self.curve if s <= step and math.isfinite(loss)), default=math.inf)
+
+
+class Runner(Protocol):
+    """Trains runs up to a step, and tells what it saw; what it did before, it only tells."""
+
+    def __call__(self, wanted: Sequence[Request]) -> list[Seen]:
+        """In the order of the requests."""
+
+
+class RangeTester(Protocol):
+    """Makes the range test, or tells its result again."""
+
+    def __call__(self) -> dict[str, Any]:
+        """At least `suggestion`, `steps` and `why`; `diverged_at` where it did."""
+
+
+def rounded(lr: float) -> float:
+    """A rate with three significant digits.
+
+    >>> rounded(0.0012345)
+    0.00123
+    """
+    return float(f"{lr:.3g}")
+
+
+def rungs_of(max_steps: int, eval_interval: int) -> tuple[int, ...]:
+    """Steps after which rates are given up: about a twelfth and a quarter of a run, where it is evaluated.
+
+    >>> rungs_of(2000, 250), rungs_of(300, 25), rungs_of(100, 100)
+    ((250, 500), (25, 75), ())
+    """
+    if eval_interval <= 0:
+        return ()
+    found = [max(round(share * max_steps / eval_interval), 1) * eval_interval for share in FIRST_RUNGS]
+    return tuple(sorted({r for r in found if r <= max_steps / 2}))
+
+
+def none_ended_well(runs: Iterable[Seen]) -> str:
+    """Why there is nothing to choose from."""
+    seen = list(runs)
+    ended = sorted(r.status for r in seen)
+    told = ", ".join(f"{ended.count(status)} {status}" for status in dict.fromkeys(ended))
+    rates = [r.lr for r in seen]
+    return f"no run ended well ({told}, rates {short(min(rates))} to {short(max(rates))})"
+
+
+def best_and_beside(losses: Mapping[float, float], keep: int) -> list[float]:
+    """The rate of least loss and those next to it, the better side first, its two neighbours always.
+
+    >>> best_and_beside({1.0: 3.0, 2.0: 2.0, 4.0: 2.5, 8.0: 2.6, 16.0: 4.0}, 4)
+    [1.0, 2.0, 4.0, 8.0]
+    """
+    order = sorted(losses)
+    best = min(order, key=lambda lr: losses[lr])
+    chosen = [best]
+    while len(chosen) < min(keep, len(order)):
+        i, j = order.index(min(chosen)) - 1, order.index(max(chosen)) + 1
+        sides = [order[k] for k in (i, j) if 0 <= k < len(order)]
+        if len(chosen) == 2 and len(sides) == 2:  # one neighbour is in: now the other one
+            sides = [lr for lr in sides if (lr < best) == (best == min(chosen))]
+        chosen.append(min(sides, key=lambda lr: losses[lr]))
+    return sorted(chosen)

@@ -1,0 +1,1 @@
+"""Several learning rates of a small model trained at once in one process."""

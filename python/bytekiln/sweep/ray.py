@@ -1,0 +1,106 @@
+"""Runs of a sweep as tasks of a Ray cluster that is there already; the folder must be shared by its machines.
+
+In: a run's folder. Out: `sweep_process.Running` whose process works on whichever machine Ray chose. Called by
+`cli_sweep` for `--ray`; ray is imported here only, when it is asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from bytekiln.errors import ConfigError, MissingExtraError
+from bytekiln.metrics import write_atomically
+from bytekiln.sweep.process import Process
+
+SIGNAL = "signal"
+"""File in a run's folder that holds the number of a signal to pass on."""
+POLL_S = 0.2
+
+
+class RayStart:
+    """Starts runs on the cluster; as many at once as have room."""
+
+    def __init__(self) -> None:
+        """Connect to the cluster that RAY_ADDRESS names, else to the one of this machine.
+
+        Raises:
+            MissingExtraError: ray is not installed.
+            ConfigError: there is no cluster.
+        """
+        try:
+            import ray
+        except ImportError:
+            said = 'the package ray is not installed; expected pip install "bytekiln[ray]"'
+            raise MissingExtraError(f"--ray: {said}") from None
+        self._ray: Any = ray
+        if not self._ray.is_initialized():
+            where = os.environ.get("RAY_ADDRESS", "auto")
+            try:
+                self._ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
+            except (ConnectionError, RuntimeError, ValueError) as exc:
+                said = " ".join(str(exc).split())[:200]
+                raise ConfigError(
+                    f"--ray: found no cluster at {where} ({said}); expected a running one: ray start --head"
+                ) from None
+        self._gpus = float(self._ray.cluster_resources().get("GPU", 0))
+
+    def jobs(self, threads: int) -> int:
+        """Runs that the cluster has room for: one a GPU, or by its processors."""
+        processors = float(self._ray.cluster_resources().get("CPU", 1))
+        return max(int(self._gpus or processors // threads), 1)
+
+    def __call__(self, folder: Path, threads: int) -> RayRun:
+        """As `sweep_process.Start`."""
+        (folder / SIGNAL).unlink(missing_ok=True)
+        task = self._ray.remote(num_cpus=threads, num_gpus=1 if self._gpus else 0, max_retries=0)(train_there)
+        return RayRun(self._ray, task.remote(str(folder), threads), folder)
+
+
+class RayRun:
+    """A run on the cluster, as `sweep_process.Running`."""
+
+    def __init__(self, ray: Any, task: Any, folder: Path) -> None:  # noqa: ANN401 - ray's own types
+        """Under way."""
+        self._ray, self._task, self._folder = ray, task, folder
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        """As `Running`; a machine that is lost has killed its run."""
+        if self._code is None:
+            done, _ = self._ray.wait([self._task], timeout=0)
+            if done:
+                try:
+                    self._code = int(self._ray.get(self._task))
+                except self._ray.exceptions.RayError as exc:
+                    lost = isinstance(exc, self._ray.exceptions.WorkerCrashedError | self._ray.exceptions.NodeDiedError)
+                    gone = isinstance(exc, self._ray.exceptions.TaskCancelledError)
+                    self._code = -9 if lost or gone else 1
+        return self._code
+
+    def send(self, number: int) -> None:
+        """As `Running`."""
+        write_atomically(self._folder / SIGNAL, str(int(number)).encode())
+
+    def kill(self) -> None:
+        """As `Running`."""
+        self.send(9)
+        with suppress(Exception):  # the cluster may be gone
+            self._ray.wait([self._task], timeout=10)
+            self._ray.cancel(self._task, force=True)
+
+
+def train_there(folder: str, threads: int) -> int:
+    """The task: a process beside it, and the signals that the sweep leaves in the folder."""
+    place = Path(folder)
+    run = Process(place, threads)
+    while (code := run.poll()) is None:
+        with suppress(OSError, ValueError):
+            run.send(int((place / SIGNAL).read_text()))
+            (place / SIGNAL).unlink()
+        time.sleep(POLL_S)
+    return code
