@@ -30,20 +30,22 @@ fn levels() -> impl Iterator<Item = Level> {
 fn activations(c: &mut Criterion) {
     let mut group = c.benchmark_group("activation");
     let x = numbers(768 * 512, 1);
-    let (mut y, mut slope) = (x.clone(), x.clone());
+    let (mut y, mut z) = (x.clone(), x.clone());
     group.throughput(Throughput::Bytes(4 * x.len() as u64));
     for level in levels() {
         for kind in Kind::ALL {
-            let name = format!("{kind:?} with slope");
-            group.bench_function(BenchmarkId::new(name, level.name()), |bench| {
-                bench.iter(|| activation::forward(level, 1, kind, black_box(&x), &mut y, Some(&mut slope)));
+            group.bench_function(BenchmarkId::new(format!("{kind:?}"), level.name()), |bench| {
+                bench.iter(|| activation::forward(level, 1, kind, black_box(&x), &mut y));
+            });
+            group.bench_function(BenchmarkId::new(format!("{kind:?} backward"), level.name()), |bench| {
+                bench.iter(|| activation::backward(level, 1, kind, black_box(&x), &x, &mut y));
             });
         }
         group.bench_function(BenchmarkId::new("SwiGLU", level.name()), |bench| {
             bench.iter(|| activation::swiglu(level, 1, black_box(&x), &x, &mut y));
         });
         group.bench_function(BenchmarkId::new("SwiGLU backward", level.name()), |bench| {
-            bench.iter(|| activation::swiglu_backward(level, 1, black_box(&x), &x, &x, &mut y, &mut slope));
+            bench.iter(|| activation::swiglu_backward(level, 1, black_box(&x), &x, &x, &mut y, &mut z));
         });
     }
 }

@@ -12,6 +12,7 @@ __all__ = [
     "TokenIterator",
     "Tokenizer",
     "__version__",
+    "activation_backward",
     "activation_forward",
     "attention_backward",
     "attention_forward",
@@ -177,7 +178,8 @@ _Sizes: TypeAlias = tuple[int, int, int, int, int, int]
 def simd_level() -> str:
     """Instructions in use: scalar, avx2 or avx512."""
 
-def activation_forward(threads: int, kind: str, len: int, x: int, y: int, slope: int) -> None: ...
+def activation_forward(threads: int, kind: str, len: int, x: int, y: int) -> None: ...
+def activation_backward(threads: int, kind: str, len: int, g: int, x: int, dx: int) -> None: ...
 def swiglu_forward(threads: int, len: int, a: int, b: int, y: int) -> None: ...
 def swiglu_backward(threads: int, len: int, g: int, a: int, b: int, da: int, db: int) -> None: ...
 def attention_forward(

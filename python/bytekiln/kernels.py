@@ -31,7 +31,7 @@ _library: Any = cast(Any, torch.library.Library)("bytekiln", "DEF")  # torch lea
 _SIGHT = "bool causal, int window"
 for _schema in (
     "activation(Tensor x, str kind) -> Tensor",
-    "activation_and_slope(Tensor x, str kind) -> (Tensor, Tensor)",
+    "activation_backward(Tensor g, Tensor x, str kind) -> Tensor",
     "swiglu(Tensor a, Tensor b) -> Tensor",
     "swiglu_backward(Tensor g, Tensor a, Tensor b) -> (Tensor, Tensor)",
     f"scaled_dot_product_attention(Tensor q, Tensor k, Tensor v, {_SIGHT}) -> (Tensor, Tensor)",
@@ -54,7 +54,7 @@ def activates(x: Tensor) -> bool:
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
-    """The activation of the name `kind`, one of `KINDS`; where a gradient is wanted, its slope in the same pass."""
+    """The activation of the name `kind`, one of `KINDS`; keeps nothing but x for the backward."""
     if torch.is_grad_enabled() and x.requires_grad:
         return cast(Tensor, _Activation.apply(x, kind))
     return cast(Tensor, _ops.activation(x, kind))
@@ -71,15 +71,15 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
 class _Activation(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: str) -> Tensor:  # noqa: ANN401 - autograd's own object
+        ctx.save_for_backward(x)
+        ctx.kind = kind
         with torch._C._AutoDispatchBelowAutograd():
-            y, slope = _ops.activation_and_slope(x, kind)
-        ctx.save_for_backward(slope)
-        return cast(Tensor, y)
+            return cast(Tensor, _ops.activation(x, kind))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
         _refuse_a_graph()
-        return g * ctx.saved_tensors[0], None
+        return cast(Tensor, _ops.activation_backward(g, *ctx.saved_tensors, ctx.kind)), None
 
 
 class _SwiGLU(Function):
@@ -110,15 +110,16 @@ def _same(x: Tensor) -> Tensor:
 def _activation(x: Tensor, kind: str) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
-    _core.activation_forward(torch.get_num_threads(), kind, x.numel(), x.data_ptr(), y.data_ptr(), 0)
+    _core.activation_forward(torch.get_num_threads(), kind, x.numel(), x.data_ptr(), y.data_ptr())
     return y
 
 
-def _activation_and_slope(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    x = x.contiguous()
-    y, slope = torch.empty_like(x), torch.empty_like(x)
-    _core.activation_forward(torch.get_num_threads(), kind, x.numel(), x.data_ptr(), y.data_ptr(), slope.data_ptr())
-    return y, slope
+def _activation_backward(g: Tensor, x: Tensor, kind: str) -> Tensor:
+    g, x = g.contiguous(), x.contiguous()
+    dx = torch.empty_like(x)
+    addresses = (g.data_ptr(), x.data_ptr(), dx.data_ptr())
+    _core.activation_backward(torch.get_num_threads(), kind, x.numel(), *addresses)
+    return dx
 
 
 def _swiglu(a: Tensor, b: Tensor) -> Tensor:
@@ -248,7 +249,7 @@ def _backward(
 
 for _name, _do, _shapes in (
     ("activation", _activation, lambda x, kind: _same(x)),
-    ("activation_and_slope", _activation_and_slope, lambda x, kind: (_same(x), _same(x))),
+    ("activation_backward", _activation_backward, lambda g, x, kind: _same(x)),
     ("swiglu", _swiglu, lambda a, b: _same(a)),
     ("swiglu_backward", _swiglu_backward, lambda g, a, b: (_same(a), _same(b))),
     (

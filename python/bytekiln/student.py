@@ -1,6 +1,6 @@
 """Student's t and the tests that rest on it: is a difference more than chance?
 
-In: samples of numbers. Out: probabilities, quantiles, intervals. Called by `report_stats`; experiments may, too. Needs
+In: samples of numbers. Out: probabilities, quantiles, intervals. Called by `report.groups` and `search.rate_fit`. Needs
 neither numpy nor torch: samples here are seeds, and there are few of them.
 """
 

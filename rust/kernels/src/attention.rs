@@ -270,18 +270,28 @@ fn pack(input: Input<'_>, b: usize, h: usize, times: usize, row: usize, to: &mut
 
 /// The transpose in panels of `panel` columns: number i of row s stands at [s / panel][i][s % panel]; zeros behind.
 #[inline(always)]
-fn pack_transposed(input: Input<'_>, b: usize, h: usize, times: usize, panel: usize, to: &mut [f32]) {
-    let width = input.width;
+fn pack_transposed<L: Lanes>(lanes: L, input: Input<'_>, b: usize, h: usize, times: usize, to: &mut [f32]) {
+    let (width, panel) = (input.width, 2 * L::WIDTH);
     for (index, to) in to.chunks_exact_mut(width * panel).enumerate() {
-        for s in 0..panel {
+        for s in (0..panel).step_by(8) {
             let t = index * panel + s;
-            if t < times {
-                for (to, &x) in to[s..].iter_mut().step_by(panel).zip(input.row(b, h, t)) {
-                    *to = x;
+            if t + 8 <= times {
+                let from = input.rows_from(b, h, t);
+                assert!(7 * from.row + width <= from.numbers.len());
+                for i in (0..width).step_by(8) {
+                    // SAFETY: eight rows as just asserted; panel and width are multiples of 8, so that eight rows of
+                    // the panel end inside it.
+                    unsafe {
+                        lanes.turn(from.numbers.as_ptr().add(i), from.row, to.as_mut_ptr().add(i * panel + s), panel);
+                    }
                 }
-            } else {
-                for to in to[s..].iter_mut().step_by(panel) {
-                    *to = 0.0;
+                continue;
+            }
+            for t in t..t + 8 {
+                let s = t - index * panel;
+                let row = if t < times { input.row(b, h, t) } else { &[] };
+                for i in 0..width {
+                    to[i * panel + s] = row.get(i).copied().unwrap_or(0.0);
                 }
             }
         }
@@ -331,7 +341,7 @@ impl Job for Forward<'_> {
         let mut pieces = Pieces::new(self.scratch, needed);
         let (k, v) = (pieces.take(padded * width), pieces.take(keys * row));
         let (scores, mixed) = (pieces.take(ROWS * score_row), pieces.take(ROWS * row));
-        pack_transposed(self.k, self.b, self.g, keys, panel, k);
+        pack_transposed(lanes, self.k, self.b, self.g, keys, k);
         pack(self.v, self.b, self.g, keys, row, v);
         let shared = heads / kv_heads;
         for h in self.g * shared..(self.g + 1) * shared {
@@ -425,8 +435,8 @@ impl Job for Backward<'_> {
         let [k, dk, dv] = [0; 3].map(|_| pieces.take(keys * row));
         let [q, dout, dq] = [0; 3].map(|_| pieces.take(queries * row));
         let (means, p, ds) = (pieces.take(queries), pieces.take(block), pieces.take(block));
-        pack_transposed(self.k, b, g, keys, panel, k_panels);
-        pack_transposed(self.v, b, g, keys, panel, v_panels);
+        pack_transposed(lanes, self.k, b, g, keys, k_panels);
+        pack_transposed(lanes, self.v, b, g, keys, v_panels);
         pack(self.k, b, g, keys, row, k);
         dk.fill(0.0);
         dv.fill(0.0);

@@ -7,9 +7,10 @@
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{
     __m256, __m512, _mm256_add_epi32, _mm256_add_ps, _mm256_blendv_ps, _mm256_castps_si256, _mm256_castsi256_ps,
-    _mm256_div_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps, _mm256_set1_epi32,
-    _mm256_set1_ps, _mm256_slli_epi32, _mm256_storeu_ps, _mm256_sub_ps, _mm512_add_epi32, _mm512_add_ps,
-    _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cmplt_epi32_mask, _mm512_div_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
+    _mm256_div_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps,
+    _mm256_permute2f128_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_shuffle_ps, _mm256_slli_epi32, _mm256_storeu_ps,
+    _mm256_sub_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps, _mm512_add_epi32, _mm512_add_ps, _mm512_castps_si512,
+    _mm512_castsi512_ps, _mm512_cmplt_epi32_mask, _mm512_div_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
     _mm512_mask_blend_ps, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps,
     _mm512_setzero_si512, _mm512_slli_epi32, _mm512_storeu_ps, _mm512_sub_ps,
 };
@@ -146,6 +147,20 @@ pub(crate) trait Lanes: Copy {
     fn where_negative(self, of: Self::V, a: Self::V, b: Self::V) -> Self::V;
     /// 2ⁿ for the whole n that stands in the low bits of n + 1.5·2²³; 0 for n = -127.
     fn power_of_two(self, shifted: Self::V) -> Self::V;
+
+    /// The transpose of 8 × 8 floats, one at a time unless the level knows better.
+    ///
+    /// # Safety
+    /// Eight rows of eight floats can be read at `from`, `from_row` apart, and written at `to`, `to_row` apart.
+    #[inline(always)]
+    unsafe fn turn(self, from: *const f32, from_row: usize, to: *mut f32, to_row: usize) {
+        for i in 0..8 {
+            for j in 0..8 {
+                // SAFETY: the caller's.
+                unsafe { *to.add(i * to_row + j) = *from.add(j * from_row + i) }
+            }
+        }
+    }
 
     /// The floats of a vector.
     #[inline(always)]
@@ -333,8 +348,42 @@ macro_rules! intrinsics {
                 // SAFETY: as for `splat`.
                 unsafe { $power }
             }
+            #[inline(always)]
+            unsafe fn turn(self, from: *const f32, from_row: usize, to: *mut f32, to_row: usize) {
+                // SAFETY: the caller's; both levels have AVX2.
+                unsafe { turn_with_avx2(from, from_row, to, to_row) }
+            }
         }
     };
+}
+
+/// Pairs of rows are woven into each other by one, two and four floats: three times eight instructions.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn turn_with_avx2(from: *const f32, from_row: usize, to: *mut f32, to_row: usize) {
+    // SAFETY: the caller's.
+    let r: [__m256; 8] = std::array::from_fn(|j| unsafe { _mm256_loadu_ps(from.add(j * from_row)) });
+    let mut ones = r;
+    for j in (0..8).step_by(2) {
+        ones[j] = _mm256_unpacklo_ps(r[j], r[j + 1]);
+        ones[j + 1] = _mm256_unpackhi_ps(r[j], r[j + 1]);
+    }
+    let mut twos = ones;
+    for (half, at) in [(0, 0), (4, 4)] {
+        for (k, (a, b)) in [(ones[half], ones[half + 2]), (ones[half + 1], ones[half + 3])].into_iter().enumerate() {
+            twos[at + 2 * k] = _mm256_shuffle_ps::<0x44>(a, b);
+            twos[at + 2 * k + 1] = _mm256_shuffle_ps::<0xee>(a, b);
+        }
+    }
+    for i in 0..4 {
+        // SAFETY: the caller's.
+        unsafe {
+            let (low, high) = (twos[i], twos[i + 4]);
+            _mm256_storeu_ps(to.add(i * to_row), _mm256_permute2f128_ps::<0x20>(low, high));
+            _mm256_storeu_ps(to.add((i + 4) * to_row), _mm256_permute2f128_ps::<0x31>(low, high));
+        }
+    }
 }
 
 /// Eight floats.

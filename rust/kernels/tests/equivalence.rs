@@ -14,11 +14,8 @@ fn levels() -> Vec<Level> {
 
 fn activated(level: Level, threads: usize, kind: Kind, x: &[f32]) -> (Vec<f32>, Vec<f32>) {
     let (mut y, mut slope) = (vec![0.0; x.len()], vec![0.0; x.len()]);
-    activation::forward(level, threads, kind, x, &mut y, Some(&mut slope));
-    let mut alone = vec![0.0; x.len()];
-    activation::forward(level, threads, kind, x, &mut alone, None);
-    let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<u32>>();
-    assert_eq!(bits(&y), bits(&alone), "{kind:?} with and without its slope");
+    activation::forward(level, threads, kind, x, &mut y);
+    activation::backward(level, threads, kind, &vec![1.0; x.len()], x, &mut slope);
     (y, slope)
 }
 

@@ -68,7 +68,13 @@ pub fn simd_level(py: Python<'_>) -> PyResult<&'static str> {
     Ok(level(py)?.name())
 }
 
-/// y = f(x) over `len` numbers, and dy/dx at `slope` unless that is 0.
+fn kind_of(py: Python<'_>, name: &str) -> PyResult<Kind> {
+    Kind::from_name(name).ok_or_else(|| {
+        to_python(py, &Error::Config(format!("activation: found {name}; expected gelu, gelu_tanh, silu or relu2")))
+    })
+}
+
+/// y = f(x) over `len` numbers.
 #[pyfunction]
 pub fn activation_forward(
     py: Python<'_>,
@@ -77,16 +83,32 @@ pub fn activation_forward(
     len: usize,
     x: Address,
     y: Address,
-    slope: Address,
 ) -> PyResult<()> {
-    let kind = Kind::from_name(kind).ok_or_else(|| {
-        to_python(py, &Error::Config(format!("activation: found {kind}; expected gelu, gelu_tanh, silu or relu2")))
-    })?;
-    let level = level(py)?;
+    let (kind, level) = (kind_of(py, kind)?, level(py)?);
     py.detach(|| {
-        // SAFETY: `kernels.py` holds the tensors, contiguous and of this length, and has just made y and slope.
-        let (x, y, slope) = unsafe { (read(x, len), write(y, len), (slope != 0).then(|| write(slope, len))) };
-        activation::forward(level, threads, kind, x, y, slope);
+        // SAFETY: `kernels.py` holds the tensors, contiguous and of this length, and has just made y.
+        let (x, y) = unsafe { (read(x, len), write(y, len)) };
+        activation::forward(level, threads, kind, x, y);
+    });
+    Ok(())
+}
+
+/// dx = g f'(x) over `len` numbers.
+#[pyfunction]
+pub fn activation_backward(
+    py: Python<'_>,
+    threads: usize,
+    kind: &str,
+    len: usize,
+    g: Address,
+    x: Address,
+    dx: Address,
+) -> PyResult<()> {
+    let (kind, level) = (kind_of(py, kind)?, level(py)?);
+    py.detach(|| {
+        // SAFETY: as in `activation_forward`.
+        let (g, x, dx) = unsafe { (read(g, len), read(x, len), write(dx, len)) };
+        activation::backward(level, threads, kind, g, x, dx);
     });
     Ok(())
 }
