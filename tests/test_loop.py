@@ -108,7 +108,9 @@ def test_samples_that_cannot_be_written_lose_nothing(tmp_path: Path, monkeypatch
         (tmp_path / name).unlink()
     result = train(config, notice=said.append)
     assert (result.status, result.steps) == ("completed", 6)
-    assert json.loads((tmp_path / "run/result.json").read_text())["status"] == "completed"
+    told = json.loads((tmp_path / "run/result.json").read_text())
+    assert told["status"] == "completed" and told["versions"]["torch"] == torch.__version__
+    assert set(told["hardware"]) == {"device", "memory", "cores", "system"} and "thread" in told["hardware"]["device"]
     assert any("not written: samples: no space left" in line for line in said)
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from bytekiln.console import human_bytes
+
 if TYPE_CHECKING:
     import torch
 
@@ -181,6 +183,26 @@ def memory_bytes(device: torch.device) -> int:
         if allowed.isdecimal():
             return min(machine, int(allowed))
     return machine
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """Device, processors, memory and system of this machine, for a report."""
+    import platform
+
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    about = {"device": device_name(device), "memory": human_bytes(memory_bytes(device))}
+    return {**about, "cores": str(cpus), "system": f"{platform.system()} {platform.machine()}"}
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's numbers depend on."""
+    import platform
+
+    import torch
+
+    import bytekiln
+
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "bytekiln": bytekiln.__version__}
 
 
 def device_name(device: torch.device) -> str:

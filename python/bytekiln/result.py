@@ -46,6 +46,10 @@ class Result:
     recompiles: int | None
     """Graphs that torch.compile had to make beyond the first ones; null where nothing was compiled."""
     processes: int = 1
+    hardware: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What it ran on, as a person would name it (`hardware.describe`)."""
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Of what computed: python, torch, bytekiln."""
     signal: int | None = None
     """The signal that interrupted it."""
 

@@ -29,7 +29,7 @@ from bytekiln.config import RunConfig
 from bytekiln.console import Progress
 from bytekiln.data import Batch, Data, Prefetcher, load_tokenizer, open_data
 from bytekiln.errors import ConfigError, DivergedError, MismatchError
-from bytekiln.hardware import mfu, peak_flops
+from bytekiln.hardware import describe, mfu, peak_flops, versions
 from bytekiln.horizon import Horizon, limits
 from bytekiln.layer_stats import LayerStats, bars, gradient_norms
 from bytekiln.learner import Learner, Numbers, Taken, read
@@ -578,6 +578,8 @@ class _Run:
             compiled=self.learner.recompiles is not None,
             recompiles=self.learner.recompiles,
             processes=self.ranks.world,
+            hardware=describe(self.device),
+            versions=versions(),
             signal=self.signals.number,
         )
 
