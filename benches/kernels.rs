@@ -68,19 +68,22 @@ fn attentions(c: &mut Criterion) {
             group.throughput(Throughput::Elements((pairs * width * 2 * 2) as u64));
             group.bench_function(id("forward"), |bench| {
                 bench.iter(|| {
-                    let out = Output::new(&mut out, shape, heads, times);
+                    let mut out = Output::new(&mut out, shape, heads, times);
                     let (q, k, v) = (input(black_box(&q), shape), input(&k, shape), input(&v, shape));
-                    attention::forward(level, 1, shape, CAUSAL, q, k, v, &out, &mut log_sums);
+                    attention::forward(level, 1, shape, CAUSAL, q, k, v, &mut out, &mut log_sums);
                 });
             });
             group.throughput(Throughput::Elements((pairs * width * 2 * 5) as u64));
             group.bench_function(id("backward"), |bench| {
                 bench.iter(|| {
-                    let [dq, dk, dv] = [&mut dq, &mut dk, &mut dv].map(|x| Output::new(x, shape, heads, times));
+                    let [mut dq, mut dk, mut dv] =
+                        [&mut dq, &mut dk, &mut dv].map(|x| Output::new(x, shape, heads, times));
                     let (dout, q, k, v) =
                         (input(black_box(&dout), shape), input(&q, shape), input(&k, shape), input(&v, shape));
                     let out = input(&out, shape);
-                    attention::backward(level, 1, shape, CAUSAL, dout, q, k, v, out, &log_sums, &dq, &dk, &dv);
+                    attention::backward(
+                        level, 1, shape, CAUSAL, dout, q, k, v, out, &log_sums, &mut dq, &mut dk, &mut dv,
+                    );
                 });
             });
         }

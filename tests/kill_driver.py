@@ -54,6 +54,8 @@ MORE = {
     "token_corruption": 0.1,
 }
 """Laid over them where the fourth argument is `more`."""
+NATIVE = {"dropout": 0.0, "sliding_window": 5, "num_kv_heads": 1, "ffn": "gelu", "attention": "native"}
+"""Where it is `native`: the core's attention, which has no dropout, and its activations."""
 CLOCK = ("elapsed_s", "training_s", "step_time_s", "tokens_per_s", "wall_time_s")
 CLOCK += ("eval_time_s", "evaluation_s", "saving_s")
 
@@ -149,15 +151,15 @@ def outcome(run: Path) -> dict[str, str]:
     return told
 
 
-def main(root: Path, seed: int, count: int, *, more: bool = False) -> None:
+def main(root: Path, seed: int, count: int, kind: str = "") -> None:
     torch.set_num_threads(1)
-    if more:
-        SETTINGS.update(MORE)
+    SETTINGS.update({"more": MORE, "native": NATIVE}.get(kind, {}))
+    if kind:
         root.mkdir(parents=True, exist_ok=True)
     status, log = child(root / "whole")
     assert status == 0, status
     expected = outcome(root / "whole/run")
-    assert more or json.loads(expected["result"])["best_step"] == 4
+    assert kind or json.loads(expected["result"])["best_step"] == 4
     assert expected["elapsed"] == "rises"
     dice = random.Random(seed)
     moments = [dice.choice([i for i, k in enumerate(log) if k == kind]) for kind in KINDS]
@@ -177,4 +179,4 @@ def main(root: Path, seed: int, count: int, *, more: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), more="more" in sys.argv[4:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])

@@ -260,9 +260,12 @@ def changed(**values: object) -> ModelConfig:
 def test_the_chosen_kernel() -> None:
     cuda, windowed = torch.device("cuda"), changed(sliding_window=4)
     assert choose("auto", WIDE, CPU, False) is native_attention
-    assert choose("auto", windowed, CPU, True) is native_attention
+    assert choose("auto", windowed, CPU, False) is native_attention
+    assert choose("auto", windowed, CPU, True) is sdpa_attention
+    assert choose("auto", changed(dropout=0.1), CPU, False) is sdpa_attention
+    assert choose("auto", WIDE, CPU, False, "bf16") is sdpa_attention
     assert choose("sdpa", WIDE, CPU, False) is sdpa_attention
-    assert choose("native", WIDE, cuda, False) is native_attention
+    assert choose("native", WIDE, CPU, False) is native_attention
     assert choose("auto", WIDE, cuda, False) is sdpa_attention
     assert choose("auto", WIDE, cuda, True) is flex_attention
     assert choose("auto", windowed, cuda, False) is flex_attention
@@ -285,6 +288,23 @@ def test_the_chosen_kernel() -> None:
 def test_flex_is_refused_where_it_cannot_train(values: dict[str, object], device: str, why: str) -> None:
     with pytest.raises(ConfigError, match=f"attention: found flex {why}"):
         choose("flex", changed(**values), torch.device(device), True)
+
+
+@pytest.mark.parametrize(
+    ("values", "device", "documents", "precision", "why"),
+    [
+        ({}, "cuda", False, "fp32", "on cuda; the core computes on the CPU"),
+        ({}, "cpu", False, "bf16", "in bf16; the core computes in fp32"),
+        ({"dropout": 0.1}, "cpu", False, "fp32", r"with dropout 0\.1, which the core does not have"),
+        ({}, "cpu", True, "fp32", "with document_mask, which"),
+        ({"d_model": 48}, "cpu", False, "fp32", "with heads 12 wide; the core takes multiples of 8 up to 128"),
+    ],
+)
+def test_native_is_refused_where_it_would_not_run(
+    values: dict[str, object], device: str, documents: bool, precision: str, why: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"attention: found native {why}"):
+        choose("native", changed(**values), torch.device(device), documents, precision)
 
 
 def test_flex_has_no_backward_on_the_cpu_still() -> None:
@@ -326,5 +346,9 @@ def test_masks_are_made_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model = TransformerLM(changed(sliding_window=4, num_layers=3))
     model(torch.zeros(1, 8, dtype=torch.int64))
     assert len(made) == 1  # the core needs none
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.zeros(1, 8, dtype=torch.int64))
+    assert made == [1, 1]  # sdpa's turn
+    made.pop()
     model(torch.zeros(1, 8, dtype=torch.int64), documents_BxT=torch.zeros(1, 8, dtype=torch.int32))
     assert len(made) == 2

@@ -19,6 +19,7 @@ from bytekiln.config import FIELDS, load_config
 from bytekiln.console import flag
 from bytekiln.errors import BytekilnError, ConfigError
 from bytekiln.run_flags import spell_switches
+from conftest import Result
 from lm_runs import tokens
 
 SMALL = (
@@ -176,6 +177,34 @@ def test_show_batch_and_eval_only(here: Path, text: Path, capsys: pytest.Capture
     assert cli_lm.train(["r", "--eval-only"]) == 0
     assert f"validation loss {trained['final_val_loss']:.4f}" in capsys.readouterr().out
     assert len(rows("r")) == 3
+
+
+def test_a_pause_that_cannot_be_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["demo", "--train-data", "train_data.npy", "--out-dir", "r", *SMALL]
+    for other in ("--eval-only", "--show-batch"):
+        with pytest.raises(ConfigError, match=f"--pause-at: found it with {other}, which trains nothing"):
+            cli_lm.train([*flags, "--pause-at", "1", other])
+    assert cli_lm.train([*flags, "--pause-at", "1"]) == 130
+    assert [r["step"] for r in rows("r")] == ["0", "1"]
+    assert cli_lm.train(["r", "--pause-at", "2"]) in (0, 130)
+    assert cli_lm.train(["r", "--max-steps", "4", "--pause-at", "9"]) == 0
+    assert "--pause-at 9: behind the end of the run, 4 steps; no pause" in capsys.readouterr().err
+    assert [r["step"] for r in rows("r")] == ["0", "1", "2", "3", "4"]
+
+
+def test_a_resumed_field_that_is_no_number_is_the_users_mistake(here: Path) -> None:
+    flags = ["demo", "--train-data", "train_data.npy", "--out-dir", "r", *SMALL]
+    assert cli_lm.train(flags) == 0
+    with pytest.raises(ConfigError, match="min_lr"):
+        cli_lm.train(["r", "--min-lr", "abc", "--max-steps", "6"])
+
+
+def test_instructions_that_are_not_here_are_refused_before_anything_is_made(
+    here: Path, command: Callable[..., Result]
+) -> None:
+    line = ["demo", "--train-data", here / "train_data.npy", "--out-dir", here / "r", *SMALL]
+    told = command("lm-train", *line, status=2, env={"BYTEKILN_SIMD": "mmx"})
+    assert "BYTEKILN_SIMD: found mmx" in told.stderr and not (here / "r").exists()
 
 
 def test_width_that_heads_do_not_divide(here: Path) -> None:

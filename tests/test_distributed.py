@@ -56,10 +56,11 @@ def same_to_rounding(a: Path, b: Path) -> None:
                 assert u == pytest.approx(v, rel=1e-5)
 
 
-def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{}, {"dropout": 0.0, "attention": "native"}], ids=["dropout", "native"])
+def test_two_processes_learn_what_one_learns(tmp_path: Path, more: dict[str, object]) -> None:
     """Same sample order and dropout masks (the windows and seeds know no rank), so the same losses to rounding."""
-    train(tiny(tmp_path, **SETTINGS, out_dir=str(tmp_path / "one")))
-    ran = launch(tmp_path)
+    train(tiny(tmp_path, **{**SETTINGS, **more}, out_dir=str(tmp_path / "one")))
+    ran = launch(tmp_path, **more)
     assert ran.stdout.count("completed: all steps done") == 1, "only the first process speaks"
     assert "2 processes" in ran.stdout
     same_to_rounding(tmp_path / "two", tmp_path / "one")

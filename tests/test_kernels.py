@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -202,6 +203,76 @@ def test_what_the_kernel_refuses(shapes: tuple[tuple[int, ...], ...], dtype: tor
     q, k = (torch.zeros(shape, dtype=dtype) for shape in shapes)
     with pytest.raises(ValueError, match=found):
         kernels.attention(q, k, k, True, 0)
+
+
+def test_lengths_and_types_are_checked_before_addresses_are_given_away() -> None:
+    ops, x = torch.ops.bytekiln, torch.randn(3000)
+    calls = (
+        lambda: kernels.activation(x.half(), "gelu"),
+        lambda: ops.activation(x.bfloat16(), "gelu"),
+        lambda: ops.activation(x.double(), "gelu"),
+        lambda: ops.activation_backward(x[:4], x, "gelu"),
+        lambda: kernels.swiglu(x, x[:4]),
+        lambda: ops.swiglu_backward(x, x, x[:4]),
+        lambda: ops.swiglu_backward(x, x, x.double()),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="expected float32 on the CPU, all of one shape"):
+            call()
+    q = heads_of(1, 5, 2, 8)
+    out, log_sums = ops.scaled_dot_product_attention(q, q, q, True, 0)
+    for g, y, logs in ((q[:, :, :4], out, log_sums), (q, out.double(), log_sums), (q, out, log_sums[:, :4])):
+        with pytest.raises(ValueError, match="expected float32 on the CPU, all of one shape"):
+            ops.scaled_dot_product_attention_backward(g, q, q, q, y, logs, True, 0)
+    with pytest.raises(ValueError, match="found window -1"):
+        kernels.attention(q, q, q, True, -1)
+
+
+def test_odd_addresses_are_copied() -> None:
+    def odd(x: Tensor) -> Tensor:
+        """The same numbers, a byte further on."""
+        room = torch.zeros(x.numel() * 4 + 1, dtype=torch.uint8).numpy()
+        room[1:] = x.contiguous().numpy().view("u1").reshape(-1)
+        cut = torch.frombuffer(memoryview(room)[1:], dtype=torch.float32).view(x.shape)
+        assert cut.data_ptr() % 4 == 1
+        return cut
+
+    x, q = torch.randn(50), torch.randn(1, 2, 5, 8)
+    assert torch.equal(kernels.activation(odd(x), "gelu"), kernels.activation(x, "gelu"))
+    assert torch.equal(kernels.attention(*[odd(q)] * 3, True, 0), kernels.attention(q, q, q, True, 0))
+
+
+def test_forward_mode_goes_through_torchs_own_functions() -> None:
+    """Its derivative of a whole model is the one that differences show, and never silently zero."""
+    config = ModelConfig(vocab_size=11, d_model=16, num_layers=1, num_heads=2, context_length=6, ffn="gelu")
+    torch.manual_seed(0)
+    model = TransformerLM(config, attend=reference_attention)
+    ids = torch.arange(6)[None]
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    ways = {n: torch.randn_like(p) for n, p in weights.items()}
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, weights, ids).square().mean()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch scripts its own decompositions at the first call
+        _, slope = torch.func.jvp(loss, (weights,), (ways,))
+    gradient = torch.func.grad(loss)(weights)
+    assert slope == pytest.approx(sum((gradient[n] * ways[n]).sum().item() for n in ways), rel=1e-4)
+    q = heads_of(1, 5, 2, 8)
+    with pytest.raises(NotImplementedError):  # as torch's own kernel has it
+        torch.func.jvp(lambda q: native_attention(q, q, q), (q,), (q,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.randn(1, 1, 1, 8), torch.ones(1, 1, 1, 8))
+        assert not kernels.activates(dual) and not kernels.attends(dual)
+
+
+def test_the_bare_operators_have_gradients() -> None:
+    x = torch.randn(7, requires_grad=True)
+    torch.ops.bytekiln.activation(x, "gelu").sum().backward()
+    exact = torch.autograd.grad(F.gelu(x).sum(), x)[0]
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, exact)
 
 
 def test_no_gradient_of_a_gradient() -> None:

@@ -18,12 +18,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bytekiln import record, train_bpe_from_iterator
-from bytekiln import train as train_module
+from bytekiln import loop, record, train_bpe_from_iterator
 from bytekiln.checkpoint import load_checkpoint
 from bytekiln.config import UNLIMITED_STEPS, load_config
 from bytekiln.data import Prefetcher
-from bytekiln.errors import ConfigError, FileError, FormatError, MismatchError
+from bytekiln.errors import ConfigError, DivergedError, FileError, FormatError, MismatchError
 from bytekiln.metrics import Row, read_metrics
 from bytekiln.model import TransformerLM
 from bytekiln.objective import Objective
@@ -126,13 +125,13 @@ def test_a_first_loss_far_from_its_expectation_is_said(tmp_path: Path, monkeypat
 def test_the_loop_waits_for_the_device_where_it_logs_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that takes its device for one that must be waited for; packed documents, layers and schedule included."""
     steps: list[int] = []
-    real_go, real_step = train_module._Run.go, train_module._Run._take_step
+    real_go, real_step = loop.Run.go, loop.Run._take_step
 
-    def go(self: train_module._Run) -> Result:
+    def go(self: loop.Run) -> Result:
         self.device = torch.device("meta")  # the loop asks for its type only; tensors stay where they are
         return real_go(self)
 
-    def take(self: train_module._Run, batches: Prefetcher) -> None:
+    def take(self: loop.Run, batches: Prefetcher) -> None:
         steps.append(self.horizon.step + 1)
         if len(steps) == 1:  # what is made once may ask
             real_step(self, batches)
@@ -140,8 +139,8 @@ def test_the_loop_waits_for_the_device_where_it_logs_only(tmp_path: Path, monkey
             with NoSync():
                 real_step(self, batches)
 
-    monkeypatch.setattr(train_module._Run, "go", go)
-    monkeypatch.setattr(train_module._Run, "_take_step", take)
+    monkeypatch.setattr(loop.Run, "go", go)
+    monkeypatch.setattr(loop.Run, "_take_step", take)
     values = {"windows": "packed", "document_mask": True, "log_interval": 4, "eval_interval": 8, "max_steps": 12}
     tokens(tmp_path / "train.npy", eot=7)
     tokens(tmp_path / "val.npy", 200, seed=1, eot=7)
@@ -380,12 +379,12 @@ def test_a_change_starts_without_a_memory(tmp_path: Path, given: dict[str, objec
 def test_weights_from_elsewhere_may_begin_low(tmp_path: Path) -> None:
     """A loss that rises from next to nothing is no divergence; one far above an untrained model's is."""
     train(tiny(tmp_path, max_steps=2))
-    run = object.__new__(train_module._Run)
+    run = object.__new__(loop.Run)
     run.config = tiny(tmp_path, init_from=str(tmp_path / "run"))
     run.s, run.record, run.uniform_loss = State(initial_loss=0.001), None, 4.0
     for loss in (0.1, 0.2, 0.3, 7.0, 8.1, 8.2):
         run._write(Row(1, 1, 0.0, loss=loss))
-    with pytest.raises(train_module.DivergedError):
+    with pytest.raises(DivergedError):
         run._write(Row(1, 1, 0.0, loss=8.3))
 
 
@@ -549,6 +548,6 @@ def test_a_step_longer_than_five_seconds_is_abandoned_and_its_start_saved(tmp_pa
 
 
 def test_high_rows_survive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "HIGH_FACTOR", 0.0)
+    monkeypatch.setattr(loop, "HIGH_FACTOR", 0.0)
     result = train(tiny(tmp_path, max_steps=9))
     assert (result.status, result.steps) == ("diverged", 3)

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from bytekiln import prepare
-from bytekiln import train as train_module
+from bytekiln import loop, prepare
 from bytekiln.checkpoint import load_checkpoint
 from bytekiln.config import from_flat
 from bytekiln.errors import ConfigError, FileError, MismatchError, OutputExistsError
@@ -83,7 +82,7 @@ def test_going_back_removes_what_is_newer(tmp_path: Path, monkeypatch: pytest.Mo
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_module._Run, "_take_step", killed)
+    monkeypatch.setattr(loop.Run, "_take_step", killed)
     with pytest.raises(KeyboardInterrupt):
         train(from_flat({}), resume=saved / "checkpoint_2")
     assert {load_checkpoint(p).step for p in saved.iterdir()} <= {1, 2}
@@ -199,7 +198,14 @@ sys.exit(cli.main(["lm-train", sys.argv[1]]))
     assert not list((tmp_path / "run/checkpoints").glob("checkpoint_*")), "nothing half-written"
 
 
-@pytest.mark.parametrize(("has", "expected"), [((), "fp32"), (("_is_amx_tile_supported",), "bf16")])
+@pytest.mark.parametrize(
+    ("has", "expected"),
+    [
+        ((), "fp32"),
+        (("_is_avx512_bf16_supported",), "fp32"),
+        (("_is_amx_tile_supported",), "bf16"),
+    ],
+)
 def test_precision_follows_the_processor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has: tuple[str, ...], expected: str
 ) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bytekiln import train as train_module
+from bytekiln import loop
 from bytekiln.checkpoint import load_checkpoint
 from bytekiln.config import from_flat, load_config
-from bytekiln.errors import ConfigError, FileError
+from bytekiln.errors import ConfigError, DivergedError, FileError
 from bytekiln.metrics import Row, read_metrics
 from bytekiln.objective import Loss, Objective
 from bytekiln.prepare import find_device
@@ -163,11 +163,11 @@ def test_high_loss_three_times_is_divergence(tmp_path: Path) -> None:
 
 
 def test_high_rows_must_come_in_succession() -> None:
-    run = object.__new__(train_module._Run)
+    run = object.__new__(loop.Run)
     run.s, run.record, run.config = State(initial_loss=1.0), None, from_flat({})
     for loss in (3.0, 3.0, 1.5, 3.0, 2.5):
         run._write(Row(1, 1, 0.0, loss=loss))
-    with pytest.raises(train_module.DivergedError):
+    with pytest.raises(DivergedError):
         run._write(Row(1, 1, 0.0, loss=9.0))
 
 

@@ -86,9 +86,9 @@ def look(attend: Attend, sight: Sight, T: int, S: int, device: torch.device) -> 
     """The sight with the mask that `attend` wants, made once for all layers of a pass."""
     if attend is flex_attention and T == S:
         return sight._replace(blocks=_block_mask(sight, T, device))
-    if attend is native_attention and sight.documents_BxS is None and device.type == "cpu":
-        # Its core sees by itself; what it hands to sdpa, under autocast for one, makes the mask there.
-        return sight
+    core = device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    if attend is native_attention and core and sight.documents_BxS is None:
+        return sight  # the core sees by itself; whatever goes to sdpa gets the mask
     if attend is not reference_attention and needs_mask(sight, T, S):
         return sight._replace(mask=visible_keys(sight, T, S, device))
     return sight
@@ -190,27 +190,30 @@ def _block_mask(sight: Sight, T: int, device: torch.device) -> BlockMask:
     return create_block_mask(visible, batch, None, T, T, device=device)
 
 
-def choose(name: str, config: ModelConfig, device: torch.device, documents: bool) -> Attend:
+def choose(name: str, config: ModelConfig, device: torch.device, documents: bool, precision: str = "fp32") -> Attend:
     """The kernel of the field `attention`.
 
-    auto is the Rust core on the CPU, on CUDA FlexAttention where there is a mask to profit from and nothing against it,
-    else torch's fused kernels.
+    auto is the Rust core on the CPU wherever it can train the model, on CUDA FlexAttention where there is a mask to
+    profit from and nothing against it, else torch's fused kernels.
 
     Args:
         name: auto, native, sdpa, flex or reference.
         config: the model, which is to be trained.
         device: where it runs.
         documents: whether attention stops at the ends of documents.
+        precision: of the run, fp32, bf16 or fp16.
 
     Raises:
-        ConfigError: flex was asked for and cannot train this model here.
+        ConfigError: flex or native was asked for and cannot train this model here.
     """
     against = _against_flex(config, device)
     if name == "flex" and against:
         raise ConfigError(f"attention: found flex {against}; expected sdpa or auto")
+    if name == "native" and (why := _against_native(config, device, documents, precision)):
+        raise ConfigError(f"attention: found native {why}; expected sdpa or auto")
     if name == "auto":
         name = "flex" if not against and (documents or config.sliding_window) else "sdpa"
-        name = "native" if device.type == "cpu" else name
+        name = name if _against_native(config, device, documents, precision) else "native"
     named: dict[str, Attend] = {
         "native": native_attention,
         "sdpa": sdpa_attention,
@@ -218,6 +221,20 @@ def choose(name: str, config: ModelConfig, device: torch.device, documents: bool
         "reference": reference_attention,
     }
     return named[name]
+
+
+def _against_native(config: ModelConfig, device: torch.device, documents: bool, precision: str) -> str:
+    if device.type != "cpu":
+        return f"on {device.type}; the core computes on the CPU"
+    if precision != "fp32":
+        return f"in {precision}; the core computes in fp32"
+    if config.dropout:
+        return f"with dropout {config.dropout:g}, which the core does not have"
+    if documents:
+        return "with document_mask, which the core does not have"
+    if config.head_width % 8 or config.head_width > kernels.WIDEST_HEAD:
+        return f"with heads {config.head_width} wide; the core takes multiples of 8 up to {kernels.WIDEST_HEAD}"
+    return ""
 
 
 def _against_flex(config: ModelConfig, device: torch.device) -> str:

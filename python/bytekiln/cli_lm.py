@@ -49,6 +49,11 @@ def train(argv: list[str]) -> int:
         return write_samples(_run_to_sample(path, source, resume, given), options, str(given.get("device", "auto")))
     if options.pause_at < 0:
         raise ConfigError(f"--pause-at: found {options.pause_at}; expected a step, or 0 for no pause")
+    for flag in ("eval_only", "show_batch"):
+        if options.pause_at and getattr(options, flag, False):
+            raise ConfigError(
+                f"--pause-at: found it with --{flag.replace('_', '-')}, which trains nothing; expected one"
+            )
     for name in SAMPLING_FLAGS:
         if getattr(options, name) != parser.get_default(name):
             raise ConfigError(f"--{name.replace('_', '-')}: found it without --generate; expected both, or lm-sample")

@@ -48,6 +48,8 @@ class Footprint(NamedTuple):
     """Logits and what the loss makes of them."""
     total: int
     """Greatest sum at any moment of the step: at most the sum of the parts."""
+    largest: int
+    """The greatest single block."""
     moved: int
     """Bytes read and written by operations that are no matrix products, in a micro-step; for the time."""
     calls: int
@@ -65,7 +67,7 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Pieces of work that are spread over the experts of a layer: tokens × top_k."""
         self.now: dict[str, int] = dict.fromkeys(Footprint._fields, 0)
         self.most = dict(self.now)
-        self.live = self.peak = self.moved = self.calls = 0
+        self.live = self.peak = self.moved = self.calls = self.largest = 0
         self._granule = granule
         self._known: dict[int, tuple[str, int, weakref.ref[torch.UntypedStorage]]] = {}
 
@@ -102,7 +104,8 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def forget_peaks(self) -> None:
         """Begin a measurement here."""
-        self.most, self.peak, self.moved, self.calls = dict(self.now), self.live, 0, 0
+        self.most, self.peak = dict(self.now), self.live
+        self.moved = self.calls = self.largest = 0
 
     def _even_share(self, element: Tensor) -> int:
         """What the host would read: only the experts' loads are ever read, and here every expert gets the same."""
@@ -123,7 +126,7 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         self._known[key] = self.kind, size, weakref.ref(storage, gone)
         self.live += size
-        self.peak = max(self.peak, self.live)
+        self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
         self._add(self.kind, size)
         return True
 
@@ -218,7 +221,7 @@ class Simulation:
             s.kind = "activations"
             clip_gradients(self._model, c.optimizer.grad_clip)
             self._update()
-        return Footprint(**{**s.most, "total": s.peak, "moved": moved, "calls": calls})
+        return Footprint(**{**s.most, "total": s.peak, "largest": s.largest, "moved": moved, "calls": calls})
 
     def _update(self) -> None:
         take = torch.ones((), dtype=torch.bool)

@@ -46,26 +46,56 @@ _ops: Any = torch.ops.bytekiln
 
 
 def activates(x: Tensor) -> bool:
-    """Whether the core computes activations of this tensor: float32 on the CPU, and nothing is compiled.
+    """Whether the core computes activations of this tensor: float32 on the CPU, and nothing is compiled or transformed.
 
     A compiler fuses them with their neighbours, which is better still.
     """
-    return x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+    return x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling() and not _transformed()
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work: they need what torch's own operators have."""
+    return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _hold(name: str, *tensors: Tensor) -> None:
+    """The core is given addresses and one length: whatever differs would be read from foreign memory.
+
+    Raises:
+        ValueError: not all are float32 on the CPU, and of one shape.
+    """
+    first = tensors[0]
+    for x in tensors:
+        if not x.is_cpu or x.dtype != torch.float32 or x.shape != first.shape:
+            raise ValueError(f"{name}: found {tuple(x.shape)} of {x.dtype} on {x.device} beside {tuple(first.shape)}; "
+                             "expected float32 on the CPU, all of one shape")  # fmt: skip
+
+
+def _checked(name: str, *tensors: Tensor) -> list[Tensor]:
+    """The tensors as the core reads them, contiguous and aligned; raises as `_hold`."""
+    _hold(name, *tensors)
+    return [_aligned(x.contiguous()) for x in tensors]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """A copy where numbers stand at odd addresses, as of a buffer that was cut anywhere."""
+    return x.clone() if x.data_ptr() % x.element_size() else x
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
     """The activation of the name `kind`, one of `KINDS`; keeps nothing but x for the backward."""
     if torch.is_grad_enabled() and x.requires_grad:
         return cast(Tensor, _Activation.apply(x, kind))
-    return cast(Tensor, _ops.activation(x, kind))
+    with torch._C._AutoDispatchBelowAutograd():
+        return cast(Tensor, _ops.activation(x, kind))
 
 
 def swiglu(a: Tensor, b: Tensor) -> Tensor:
     """silu(a) · b of two tensors of one shape; keeps nothing but them for the backward."""
-    assert a.shape == b.shape
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return cast(Tensor, _SwiGLU.apply(a, b))
-    return cast(Tensor, _ops.swiglu(a, b))
+    with torch._C._AutoDispatchBelowAutograd():
+        return cast(Tensor, _ops.swiglu(a, b))
 
 
 class _Activation(Function):
@@ -100,7 +130,7 @@ def _refuse_a_graph() -> None:
     # it was called with create_graph.
     if torch.is_grad_enabled():
         raise RuntimeError("kernels: found a backward with create_graph; expected none, for there is no gradient of a "
-                           "gradient here: torch's own functions have one, and attention = reference")  # fmt: skip
+                           "gradient here: torch's own functions have one, which float64 goes through")  # fmt: skip
 
 
 def _same(x: Tensor) -> Tensor:
@@ -108,14 +138,14 @@ def _same(x: Tensor) -> Tensor:
 
 
 def _activation(x: Tensor, kind: str) -> Tensor:
-    x = x.contiguous()
+    (x,) = _checked("activation", x)
     y = torch.empty_like(x)
     _core.activation_forward(torch.get_num_threads(), kind, x.numel(), x.data_ptr(), y.data_ptr())
     return y
 
 
 def _activation_backward(g: Tensor, x: Tensor, kind: str) -> Tensor:
-    g, x = g.contiguous(), x.contiguous()
+    g, x = _checked("activation_backward", g, x)
     dx = torch.empty_like(x)
     addresses = (g.data_ptr(), x.data_ptr(), dx.data_ptr())
     _core.activation_backward(torch.get_num_threads(), kind, x.numel(), *addresses)
@@ -123,14 +153,14 @@ def _activation_backward(g: Tensor, x: Tensor, kind: str) -> Tensor:
 
 
 def _swiglu(a: Tensor, b: Tensor) -> Tensor:
-    a, b = a.contiguous(), b.contiguous()
+    a, b = _checked("swiglu", a, b)
     y = torch.empty_like(a)
     _core.swiglu_forward(torch.get_num_threads(), a.numel(), a.data_ptr(), b.data_ptr(), y.data_ptr())
     return y
 
 
 def _swiglu_backward(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    g, a, b = g.contiguous(), a.contiguous(), b.contiguous()
+    g, a, b = _checked("swiglu_backward", g, a, b)
     da, db = torch.empty_like(a), torch.empty_like(b)
     addresses = (g.data_ptr(), a.data_ptr(), b.data_ptr(), da.data_ptr(), db.data_ptr())
     _core.swiglu_backward(torch.get_num_threads(), a.numel(), *addresses)
@@ -143,7 +173,8 @@ def _swiglu_backward(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def attends(q_BxHxTxK: Tensor) -> bool:
     """Whether the core's attention takes these queries: float32 on the CPU, heads of a width that it knows."""
     K = q_BxHxTxK.shape[-1]
-    return q_BxHxTxK.is_cpu and q_BxHxTxK.dtype == torch.float32 and K % 8 == 0 and 0 < K <= WIDEST_HEAD
+    known = q_BxHxTxK.is_cpu and q_BxHxTxK.dtype == torch.float32 and K % 8 == 0 and 0 < K <= WIDEST_HEAD
+    return known and not _transformed()
 
 
 def attention(q_BxHxTxK: Tensor, k_BxGxSxK: Tensor, v_BxGxSxK: Tensor, causal: bool, window: int) -> Tensor:
@@ -204,15 +235,15 @@ def _made(like_BxHxTxK: Tensor) -> Tensor:
 
 def _strided(x: Tensor) -> tuple[Tensor, _Strided]:
     """The tensor with its last stride 1, and where it is; whoever uses the latter must hold the former."""
-    if x.stride(-1) != 1:
-        x = x.contiguous()
+    if x.stride(-1) != 1 or x.data_ptr() % x.element_size():
+        x = x.clone(memory_format=torch.contiguous_format)
     batch, head, time, _ = x.stride()
     return x, (x.data_ptr(), (batch, head, time))
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int, int]:
     (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
-    if k.shape != v.shape or k.shape != (B, G, S, K) or H % G or T > S:
+    if k.shape != v.shape or k.shape != (B, G, S, K) or not G or H % G or T > S:
         raise ValueError(f"attention: found q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected "
                          "B×H×T×K and twice B×G×S×K with H a multiple of G and T ≤ S")  # fmt: skip
     if not (attends(q) and attends(k) and attends(v)):
@@ -223,6 +254,8 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int, in
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int) -> tuple[Tensor, Tensor]:
     sizes = _sizes(q, k, v)
+    if window < 0:
+        raise ValueError(f"attention: found window {window}; expected 0 or more")
     (q, q_at), (k, k_at), (v, v_at) = _strided(q), _strided(k), _strided(v)
     out = _made(q)
     log_sums = q.new_empty(q.shape[0], q.shape[2], q.shape[1])
@@ -235,6 +268,8 @@ def _backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, causal: bool, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     sizes = _sizes(q, k, v)
+    _hold("attention_backward", q, g, out)
+    _hold("attention_backward", log_sums, q[..., 0].transpose(1, 2))
     (g, g_at), (out, out_at) = _strided(g), _strided(out)
     (q, q_at), (k, k_at), (v, v_at) = _strided(q), _strided(k), _strided(v)
     log_sums = log_sums.contiguous()
@@ -266,3 +301,5 @@ for _name, _do, _shapes in (
     _library.impl(_name, _do, "CPU")
     torch.library.register_fake(f"bytekiln::{_name}", _shapes, lib=_library)
 _library.impl("scaled_dot_product_attention", _attention_with_gradient, "Autograd")
+_library.impl("activation", activation, "Autograd")
+_library.impl("swiglu", swiglu, "Autograd")

@@ -34,6 +34,7 @@ from bytekiln.convert import load_initial
 from bytekiln.data import train_paths
 from bytekiln.errors import ConfigError, FileError, MismatchError
 from bytekiln.model import TransformerLM
+from bytekiln.muon import has_fast_bf16
 
 Say = Callable[[str], object]
 COMPILE_COST_S, COMPILE_GAIN, CPU_FLOPS_PER_THREAD = 30.0, 0.2, 5e10
@@ -109,7 +110,7 @@ def find_checkpoint(
         _place(path, checkpoint.config, values)
     stored = checkpoint.config
     usual = stored.optimizer.lr * stored.optimizer.min_lr_ratio
-    if stored.optimizer.min_lr is None and math.isclose(float(str(values.get("min_lr", "nan"))), usual, rel_tol=1e-9):
+    if stored.optimizer.min_lr is None and math.isclose(_number(values.get("min_lr")), usual, rel_tol=1e-9):
         values.pop("min_lr")  # says what the ratio makes it, to the last digit or nearly so
     if values.get("init_from"):
         values["init_from"] = str(Path(str(values["init_from"])).absolute())
@@ -184,6 +185,14 @@ def _is_resolved_config(path: Path) -> bool:
         return False
 
 
+def _number(value: object) -> float:
+    """The value as a number, NaN where it is none: that is for the field itself to refuse."""
+    try:
+        return float(str(value))
+    except ValueError:
+        return math.nan
+
+
 def resolved(config: RunConfig, vocab_size: int, device: torch.device, say: Say) -> RunConfig:
     """Every choice made, every path absolute: what is stored."""
     t, o = config.training, config.output
@@ -220,8 +229,9 @@ def _bf16_is_fast(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
-    # Without these instructions bf16 products are emulated, dozens of times slower than fp32.
-    return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    # Without AMX bf16 loses: emulated it takes dozens of times as long as fp32, and with AVX-512-BF16 alone a step
+    # takes twice as long (measured): conversions and torch's slower kernels cost more than the products gain.
+    return has_fast_bf16(device)
 
 
 def find_device(name: str, local_rank: int = 0) -> torch.device:
@@ -287,7 +297,8 @@ def attention_of(config: RunConfig, device: torch.device) -> Attend:
     Raises:
         ConfigError: it does not work on this device.
     """
-    return choose(config.training.attention, config.model, device, documents=config.data.document_mask)
+    t = config.training
+    return choose(t.attention, config.model, device, config.data.document_mask, t.precision)
 
 
 def initial_weights(config: RunConfig, say: Say) -> dict[str, Tensor]:

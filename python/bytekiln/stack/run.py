@@ -14,12 +14,12 @@ from torch import Tensor
 
 from bytekiln.data import Batch, Prefetcher, to_device
 from bytekiln.learner import Gradients, Learner
+from bytekiln.loop import Run
 from bytekiln.prepare import Say, graphs_compiled
 from bytekiln.record import Record
 from bytekiln.result import Result
 from bytekiln.schedule import batch_multiple, fraction
 from bytekiln.stack.model import StackedObjective
-from bytekiln.train import _Run
 
 
 class StackedLearner(Learner):
@@ -111,13 +111,13 @@ def _joined(batches: Sequence[Batch], device: torch.device) -> tuple[Tensor, Ten
     return inputs, targets, documents_BxT
 
 
-class StackedRun(_Run):
-    """A run whose loop is driven from outside, a step at a time: `_Run.go` taken apart."""
+class StackedRun(Run):
+    """A run whose loop is driven from outside, a step at a time: `Run.go` taken apart."""
 
     learner: StackedLearner
 
     def __init__(self, *everything: Any) -> None:
-        """As `_Run`."""
+        """As `Run`."""
         super().__init__(*everything)
         self.learner = StackedLearner(self.learner)
         self.validation.learner = self.learner
@@ -177,7 +177,7 @@ class StackedRun(_Run):
         return result
 
     def interrupted(self) -> Result:
-        """See `_Run._interrupted`."""
+        """See `Run._interrupted`."""
         return self._interrupted()
 
     def diverged(self, why: str) -> Result:

@@ -191,11 +191,12 @@ pub fn forward(
     q: Input<'_>,
     k: Input<'_>,
     v: Input<'_>,
-    out: &Output<'_>,
+    out: &mut Output<'_>,
     log_sums: &mut [f32],
 ) {
     shape.check();
     assert_eq!(log_sums.len(), shape.batch * shape.queries * shape.heads);
+    let out = &*out; // shared among the jobs of this call, and with nobody else
     let logs = Output::new(log_sums, Shape { width: 1, ..shape }, shape.heads, shape.queries);
     threads::share(threads, shape.batch * shape.kv_heads, |job| {
         let (b, g) = (job / shape.kv_heads, job % shape.kv_heads);
@@ -221,12 +222,13 @@ pub fn backward(
     v: Input<'_>,
     out: Input<'_>,
     log_sums: &[f32],
-    dq: &Output<'_>,
-    dk: &Output<'_>,
-    dv: &Output<'_>,
+    dq: &mut Output<'_>,
+    dk: &mut Output<'_>,
+    dv: &mut Output<'_>,
 ) {
     shape.check();
     assert_eq!(log_sums.len(), shape.batch * shape.queries * shape.heads);
+    let (dq, dk, dv) = (&*dq, &*dk, &*dv); // shared among the jobs of this call, and with nobody else
     threads::share(threads, shape.batch * shape.kv_heads, |job| {
         let (b, g) = (job / shape.kv_heads, job % shape.kv_heads);
         SCRATCH.with_borrow_mut(|scratch| {

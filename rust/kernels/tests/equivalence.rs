@@ -144,13 +144,15 @@ impl Case {
             let q = Input::new(&q, strides(heads, queries), self.shape, heads, queries);
             let [k, v] = [&k, &v].map(|x| Input::new(x, strides(kv_heads, keys), self.shape, kv_heads, keys));
             let dout = Input::new(&dout, strides(heads, queries), self.shape, heads, queries);
-            let to = Output::new(&mut out, self.shape, heads, queries);
-            attention::forward(level, threads, self.shape, sight, q, k, v, &to, &mut log_sums);
+            let mut to = Output::new(&mut out, self.shape, heads, queries);
+            attention::forward(level, threads, self.shape, sight, q, k, v, &mut to, &mut log_sums);
             let strides = Strides::contiguous(queries, heads, width);
             let out = Input::new(&out, strides, self.shape, heads, queries);
-            let dq = Output::new(&mut dq, self.shape, heads, queries);
-            let [dk, dv] = [&mut dk, &mut dv].map(|x| Output::new(x, self.shape, kv_heads, keys));
-            attention::backward(level, threads, self.shape, sight, dout, q, k, v, out, &log_sums, &dq, &dk, &dv);
+            let mut dq = Output::new(&mut dq, self.shape, heads, queries);
+            let [mut dk, mut dv] = [&mut dk, &mut dv].map(|x| Output::new(x, self.shape, kv_heads, keys));
+            attention::backward(
+                level, threads, self.shape, sight, dout, q, k, v, out, &log_sums, &mut dq, &mut dk, &mut dv,
+            );
         }
         [out, dq, dk, dv]
     }

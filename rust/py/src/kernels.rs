@@ -168,9 +168,9 @@ pub fn attention_forward(
         // SAFETY: `kernels.py` holds the tensors, of these sizes and strides, and has just made the outputs.
         unsafe {
             let (k, v) = (input(k, shape, kv_heads, keys), input(v, shape, kv_heads, keys));
-            let (q, out) = (input(q, shape, heads, queries), output(out, shape, heads, queries));
+            let (q, mut out) = (input(q, shape, heads, queries), output(out, shape, heads, queries));
             let log_sums = write(log_sums, batch * queries * heads);
-            attention::forward(level, threads, shape, Sight { causal, window }, q, k, v, &out, log_sums);
+            attention::forward(level, threads, shape, Sight { causal, window }, q, k, v, &mut out, log_sums);
         }
     });
     Ok(())
@@ -203,13 +203,13 @@ pub fn attention_backward(
             let (k, v) = (input(k, shape, kv_heads, keys), input(v, shape, kv_heads, keys));
             let [q, dout, out] = [q, dout, out].map(|x| input(x, shape, heads, queries));
             let log_sums = read(log_sums, batch * queries * heads);
-            let (dq, dk, dv) = (
+            let (mut dq, mut dk, mut dv) = (
                 output(dq, shape, heads, queries),
                 output(dk, shape, kv_heads, keys),
                 output(dv, shape, kv_heads, keys),
             );
             let sight = Sight { causal, window };
-            attention::backward(level, threads, shape, sight, dout, q, k, v, out, log_sums, &dq, &dk, &dv);
+            attention::backward(level, threads, shape, sight, dout, q, k, v, out, log_sums, &mut dq, &mut dk, &mut dv);
         }
     });
     Ok(())
