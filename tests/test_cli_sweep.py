@@ -210,7 +210,7 @@ def test_seed_000_from_the_baseline_to_the_resume(here: Path) -> None:
 
 
 def test_adopting_needs_no_result_and_goes_on_after_a_kill(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bytekiln.sweep.coordinate import adopt as module
+    from bytekiln.sweep import adopt as module
     from bytekiln.train import train
     from lm_runs import tiny
 

@@ -19,11 +19,11 @@ from bytekiln.checkpoint import load_checkpoint
 from bytekiln.config import load_config
 from bytekiln.errors import BytekilnError, ConfigError, FormatError, MismatchError, OutputExistsError
 from bytekiln.metrics import read_metrics
+from bytekiln.search import runs as search_runs
 from bytekiln.search.files import check_same, read_state, recommendation, sentence, state_of, to_json, write_state
 from bytekiln.search.picture import draw_search
 from bytekiln.search.plan import Plan, Request, Seen, rungs_of
 from bytekiln.search.stages import Search
-from bytekiln.search.stages import runs as search_runs
 from bytekiln.sweep.results import read_results
 from bytekiln.train import train
 from lm_runs import tiny, tokens

@@ -21,7 +21,7 @@ from bytekiln.metrics import Row, read_metrics
 from bytekiln.model import TransformerLM
 from bytekiln.objective import Objective
 from bytekiln.result import Result
-from bytekiln.stack.command import main, stackable, train_stacked
+from bytekiln.stack.command import stack, stackable, train_stacked
 from bytekiln.stack.model import StackedObjective
 from bytekiln.train import train
 from lm_runs import ONE_THREAD, tiny
@@ -296,7 +296,7 @@ def test_as_a_process(tmp_path: Path) -> None:
         file = tmp_path / f"{c.output.folder.name}.toml"
         file.write_text(c.to_toml(), "utf-8")
         files.append(str(file))
-    command = [sys.executable, "-m", "bytekiln.stack.command", *files]
+    command = [sys.executable, "-m", "bytekiln.cli", "lm-stack", *files]
     environment = {**os.environ, **ONE_THREAD}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
@@ -314,7 +314,7 @@ def test_exit_statuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     def ends(*statuses: str) -> int:
         results: list[Result] = [dataclasses.replace(some, status=s, signal=15) for s in statuses]
         monkeypatch.setattr("bytekiln.stack.command.train_stacked", lambda *_, **__: results)
-        return main([str(file)] * len(statuses))
+        return stack([str(file)] * len(statuses))
 
     assert ends("diverged", "diverged") == 3
     assert ends("completed", "diverged") == 0

@@ -16,7 +16,7 @@ import pytest
 
 from bytekiln.errors import BytekilnError, ConfigError, FileError, FormatError, MismatchError, OutputExistsError
 from bytekiln.metrics import Row, RowFile
-from bytekiln.sweep.coordinate import journal as sweep_journal
+from bytekiln.sweep import journal as sweep_journal
 from bytekiln.sweep.coordinate import run_sweep, work
 from bytekiln.sweep.folder import coordinating, remove_sweep, store_trials, stored_trials
 from bytekiln.sweep.journal import Holder, Journal

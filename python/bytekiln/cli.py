@@ -32,6 +32,9 @@ COMMANDS = {
     "lm-report": ("bytekiln.cli_report", "report", "compare runs and sweeps on one page"),
 }
 
+UNLISTED = {"lm-stack": ("bytekiln.stack.command", "stack")}
+"""What only `lm-sweep` calls: it has no command of its own."""
+
 USERS_TROUBLE = frozenset(
     getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOENT EISDIR ENOTDIR ENAMETOOLONG".split()
 )
@@ -66,7 +69,7 @@ def run(command: str, argv: list[str] | None = None) -> int:
 
     With BYTEKILN_DEBUG=1 every error is raised instead, with its traceback.
     """
-    module, function, _ = COMMANDS[command]
+    module, function = UNLISTED.get(command) or COMMANDS[command][:2]
     args = sys.argv[1:] if argv is None else argv
     if command.startswith("lm-"):
         # Before torch loads OpenMP: its threads otherwise spin while they wait, and on a machine that has other
@@ -172,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(f"  {name:{width}}  {what}" for name, (_, _, what) in COMMANDS.items()))
         return 0
     command = args[0].replace("_", "-")
-    if command not in COMMANDS:
+    if command not in COMMANDS and command not in UNLISTED:
         meant = nearest(command, COMMANDS)
         hint = f"did you mean {meant}?" if meant else "expected one of " + ", ".join(COMMANDS)
         error_console_line(ConfigError(f"unknown command {args[0]}; {hint}"))

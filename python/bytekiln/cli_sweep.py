@@ -1,7 +1,7 @@
 """`lm-sweep`: runs that differ in something, side by side. Argument list in, exit status out.
 
 Called by `cli`, which turns errors into one line. The words `search`, `worker` and `adopt` come first; the names of
-pipelines are those of `experiments`. torch is imported only to plan a dry run.
+pipelines are those of `experiments.catalogue`. torch is imported only to plan a dry run.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from bytekiln.config import FIELDS, canonical, presets
 from bytekiln.console import Parser, human_bytes, human_count, human_time, notice, table
 from bytekiln.errors import ConfigError, MissingExtraError
+from bytekiln.experiments import catalogue
+from bytekiln.experiments.lr_search import whenever_it_ends
+from bytekiln.report.build import analysed
 from bytekiln.run_flags import add_run_flags, given_fields, spell_switches
 from bytekiln.section import Value
 from bytekiln.sweep.adopt import adopt as adopt_run
@@ -44,6 +46,8 @@ EXAMPLES = (
 )
 NOT_MINE = (*PLACES, "lr", "seed")
 """Fields whose flags a sweep's help leaves out."""
+TOGETHER = 8
+"""Runs of a bare `--stack`: more bring no more speed on a CPU, and each adds its memory (docs/sweeps.md)."""
 SHAPELESS = ("lr", "min_lr", "seed", "run_name", "checkpoint_dir", "tensorboard_dir", "weight_decay", "beta1", "beta2")
 """Fields that change nothing of what a run costs."""
 
@@ -53,8 +57,8 @@ def sweep(argv: list[str]) -> int:
     words: dict[str, Callable[[list[str]], int]] = {"worker": _worker, "adopt": _adopt, "search": _search}
     if argv and argv[0] in words:
         return words[argv[0]](argv[1:])
-    if argv and (pipeline := _experiment("pipeline", argv[0].replace("_", "-"))) is not None:
-        return int(pipeline(argv[1:]))
+    if argv and (pipeline := catalogue.pipeline(argv[0])) is not None:
+        return pipeline(argv[1:])
     parser = _parser(everything="--help-all" in argv)
     options = parser.parse_args(spell_switches(argv))
     if options.source is None:
@@ -72,22 +76,24 @@ def sweep(argv: list[str]) -> int:
     open_folder(spec, folder, overwrite=options.overwrite)
     start: dict[str, Any] = {}
     jobs = options.jobs or 1
+    if options.ray and options.stack > 1:
+        raise ConfigError("--stack: found it with --ray, whose tasks are single runs; expected one of them")
     if options.ray:
         from bytekiln.sweep.ray import RayStart
 
         ray = start["start"] = RayStart()
         jobs = options.jobs or ray.jobs(1)
     notice(f"{len(trials)} run{'s' * (len(trials) != 1)} in {folder}, {jobs} at once")
-    with ProgressBoard(notice) as board:
+    after = catalogue.after(spec.name)
+    with whenever_it_ends(after, spec, folder, notice), analysed(folder, notice), ProgressBoard(notice) as board:
         retry = [s for text in options.retry for s in text.replace(",", " ").split()]
         results = run_sweep(
-            trials, folder, jobs=jobs, retry=retry, results=spec.results_name, say=board.say, board=board, **start
-        )
+            trials, folder, jobs=jobs, retry=retry, results=spec.results_name, say=board.say, board=board,
+            stack=options.stack, **start,
+        )  # fmt: skip
     status = exit_status(results)
     print(summary(results))
     print(f"\nresults: {folder / spec.results_name}")
-    if (after := _experiment("after", spec.name)) is not None:
-        after(spec, folder, results, notice)
     if options.then:
         _then(options.then, status)
     return status
@@ -248,7 +254,7 @@ def _worker(argv: list[str]) -> int:
     parser.add_argument("--jobs", type=_count, default=1, metavar="N", help="runs at once; default: 1")
     options = parser.parse_args(argv)
     notice(f"joins {options.folder} as {Holder.me()}")
-    with ProgressBoard(notice) as board:
+    with analysed(Path(options.folder), notice), ProgressBoard(notice) as board:
         results = work(options.folder, jobs=options.jobs, say=board.say, board=board)
     print(summary(results))
     return exit_status(results)
@@ -287,17 +293,9 @@ def _adopt(argv: list[str]) -> int:
 
 
 def _search(argv: list[str]) -> int:
-    if importlib.util.find_spec("bytekiln.cli_search") is None:
-        raise ConfigError("lm-sweep search: this version has none")
-    return int(import_module("bytekiln.cli_search").search(argv))
+    from bytekiln.cli_search import search  # here: matplotlib and more come with it
 
-
-def _experiment(what: str, name: str) -> Any:  # noqa: ANN401 - a function of `experiments`, or None
-    """`experiments.pipeline(name)` runs a whole experiment, `experiments.after(name)` adds to a sweep that is done."""
-    if importlib.util.find_spec("bytekiln.experiments") is None:
-        return None
-    function = getattr(import_module("bytekiln.experiments"), what, None)
-    return function(name) if function is not None else None
+    return search(argv)
 
 
 def _count(text: str) -> int:
@@ -312,7 +310,8 @@ def _parser(*, everything: bool) -> Parser:
         usage="lm-sweep PRESET|SPEC.toml|FOLDER [flags] [flags of lm-train], or lm-sweep search|worker|adopt …",
         description="Train runs that differ in learning rate, seed or any other field, each in a process and a folder "
         "of its own, and compare them. The same command goes on with what is not done. "
-        f"Sweeps: {', '.join(sweep_presets())}; a run's preset ({', '.join(presets())}) or config is a base.",
+        f"Sweeps: {', '.join(sweep_presets())}; of several stages: {', '.join(catalogue.PIPELINES)}; a run's preset "
+        f"({', '.join(presets())}) or config is a base.",
         examples=EXAMPLES,
     )
     add = parser.add_argument
@@ -327,6 +326,8 @@ def _parser(*, everything: bool) -> Parser:
     add("--folder", metavar="DIR", help="the sweep's folder; default: its name, here")
     add("--dry-run", action="store_true", help="list the runs with parameters, FLOPs, time and disk; run nothing")
     add("--jobs", type=_count, metavar="N", help=f"runs at once, which share the {cores()} cores; default: 1")
+    add("--stack", type=_count, nargs="?", const=TOGETHER, default=1, metavar="N",
+        help=f"train up to N runs of one shape together in one process; bare: {TOGETHER}")  # fmt: skip
     add("--retry", action="append", default=[], metavar="STATUS", help="run again what ended so: failed, diverged …")
     add("--overwrite", action="store_true", help="replace an existing sweep and its runs")
     add("--yes", action="store_true", help=f"more than {MANY_RUNS:,} runs are meant")

@@ -22,10 +22,11 @@ from pathlib import Path
 
 from bytekiln.characters import AnyTokenizer, from_json_any
 from bytekiln.config import RunConfig, load_config
-from bytekiln.console import Parser, Progress, error_console_line
+from bytekiln.console import Parser, Progress
 from bytekiln.console import notice as tell
 from bytekiln.data import load_tokenizer, open_data
-from bytekiln.errors import BytekilnError, ConfigError, DivergedError
+from bytekiln.errors import ConfigError, DivergedError
+from bytekiln.loop import QUIET_STEPS
 from bytekiln.prepare import Say, find_checkpoint, find_device, initial_weights, keep_freed_memory, resolved
 from bytekiln.ranks import Ranks
 from bytekiln.result import Result
@@ -33,7 +34,6 @@ from bytekiln.runfolder import check_folder, lies_in, locked, prepare_folder
 from bytekiln.signals import Interrupted, Signals
 from bytekiln.stack.rules import stackable
 from bytekiln.stack.run import Stack, StackedRun
-from bytekiln.train import QUIET_STEPS
 
 __all__ = ["stackable", "train_stacked"]
 
@@ -231,19 +231,23 @@ def _losses(runs: Sequence[StackedRun]) -> dict[str, object]:
     return {"best loss": round(min(last), 4)} if last else {}
 
 
-def main(argv: list[str]) -> int:
-    """`python -m bytekiln.stack.command CONFIG…`: exit status 0 done, 3 all diverged, 130 and 143 interrupted."""
-    parser = Parser("bytekiln.stack.command", description="Train several runs of one shape together in one process.")
+def stack(argv: list[str]) -> int:
+    """`python -m bytekiln.cli lm-stack CONFIG…`: 0 done, 3 all diverged, 130 and 143 interrupted."""
+    parser = Parser("lm-stack", description="Train several runs of one shape together in one process.")
     parser.add_argument("configs", nargs="+", metavar="CONFIG.toml", help="the runs, one file each")
     parser.add_argument("--resume", action="store_true", help="each goes on from its newest whole checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace existing runs")
+    parser.add_argument("--in-place", action="store_true", help="each run in the folder of its config file")
     options = parser.parse_args(argv)
-    configs = [load_config(Path(p), say=tell) for p in options.configs]
+    paths = [Path(p) for p in options.configs]
+    configs = [load_config(p, say=tell) for p in paths]
+    if options.in_place:
+        configs = [c.with_(out_dir=str(p.absolute().parent)) for c, p in zip(configs, paths, strict=True)]
     results = train_stacked(
         configs,
         resume="auto" if options.resume else None,
         overwrite=options.overwrite,
-        say=lambda line: _line(line),
+        say=_line,
         notice=tell,
     )
     for config, result in zip(configs, results, strict=True):
@@ -257,12 +261,3 @@ def main(argv: list[str]) -> int:
 def _line(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except BytekilnError as exc:
-        error_console_line(exc)
-        sys.exit(2)

@@ -19,6 +19,7 @@ from typing import Protocol
 from bytekiln.console import human_time
 from bytekiln.errors import BytekilnError, ConfigError
 from bytekiln.signals import Interrupted, Signals
+from bytekiln.stack.rules import stackable
 from bytekiln.sweep.folder import (
     JOURNAL,
     RUNS,
@@ -32,7 +33,7 @@ from bytekiln.sweep.folder import (
     trouble,
 )
 from bytekiln.sweep.journal import Journal
-from bytekiln.sweep.process import LOG, Process, Running, Start, cores, ending
+from bytekiln.sweep.process import LOG, Ending, Process, Running, Start, Together, cores, ending
 from bytekiln.sweep.results import DONE, STATUSES, TrialResult, best_of, read_results, read_run, update_results
 from bytekiln.sweep.spec import Trial
 from bytekiln.sweep.view import EXIT_STATUS, ended, view
@@ -64,6 +65,7 @@ def run_sweep(
     results: str = "results.json",
     say: Say = lambda _: None,
     start: Start = Process,
+    stack: int = 1,
     board: Board | None = None,
 ) -> list[TrialResult]:
     """Run what is not done of a list of trials, and go on with what was interrupted.
@@ -79,6 +81,8 @@ def run_sweep(
         results: name of the results file in the folder.
         say: told a line when a run begins and ends.
         start: how a run is started; a process of its own.
+        stack: runs that one process may train together where their shapes, data and lengths are the same
+            (`stack.rules`); each then ends as it would alone, to a rounding.
         board: shown how things stand, about once a second.
 
     Returns:
@@ -102,7 +106,7 @@ def run_sweep(
     with coordinating(folder):
         moved = store_trials(folder, trials, results)
         named = {t.name: t for t in trials}
-        sweep = _Sweep(folder, list(named), named.__getitem__, results, jobs, say, start, board)
+        sweep = _Sweep(folder, list(named), named.__getitem__, results, jobs, say, start, board, stack)
         sweep.look_back(retry, moved)
         return sweep.go(coordinator=True)
 
@@ -134,8 +138,11 @@ def work(
 class _Job:
     place: Path
     run: Running
+    """The same one for all runs of a stack."""
     began: float
+    log_in: Path
     log_from: int
+    stacked: bool
 
 
 class _Sweep:
@@ -151,7 +158,11 @@ class _Sweep:
         say: Say,
         start: Start,
         board: Board | None,
+        stack: int = 1,
     ) -> None:
+        self.stack = stack
+        self.alone: set[str] = set()
+        """Why runs were not trained together, as far as it was said."""
         self.folder, self.names, self.trial, self.jobs, self.say = folder, names, trial, jobs, say
         self.start, self.board = start, board
         self.path = folder / results
@@ -236,12 +247,48 @@ class _Sweep:
     def _fill(self, *, coordinator: bool) -> None:
         """Start trials while there is room, in their order; one that joins takes any, so that few want the same."""
         for name in self.names if coordinator else random.sample(self.names, len(self.names)):
-            if len(self.at_work) >= self.jobs:
+            if len(self._processes()) >= self.jobs:
                 return
-            place = self.journal.place(name)
-            open_here = place.done is None and place.holder is None and self._is_free(name)
-            if open_here and self.journal.claim(name, self.threads):
-                self._begin(name, run_folder(self.folder, name))
+            if self._take(name):
+                self._begin([name, *self._companions(name)])
+
+    def _processes(self) -> list[Running]:
+        """What runs here; a stack of runs once."""
+        return list({id(job.run): job.run for job in self.at_work.values()}.values())
+
+    def _take(self, name: str) -> bool:
+        """Claim a trial that nobody runs; false also where it turns out to be over, which is written then."""
+        place, folder = self.journal.place(name), run_folder(self.folder, name)
+        if place.done is not None or place.holder is not None or not self._is_free(name):
+            return False
+        if not self.journal.claim(name, self.threads):
+            return False
+        if ended(folder, self.trial(name).config):  # whoever ran it died before it could say so
+            code = EXIT_STATUS[str((read_run(folder) or {})["status"])]
+            self._ended(name, ending(folder, code), code, 0.0)
+            return False
+        if name in self.held:
+            del self.held[name]
+            told = Ending("failed", "its folder is in use", f"{folder}: in use by another process")
+            self._ended(name, told, None, 0.0)
+            return False
+        return True
+
+    def _companions(self, first: str) -> list[str]:
+        """Claim the trials that one process trains together with `first`."""
+        group: list[str] = []
+        configs = [self.trial(first).config]
+        if self.stack > 1 and (why := stackable(configs)) and why not in self.alone:
+            self.alone.add(why)
+            self.say(f"{first} is trained by itself: {why}")
+        for name in self.names:
+            if len(configs) >= self.stack:
+                break
+            more = [*configs, self.trial(name).config]
+            if name != first and not stackable(more) and self._take(name):
+                group.append(name)
+                configs = more
+        return group
 
     def _is_free(self, name: str) -> bool:
         """Whether no process trains there: that of a sweep that was killed gets time to save and end."""
@@ -250,36 +297,43 @@ class _Sweep:
             return True
         return time.monotonic() - self.held.setdefault(name, time.monotonic()) > LOCK_WAIT_S
 
-    def _begin(self, name: str, place: Path) -> None:
-        if ended(place, self.trial(name).config):  # whoever ran it died before it could say so
-            self._finished(name, place, EXIT_STATUS[str((read_run(place) or {})["status"])], 0.0, 0)
-            return
-        if name in self.held:
-            del self.held[name]
-            self._ended(name, "failed", "its folder is in use", f"{place}: in use by another process", None, 0.0)
-            return
-        log = place / LOG
+    def _begin(self, names: Sequence[str]) -> None:
+        """Start claimed trials: one in a process of its own, several together in one."""
+        places = [run_folder(self.folder, name) for name in names]
+        log = places[0] / LOG
+        threads = self.journal.place(names[0]).threads or self.threads
+        known = [(place / LOG).exists() for place in places]
         try:
             size = log.stat().st_size if log.exists() else 0
-            run = self.start(place, self.journal.place(name).threads or self.threads)
+            run = self.start(places[0], threads) if len(names) == 1 else Together(places, threads)
         except OSError as exc:
-            self.journal.release(name, "could not be started")
-            raise trouble(place, exc) from None
-        self.at_work[name] = _Job(place, run, time.monotonic(), size)
-        self.say(f"{name}: {'goes on' if size else 'begins'}")
+            for name in names:
+                self.journal.release(name, "could not be started")
+            raise trouble(places[0], exc) from None
+        for name, place, before in zip(names, places, known, strict=True):
+            self.at_work[name] = _Job(place, run, time.monotonic(), places[0], size, len(names) > 1)
+            together = f" (one of {len(names)} in one process)" if len(names) > 1 else ""
+            self.say(f"{name}: {'goes on' if before else 'begins'}{together}")
 
     def _reap(self) -> None:
-        for name, job in list(self.at_work.items()):
-            code = job.run.poll()
-            if code is not None:
-                del self.at_work[name]
-                self._finished(name, job.place, code, time.monotonic() - job.began, job.log_from)
+        over = {name: (job, code) for name, job in self.at_work.items() if (code := job.run.poll()) is not None}
+        for name, (job, code) in over.items():
+            del self.at_work[name]
+            self._finished(name, job, code)
 
-    def _finished(self, name: str, place: Path, code: int, seconds: float, log_from: int) -> None:
-        told = ending(place, code, log_from)
-        self._ended(name, told.status, told.why, told.error, code, seconds)
+    def _ending(self, name: str, job: _Job, code: int) -> tuple[Ending, int]:
+        """How a run ended, and with which status: its own where the stack went on without it."""
+        if job.stacked:
+            found = read_run(job.place) if ended(job.place, self.trial(name).config) else None
+            code = code if found is None else EXIT_STATUS[str(found["status"])]
+        return ending(job.place, code, job.log_from, job.log_in), code
 
-    def _ended(self, name: str, status: str, why: str, error: str | None, code: int | None, seconds: float) -> None:
+    def _finished(self, name: str, job: _Job, code: int) -> None:
+        told, code = self._ending(name, job, code)
+        self._ended(name, told, code, time.monotonic() - job.began)
+
+    def _ended(self, name: str, told: Ending, code: int | None, seconds: float) -> None:
+        status, why, error = told
         mine = self.journal.finish(name, status, exit_status=code, why=why, error=error, elapsed=round(seconds, 3))
         if not mine:
             return  # this worker was taken for dead; who took over tells
@@ -294,26 +348,26 @@ class _Sweep:
     def _stop(self, number: int) -> None:
         """Pass a signal on; the runs save their checkpoints, the results say interrupted."""
         self.say(f"stopping {len(self.at_work)} run{'s' * (len(self.at_work) != 1)} (a second Ctrl-C does not wait)")
-        for job in self.at_work.values():
-            job.run.send(number)
+        for run in self._processes():
+            run.send(number)
         while self.at_work:
             for name, job in list(self.at_work.items()):
                 code = job.run.poll()
                 if code is None:
                     continue
                 del self.at_work[name]
-                if ending(job.place, code, job.log_from).status == "interrupted":
+                if self._ending(name, job, code)[0].status == "interrupted":
                     self.journal.release(name, "the sweep was stopped")
                     self.write([name])
                 else:
-                    self._finished(name, job.place, code, time.monotonic() - job.began, job.log_from)
+                    self._finished(name, job, code)
             time.sleep(POLL_S)
 
     def _leave_none(self, *, wait: bool) -> None:
         """Whatever broke the loop, a second Ctrl-C or a full disk: no run goes on unseen."""
         until = time.monotonic() + (LOCK_WAIT_S if wait else 0.0)
-        for job in self.at_work.values():
-            job.run.send(signal.SIGTERM)
+        for run in self._processes():
+            run.send(signal.SIGTERM)
         while time.monotonic() < until and any(job.run.poll() is None for job in self.at_work.values()):
             time.sleep(POLL_S)
         for name, job in self.at_work.items():

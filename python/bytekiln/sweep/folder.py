@@ -25,7 +25,7 @@ from bytekiln.sweep.spec import SweepSpec, Trial, inlined, load_spec
 from bytekiln.sweep.table import to_toml
 
 LOCK, TRIALS, SPEC, JOURNAL, RUNS = "coordinator.lock", "trials.json", "sweep.toml", "journal.log", "runs"
-NEVER_COMPARED = ("name", "question", "baseline", "format", "version")
+NEVER_COMPARED = ("name", "question", "questions", "baseline", "format", "version")
 """What of a spec changes no run."""
 LIMITS = ("max_steps", "max_time", "token_budget", "early_stopping_patience")
 """Where a run ends: with others, one that ended goes on."""
@@ -343,8 +343,11 @@ def checked_data(trials: Sequence[Trial], dataset: str = "") -> None:
         for text in (*d.train_data.split(","), d.val_data, d.tokenizer):
             path = Path(text)
             if text and text not in seen and not path.exists():
-                how = ""
-                if dataset and path.name.startswith(f"{dataset}_"):
-                    how = f"make it with: bpe-train --dataset {dataset} && bpe-encode --dataset {dataset}"
-                raise FileError(f"{path}: no such file; {how or 'expected the data of the sweep'}")
+                of = dataset if dataset and path.name.startswith(f"{dataset}_") else ""
+                if path.parts[-3:-1] == ("data", "processed"):  # of a dataset that one variant names
+                    of = of or path.stem.rpartition("_")[0]
+                how = f"make it with: bpe-train --dataset {of} && bpe-encode --dataset {of}"
+                if of.endswith("-char"):
+                    how = f"make it with: bpe-encode TEXT --characters --dataset {of}"
+                raise FileError(f"{path}: no such file; {how if of else 'expected the data of the sweep'}")
             seen.add(text)

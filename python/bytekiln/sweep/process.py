@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -62,9 +63,12 @@ class Process:
         Raises:
             OSError: the folder cannot be written, or the system has no room for a process.
         """
+        self._launch(command(folder), folder, threads)
+
+    def _launch(self, run: Sequence[str], folder: Path, threads: int) -> None:
         with (folder / LOG).open("ab") as log:
             self._child = subprocess.Popen(
-                command(folder),
+                run,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -88,6 +92,19 @@ class Process:
         self._child.wait()
 
 
+class Together(Process):
+    """Several runs in one process (`stack`): each writes its own folder, the console is in that of the first."""
+
+    def __init__(self, folders: Sequence[Path], threads: int) -> None:
+        """Start them; as `Process`."""
+        first = folders[0]
+        for other in folders[1:]:
+            with (other / LOG).open("a", encoding="utf-8") as log:
+                log.write(f"trained together with {first.name}, whose {LOG} has the console\n")
+        run = [sys.executable, "-m", "bytekiln.cli", "lm-stack", *(str(f / TRIAL) for f in folders)]
+        self._launch([*run, "--in-place", "--resume"], first, threads)
+
+
 def command(folder: Path) -> list[str]:
     """The command line of the run in `folder`: it goes on where it was, or begins."""
     run = [sys.executable, "-m", "bytekiln.cli", "lm-train", str(folder / TRIAL)]
@@ -106,20 +123,22 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def ending(folder: Path, code: int, log_from: int = 0) -> Ending:
+def ending(folder: Path, code: int, log_from: int = 0, log_in: Path | None = None) -> Ending:
     """What the exit status of a run means, together with what it left in its folder.
 
     Args:
         folder: the run's folder.
         code: exit status, negative for a signal.
         log_from: byte of `log.txt` at which this attempt began.
+        log_in: whose `log.txt` has its console, where it was trained together with others.
     """
+    logs = log_in or folder
     if code < 0 or code in EXIT_OF:
         number = EXIT_OF.get(code) or signal.Signals(-code)
         if number in FROM_OUTSIDE:
             how = "arrived" if code > 0 else "killed it"
             return Ending("interrupted", f"{number.name} {how}; the sweep goes on from its newest checkpoint", None)
-        return Ending("failed", f"{number.name} ended it", last_line(folder, log_from) or number.name)
+        return Ending("failed", f"{number.name} ended it", last_line(logs, log_from) or number.name)
     if code in (0, 3):
         try:
             found = read_run(folder)
@@ -130,8 +149,8 @@ def ending(folder: Path, code: int, log_from: int = 0) -> Ending:
             return Ending(found["status"], str(found.get("why", "")), None)
         said = "no result.json" if found is None else f"status {found['status']}"
         why = f"exit status {code} with {said}; expected {' or '.join(wanted)}"
-        return Ending("failed", why, last_line(folder, log_from) or why)
-    return Ending("failed", f"exit status {code}", last_line(folder, log_from) or f"exit status {code}")
+        return Ending("failed", why, last_line(logs, log_from) or why)
+    return Ending("failed", f"exit status {code}", last_line(logs, log_from) or f"exit status {code}")
 
 
 def last_line(folder: Path, log_from: int = 0) -> str | None:

@@ -1,0 +1,25 @@
+"""Which experiments there are: pipelines by name, and what a sweep's end adds to its folder.
+
+In: a name. Out: functions, or none. Called by `cli_sweep`; imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bytekiln.experiments.exp9 import LONG, QUICK, SEARCH, exp9
+from bytekiln.experiments.lr_search import After, write_long, write_search
+
+Pipeline = Callable[[list[str]], int]
+PIPELINES: dict[str, Pipeline] = {"exp9": exp9}
+AFTER: dict[str, After] = {QUICK: write_search, SEARCH: write_search, LONG: write_long}
+
+
+def pipeline(name: str) -> Pipeline | None:
+    """The experiment of several stages by this name: argument list in, exit status out."""
+    return PIPELINES.get(name.replace("_", "-"))
+
+
+def after(name: str) -> After | None:
+    """What writes the files that belong to the sweep of this name; called whenever it has ended."""
+    return AFTER.get(name)
