@@ -164,7 +164,7 @@ def main(root: Path, seed: int, count: int, kind: str = "") -> None:
     dice = random.Random(seed)
     moments = [dice.choice([i for i, k in enumerate(log) if k == kind]) for kind in KINDS]
     # the second of three micro-steps of a step, and the renames of a save and of a replaced save
-    moments.append([i for i, k in enumerate(log) if k == "micro"][7])
+    moments.append(next(i for i in [i for i, k in enumerate(log) if k == "micro"][7:] if i not in moments))
     moments += dice.sample([i for i in range(len(log)) if i not in moments], count - len(moments))
     results = []
     for moment in moments:
