@@ -27,6 +27,7 @@ def report(argv: list[str]) -> int:
             "lm-report runs/demo --png                        the page, and every chart as a picture",
             "lm-report runs/a runs/b --png losses.png         one picture of the loss curves, no page",
             "lm-report ablations --csv tables",
+            "lm-report ablations --analysis                   ablations/analysis.md: each variant in words",
         ),
     )
     parser.add_argument("runs", nargs="+", metavar="RUN|SWEEP", help="run folder, sweep folder, or a folder of such")
@@ -47,6 +48,10 @@ def report(argv: list[str]) -> int:
         "--csv", nargs="?", const=BESIDE, metavar="FOLDER", help="tables and curves as CSV; default: beside the page"
     )
     parser.add_argument(
+        "--analysis", nargs="?", const=BESIDE, metavar="FILE.md",
+        help="what the numbers say of each variant, in words; default: analysis.md beside the page",
+    )  # fmt: skip
+    parser.add_argument(
         "--baseline", metavar="NAME", default="", help="variant or run that the others are compared with"
     )
     parser.add_argument(
@@ -61,11 +66,14 @@ def report(argv: list[str]) -> int:
         raise ConfigError(f"--out: found {given}; expected FILE.html, or FILE.png for a picture of the losses")
     ours = given is None and len(paths) == 1  # its own folder: drawn anew each time
     home = given.parent if given is not None else paths[0] if len(paths) == 1 else Path()
-    for path in (given, only):
+    words = Path(options.analysis) if options.analysis not in (None, BESIDE) else None
+    if words is not None and words.suffix.lower() != ".md":
+        raise ConfigError(f"--analysis: found {words}; expected FILE.md")
+    for path in (given, only, words):
         if path is not None and not path.parent.is_dir():
             raise FileError(f"{path.parent}: no such folder; expected the folder for {path.name}")
 
-    from bytekiln.report.build import read_report, summary, write_csv, write_page, write_pictures
+    from bytekiln.report.build import read_report, summary, write_analysis, write_csv, write_page, write_pictures
     from bytekiln.report.pictures import draw_losses, write_picture
 
     found = read_report(paths, title=options.title, baseline=options.baseline)
@@ -88,6 +96,9 @@ def report(argv: list[str]) -> int:
     if options.csv:
         for path in write_csv(found, _folder(options.csv, home), overwrite=overwrite):
             print(f"table: {path}")
+    if options.analysis:
+        write_analysis(found, words or home / "analysis.md", overwrite=options.overwrite or (ours and words is None))
+        print(f"analysis: {words or home / 'analysis.md'}")
     if only is None or (given is not None and given != only):
         out = given if given is not None else home / "report.html"
         write_page(found, out, overwrite=overwrite)

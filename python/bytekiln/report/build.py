@@ -9,8 +9,9 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,11 +19,12 @@ from pathlib import Path
 from bytekiln.atomic import write_file
 from bytekiln.config import UNLIMITED_STEPS
 from bytekiln.errors import FileError
+from bytekiln.report.analysis import analysis
 from bytekiln.report.curves import points_for
 from bytekiln.report.groups import differing
 from bytekiln.report.html import page
 from bytekiln.report.model import Report
-from bytekiln.report.pictures import pictures, write_picture
+from bytekiln.report.pictures import draw_losses, pictures, write_picture
 from bytekiln.report.places import Place, find_places
 from bytekiln.report.runs import Run, read_run
 
@@ -81,6 +83,58 @@ def write_page(report: Report, out: Path, *, overwrite: bool) -> None:
         FileError: it cannot be written.
     """
     write_file(out, page(report).encode("utf-8", "replace"), overwrite=overwrite)
+
+
+def write_analysis(report: Report, out: Path, *, overwrite: bool) -> None:
+    """Write the analysis, in Markdown.
+
+    Raises:
+        OutputExistsError: it exists.
+        FileError: it cannot be written.
+    """
+    write_file(out, analysis(report).encode("utf-8", "replace"), overwrite=overwrite)
+
+
+def analyse_sweep(folder: Path) -> list[Path]:
+    """Write what a sweep that has ended tells into its folder, anew each time: `analysis.md`, `comparison.png`.
+
+    Returns:
+        The files; no picture where no run has a loss.
+
+    Raises:
+        BytekilnError: there is no run in it, or a file cannot be written.
+    """
+    found = read_report([folder])
+    out = [folder / "analysis.md"]
+    write_analysis(found, out[0], overwrite=True)
+    if any({"loss", "val_loss"} & set(r.curves) for r in found.runs):
+        out.append(folder / "comparison.png")
+        write_picture(lambda f: draw_losses(f, found), out[1], overwrite=True)
+    return out
+
+
+@contextmanager
+def analysed(folder: Path, say: Callable[[str], object]) -> Iterator[None]:
+    """Have `analyse_sweep` called when the sweep inside is over, Ctrl-C and SIGTERM included, refusals not.
+
+    The sweep is done, whatever can be said of it: what goes wrong here is told in one line.
+    """
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        _analyse(folder, say)
+        raise
+    _analyse(folder, say)
+
+
+def _analyse(folder: Path, say: Callable[[str], object]) -> None:
+    try:
+        for path in analyse_sweep(folder):
+            say(f"{'analysis' if path.suffix == '.md' else 'picture'}: {path}")
+    except Exception as exc:
+        say(f"analysis: not written: {str(exc) or type(exc).__name__}".splitlines()[0])
 
 
 def write_pictures(report: Report, folder: Path, *, overwrite: bool) -> list[Path]:

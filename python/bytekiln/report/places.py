@@ -31,6 +31,8 @@ class Asked:
     baseline: str = ""
     recommendation: str = ""
     """Of the learning-rate search that the sweep is a stage of."""
+    questions: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Of single variants, and after the question mark how the answer begins."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,10 @@ def _of_sweep(path: Path) -> Iterator[Place]:
     spec = read_toml(path / "sweep.toml") or {}
     told = [read_json(p / RECOMMENDATION) for p in (path, path.parent)]
     said = [t["recommendation"] for t in told if isinstance(t, dict) and isinstance(t.get("recommendation"), str)]
-    asked = Asked(path, str(spec.get("question", "")), str(spec.get("baseline", "")), said[0] if said else "")
+    of_variants = spec.get("questions")
+    questions = {str(k): str(v) for k, v in of_variants.items()} if isinstance(of_variants, dict) else {}
+    question, baseline = str(spec.get("question", "")), str(spec.get("baseline", ""))
+    asked = Asked(path, question, baseline, said[0] if said else "", questions)
     trials = read_json(path / "trials.json")
     name = trials.get("results") if isinstance(trials, dict) else None
     planned = trials.get("trials") if isinstance(trials, dict) else None

@@ -154,11 +154,14 @@ def _result(folder: Path, notes: list[str]) -> dict[str, Any]:
     return found
 
 
+def metrics_file(folder: Path, config: Mapping[str, Value]) -> Path:
+    """Where a run's rows are, or would be."""
+    path, elsewhere = folder / "metrics.csv", config.get("metrics_path")
+    return Path(elsewhere) if not path.is_file() and isinstance(elsewhere, str) and elsewhere else path
+
+
 def _metrics(folder: Path, config: Mapping[str, Value], notes: list[str]) -> Table | None:
-    path = folder / "metrics.csv"
-    elsewhere = config.get("metrics_path")
-    if not path.is_file() and isinstance(elsewhere, str) and elsewhere:
-        path = Path(elsewhere)
+    path = metrics_file(folder, config)
     if not path.is_file():
         if folder.is_dir() and config:
             notes.append("no metrics.csv")

@@ -36,6 +36,7 @@ class SweepSpec(Section):
     variants_only: bool = setting(False, "leave out the base run itself, where there are variants")
     base: dict[str, Value] = setting({}, "preset or config, and any field of a run")
     variant: dict[str, dict[str, Value]] = setting({}, "fields that differ, by the variant's name")
+    questions: dict[str, str] = setting({}, "what a variant asks, and after the question mark how the answer begins")
     output: SweepOutput = setting(SweepOutput(), "where files go")
     scale: dict[str, dict[str, Any]] = setting({}, "what --scale NAME lays over the base")
     scaled: str = setting("", "which of them is laid over it")

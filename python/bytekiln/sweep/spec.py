@@ -89,7 +89,7 @@ def read_spec(found: Mapping[str, Any], where: str, name: str, directory: Path) 
             meant = nearest(key, SweepSpec.model_fields)
             hint = f"did you mean {meant}?" if meant else "a field of a run stands under [base] or [axes]"
             raise ConfigError(f"{where}: unknown key {key}; {hint}")
-    for key in ("axes", "base", "variant", "output", "scale"):
+    for key in ("axes", "base", "variant", "questions", "output", "scale"):
         if not isinstance(table.get(key, {}), Mapping):
             raise ConfigError(f"{where}: {key}: found {table[key]!r}; expected a table")
     axes = axes_of(table.pop("axes", {}), where)
@@ -128,14 +128,13 @@ def changed(
             known = ", ".join(spec.scale) or "none"
             raise ConfigError(f"--scale: found {scale}; expected one that {spec.name} has: {known}")
         over = {str(k).replace("-", "_"): v for k, v in spec.scale[scale].items()}
-        more = {k: over.pop(k) for k in ("axes", "seeds", "samples", "variant") if k in over}
+        more = {k: over.pop(k) for k in ("axes", "seeds", "samples", "variant", "baseline") if k in over}
         update = {"scaled": scale, "base": {**spec.base, **fields_of(over, f"scale.{scale}")}}
         if "axes" in more:
             update["axes"] = {**spec.axes, **axes_of(more["axes"], f"scale.{scale}")}
         if "seeds" in more:
             update["seeds"] = seeds_of(more["seeds"], f"scale.{scale}")
-        if "samples" in more:
-            update["samples"] = more["samples"]
+        update |= {k: more[k] for k in ("samples", "baseline") if k in more}
         if "variant" in more:
             wanted = {n: fields_of(v, f"scale.{scale}: variant.{n}") for n, v in more["variant"].items()}
             update["variant"] = {
@@ -224,6 +223,10 @@ def _base(table: Mapping[str, object], where: str, directory: Path) -> dict[str,
 def _check(spec: SweepSpec, where: str) -> None:
     if spec.kind == "random" and not spec.axes:
         raise ConfigError(f"{where}: axes: found none; expected at least one with kind random")
+    if unknown := [n for n in spec.questions if n not in (*spec.variant, "base")]:
+        meant = nearest(unknown[0], spec.variant)
+        hint = f"did you mean {meant}?" if meant else "expected the name of a variant"
+        raise ConfigError(f"{where}: questions: found {unknown[0]}; {hint}")
     if spec.seeds and "seed" in spec.axes:
         raise ConfigError(f"{where}: seed: found axes.seed and seeds; expected one of them")
     for key, template in spec.templates():
