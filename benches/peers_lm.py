@@ -113,7 +113,7 @@ def ours(shape: Shape, compiled: bool, **model: Any) -> Step:
         loss = loss_of(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
         (loss.total / count).backward()
         mean = loss.nll / count
-        take = guard.decide(mean, clip_gradients(lm, CLIP))
+        take = guard.decide(mean, clip_gradients(optimizer.parameters, CLIP))
         optimizer.step(PEAK_LR, take)
         optimizer.zero_grad()
         return mean

@@ -375,3 +375,18 @@ def test_attention_with_huge_scores_is_a_choice_of_one_key(size: float) -> None:
     out = kernels.attention(q, k, v, True, 0)
     torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+@given(st.integers(1, 5), st.lists(st.integers(1, 9), min_size=1, max_size=3), st.lists(st.booleans(), min_size=4))
+def test_products_of_one_input_are_the_single_ones(rows: int, widths: list[int], wanted: list[bool]) -> None:
+    """Whatever wants a gradient; those of x add up."""
+    tensors = [torch.randn(2, rows, 4, dtype=torch.float64), *(torch.randn(w, 4, dtype=torch.float64) for w in widths)]
+    ours, theirs = ([x.clone().requires_grad_(w) for x, w in zip(tensors, wanted, strict=False)] for _ in range(2))
+    mine, other = kernels.products(ours[0], ours[1:]), [F.linear(theirs[0], w) for w in theirs[1:]]
+    torch.testing.assert_close(list(mine), other, rtol=0, atol=0)
+    if any(x.requires_grad for x in ours):
+        sum(y.sin().sum() for y in mine).backward()
+        sum(y.sin().sum() for y in other).backward()
+        torch.testing.assert_close(
+            [x.grad for x in ours if x.requires_grad], [x.grad for x in theirs if x.requires_grad]
+        )

@@ -57,7 +57,7 @@ def step(config, model, objective, optimizer):
     for _ in range(t.grad_accum_steps):
         ids = torch.randint(0, config.model.vocab_size, (t.batch_size, config.model.context_length))
         (objective(ids, ids).total / ids.numel()).backward()
-    clip_gradients(model, 1.0)
+    clip_gradients(optimizer.parameters, 1.0)
     optimizer.step(1e-4, torch.ones((), dtype=torch.bool))
     optimizer.zero_grad()
 

@@ -154,7 +154,7 @@ def dry_run(plan: Plan, config: RunConfig, jobs: int) -> str:
     from bytekiln.cli_plan import with_vocabulary
     from bytekiln.plan import make_plan
 
-    made = make_plan(with_vocabulary(config))
+    made = make_plan(with_vocabulary(config), largest=False)
     full = plan.max_steps
     stages: list[tuple[str, str, int]] = []
     if plan.range_steps:

@@ -137,7 +137,7 @@ def dry_run(trials: Sequence[Trial], jobs: int) -> str:
         config = with_vocabulary(trial.config)
         key = tuple(sorted((k, v) for k, v in config.flat().items() if k not in SHAPELESS))
         if key not in plans:
-            plans[key] = make_plan(config)
+            plans[key] = make_plan(config, largest=False)
         made = plans[key]
         flops, disk = made.flops_per_token * made.length.tokens, made.checkpoint_bytes * made.checkpoints
         basis = made.time.basis

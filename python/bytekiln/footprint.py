@@ -219,7 +219,7 @@ class Simulation:
                 del loss
             moved, calls = s.moved // micro_steps, s.calls // micro_steps
             s.kind = "activations"
-            clip_gradients(self._model, c.optimizer.grad_clip)
+            clip_gradients(self._optimizer.parameters, c.optimizer.grad_clip)
             self._update()
         return Footprint(**{**s.most, "total": s.peak, "largest": s.largest, "moved": moved, "calls": calls})
 

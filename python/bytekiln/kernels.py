@@ -12,6 +12,7 @@ Shapes are suffixes of names: B batch, T queries, S keys, H heads of queries, G 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -98,6 +99,35 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
         return cast(Tensor, _ops.swiglu(a, b))
 
 
+def products(x_xD: Tensor, weights_FxD: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """x wᵀ of several w: torch's own products as one operation, whose gradients by x add up inside the products.
+
+    As single operations they cost an addition of x's size and a dozen entries of autograd's for each w.
+    """
+    return cast("tuple[Tensor, ...]", _Products.apply(x_xD, *weights_FxD))
+
+
+class _Products(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN401
+        ctx.save_for_backward(x, *weights)
+        return tuple(torch.nn.functional.linear(x, w) for w in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        _refuse_a_graph()
+        x, *weights = ctx.saved_tensors
+        rows, wanted = x.reshape(-1, x.shape[-1]), ctx.needs_input_grad
+        g_rows = [g.reshape(-1, g.shape[-1]) for g in gradients]
+        dx = None
+        if wanted[0]:
+            dx = g_rows[0] @ weights[0]
+            for g, w in zip(g_rows[1:], weights[1:], strict=True):
+                dx.addmm_(g, w)
+            dx = dx.view(x.shape)
+        return dx, *(g.t() @ rows if wants else None for g, wants in zip(g_rows, wanted[1:], strict=True))
+
+
 class _Activation(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: str) -> Tensor:  # noqa: ANN401 - autograd's own object
@@ -172,9 +202,12 @@ def _swiglu_backward(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def attends(q_BxHxTxK: Tensor) -> bool:
     """Whether the core's attention takes these queries: float32 on the CPU, heads of a width that it knows."""
-    K = q_BxHxTxK.shape[-1]
-    known = q_BxHxTxK.is_cpu and q_BxHxTxK.dtype == torch.float32 and K % 8 == 0 and 0 < K <= WIDEST_HEAD
-    return known and not _transformed()
+    return _readable(q_BxHxTxK) and not _transformed()
+
+
+def _readable(x_BxHxTxK: Tensor) -> bool:
+    K = x_BxHxTxK.shape[-1]
+    return x_BxHxTxK.is_cpu and x_BxHxTxK.dtype == torch.float32 and K % 8 == 0 and 0 < K <= WIDEST_HEAD
 
 
 def attention(q_BxHxTxK: Tensor, k_BxGxSxK: Tensor, v_BxGxSxK: Tensor, causal: bool, window: int) -> Tensor:
@@ -246,7 +279,7 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int, in
     if k.shape != v.shape or k.shape != (B, G, S, K) or not G or H % G or T > S:
         raise ValueError(f"attention: found q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected "
                          "B×H×T×K and twice B×G×S×K with H a multiple of G and T ≤ S")  # fmt: skip
-    if not (attends(q) and attends(k) and attends(v)):
+    if not (_readable(q) and _readable(k) and _readable(v)):
         raise ValueError(f"attention: found {q.dtype} on {q.device}, heads {K} wide; expected float32 on the CPU, and "
                          f"a multiple of 8 up to {WIDEST_HEAD}")  # fmt: skip
     return B, H, G, T, S, K

@@ -148,13 +148,13 @@ class Learner:
         if load is not None:
             load = ranks.total(load)
         if self.guard.scaled:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            gradients = [p.grad for p in self.optimizer.parameters if p.grad is not None]
             torch._foreach_mul_(gradients, 1.0 / self.guard.scale)
         return Gradients(ranks.total(total) / max(count, 1), load, count, read)
 
     def clipped_norm(self) -> Tensor:
         """Clip the gradients; returns their norm before that."""
-        norm = clip_gradients(self.model, self.config.optimizer.grad_clip)
+        norm = clip_gradients(self.optimizer.parameters, self.config.optimizer.grad_clip)
         return whole({"norm": norm})["norm"]
 
     def update(

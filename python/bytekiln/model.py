@@ -35,6 +35,7 @@ for experts: N tokens (B·T), E experts, M = N·top_k pieces of work.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -144,8 +145,8 @@ class Attention(nn.Module):
         D, self.num_heads, self.num_kv_heads = config.d_model, config.num_heads, config.num_kv_heads
         self.layer, self.attend, self.dropout = layer, attend, config.dropout
         self.qk_norm, self.norm_eps = config.qk_norm, config.norm_eps
-        # Three products: one with the matrices laid side by side gains nothing here (forward and backward of 768
-        # positions on one core: 3.6 ms for 3.7 at D 128, 48 for 49 at D 512; concatenating eats what it saves).
+        # Three matrices: laid side by side they gain nothing here (forward and backward of 768 positions on one core:
+        # 3.6 ms for 3.7 at D 128, 48 for 49 at D 512; concatenating eats what it saves).
         self.q_proj = nn.Linear(D, D, bias=config.bias)
         self.k_proj, self.v_proj = (nn.Linear(D, config.kv_width, bias=config.bias) for _ in range(2))
         self.output_proj = nn.Linear(D, D, bias=config.bias)
@@ -158,9 +159,9 @@ class Attention(nn.Module):
     def forward(self, x_BxTxD: Tensor, this: Pass) -> Tensor:
         """Mix the positions, those in the cache included."""
         B, T, _ = x_BxTxD.shape
-        q = self.q_proj(x_BxTxD).view(B, T, self.num_heads, -1).transpose(1, 2)
-        k = self.k_proj(x_BxTxD).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
-        v = self.v_proj(x_BxTxD).view(B, T, self.num_kv_heads, -1).transpose(1, 2)
+        q, k, v = _of_one(x_BxTxD, self.q_proj, self.k_proj, self.v_proj)
+        q = q.view(B, T, self.num_heads, -1).transpose(1, 2)
+        k, v = (y.view(B, T, self.num_kv_heads, -1).transpose(1, 2) for y in (k, v))
         if self.value_embeddings is not None:  # modded-nanogpt's; the gates are nanochat's, and start at 1
             gate_BxGxTx1 = 2 * torch.sigmoid(self.value_gate(x_BxTxD[..., :GATE_WIDTH])).transpose(1, 2)[..., None]
             own = self.value_embeddings(this.ids_BxT).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
@@ -175,6 +176,14 @@ class Attention(nn.Module):
             k, v = this.cache.extend(self.layer, k, v)
         out_BxHxTxK = self.attend(q, k, v, self.dropout if self.training else 0.0, this.sight)
         return self.output_proj(out_BxHxTxK.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
+
+
+def _of_one(x_BxTxD: Tensor, *maps: nn.Linear) -> Sequence[Tensor]:
+    """What several linear maps make of one x. A module that stands in for a linear map is asked by itself."""
+    plain = all(type(m) is nn.Linear and m.bias is None for m in maps)
+    if plain and kernels.activates(x_BxTxD) and not torch.is_autocast_enabled("cpu"):
+        return kernels.products(x_BxTxD, [m.weight for m in maps])
+    return [m(x_BxTxD) for m in maps]
 
 
 def _activation(kind: str, h: Tensor, gated: Tensor | None = None) -> Tensor:
@@ -202,9 +211,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BxTxD: Tensor, this: Pass | None = None) -> Tensor:
         """The same function at every position; `this` is for experts only."""
-        gated_BxTxF = self.w3(x_BxTxD) if self.kind == "swiglu" else None
-        h_BxTxF = _activation(self.kind, self.w1(x_BxTxD), gated_BxTxF)
-        return self.w2(h_BxTxF)  # type: ignore[no-any-return]
+        made = _of_one(x_BxTxD, self.w1, self.w3) if self.kind == "swiglu" else (self.w1(x_BxTxD),)
+        return self.w2(_activation(self.kind, *made))  # type: ignore[no-any-return]
 
 
 def looped_experts(

@@ -88,8 +88,8 @@ class Plan:
     process_bytes: int
     """What the system will see: the peak, the allocator's holes, and the libraries."""
     memory_limit: int
-    largest_batch: int
-    """Windows in a micro-step; 0 where not even one fits."""
+    largest_batch: int | None
+    """Windows in a micro-step; 0 where not even one fits, None where it was not looked for."""
     length: Length
     tokens_per_step: int
     """Before any of `batch_stages`."""
@@ -140,7 +140,7 @@ class Plan:
         }
 
 
-def make_plan(config: RunConfig, memory: int | None = None, gpu: str | None = None) -> Plan:
+def make_plan(config: RunConfig, memory: int | None = None, gpu: str | None = None, *, largest: bool = True) -> Plan:
     """Plan a run.
 
     Args:
@@ -148,6 +148,7 @@ def make_plan(config: RunConfig, memory: int | None = None, gpu: str | None = No
         memory: bytes that it may take; None: what the device has.
         gpu: plan for a GPU of this name, which need not be here: memory is simulated with the CPU's kernels, which keep
             the same tensors but for attention with dropout, where they keep more.
+        largest: whether to look for the largest batch, which takes some ten times as long as the rest.
 
     Raises:
         ConfigError: the device is not there or not known, or the config makes no sense.
@@ -184,7 +185,9 @@ def make_plan(config: RunConfig, memory: int | None = None, gpu: str | None = No
                 0: RESERVE.get(kind, 0) + footprint.weights + footprint.optimizer,
                 t.batch_size: _process(footprint, kind),
             },
-        ),
+        )
+        if largest
+        else None,
         length=length,
         tokens_per_step=t.batch_size * t.grad_accum_steps * m.context_length,
         evaluation_batches=batches,

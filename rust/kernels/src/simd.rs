@@ -6,11 +6,13 @@
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{
-    __m256, __m512, _mm256_add_epi32, _mm256_add_ps, _mm256_blendv_ps, _mm256_castps_si256, _mm256_castsi256_ps,
-    _mm256_div_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps,
-    _mm256_permute2f128_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_shuffle_ps, _mm256_slli_epi32, _mm256_storeu_ps,
-    _mm256_sub_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps, _mm512_add_epi32, _mm512_add_ps, _mm512_castps_si512,
-    _mm512_castsi512_ps, _mm512_cmplt_epi32_mask, _mm512_div_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
+    __m256, __m512, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_max_ps, _mm_max_ss, _mm_movehl_ps, _mm_shuffle_ps,
+    _mm256_add_epi32, _mm256_add_ps, _mm256_blendv_ps, _mm256_castpd_ps, _mm256_castps_si256, _mm256_castps256_ps128,
+    _mm256_castsi256_ps, _mm256_div_ps, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_max_ps,
+    _mm256_min_ps, _mm256_mul_ps, _mm256_permute2f128_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_shuffle_ps,
+    _mm256_slli_epi32, _mm256_storeu_ps, _mm256_sub_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps, _mm512_add_epi32,
+    _mm512_add_ps, _mm512_castps_pd, _mm512_castps_si512, _mm512_castps512_ps256, _mm512_castsi512_ps,
+    _mm512_cmplt_epi32_mask, _mm512_div_ps, _mm512_extractf64x4_pd, _mm512_fmadd_ps, _mm512_loadu_ps,
     _mm512_mask_blend_ps, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps,
     _mm512_setzero_si512, _mm512_slli_epi32, _mm512_storeu_ps, _mm512_sub_ps,
 };
@@ -284,7 +286,7 @@ impl Lanes for Portable {
 macro_rules! intrinsics {
     ($type:ident, $vector:ty, $width:literal, $splat:ident $load:ident $store:ident $add:ident $sub:ident $mul:ident
      $div:ident $mul_add:ident $max:ident $min:ident, |$of:ident, $a:ident, $b:ident| $blend:expr,
-     |$shifted:ident| $power:expr) => {
+     |$shifted:ident| $power:expr, $sum:ident $greatest:ident) => {
         impl Lanes for $type {
             type V = $vector;
             const WIDTH: usize = $width;
@@ -349,6 +351,16 @@ macro_rules! intrinsics {
                 unsafe { $power }
             }
             #[inline(always)]
+            fn sum(self, v: $vector) -> f32 {
+                // SAFETY: as for `splat`.
+                unsafe { $sum(v) }
+            }
+            #[inline(always)]
+            fn greatest(self, v: $vector) -> f32 {
+                // SAFETY: as for `splat`.
+                unsafe { $greatest(v) }
+            }
+            #[inline(always)]
             unsafe fn turn(self, from: *const f32, from_row: usize, to: *mut f32, to_row: usize) {
                 // SAFETY: the caller's; both levels have AVX2.
                 unsafe { turn_with_avx2(from, from_row, to, to_row) }
@@ -356,6 +368,32 @@ macro_rules! intrinsics {
         }
     };
 }
+
+/// The lanes of a vector taken together, halves first as in [`Lanes::sum`]: through memory it took as long as the
+/// exponentials of a row of 64.
+#[cfg(target_arch = "x86_64")]
+macro_rules! together {
+    ($of_8:ident, $of_16:ident, $of_8_each:ident, $of_4_each:ident, $of_1:ident) => {
+        #[inline]
+        #[target_feature(enable = "avx2")]
+        fn $of_8(v: __m256) -> f32 {
+            let fours = $of_4_each(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let twos = $of_4_each(fours, _mm_movehl_ps(fours, fours));
+            _mm_cvtss_f32($of_1(twos, _mm_shuffle_ps::<1>(twos, twos)))
+        }
+
+        #[inline]
+        #[target_feature(enable = "avx512f,avx2")]
+        fn $of_16(v: __m512) -> f32 {
+            let high = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v)));
+            $of_8($of_8_each(_mm512_castps512_ps256(v), high))
+        }
+    };
+}
+#[cfg(target_arch = "x86_64")]
+together!(sum_of_8, sum_of_16, _mm256_add_ps, _mm_add_ps, _mm_add_ss);
+#[cfg(target_arch = "x86_64")]
+together!(greatest_of_8, greatest_of_16, _mm256_max_ps, _mm_max_ps, _mm_max_ss);
 
 /// Pairs of rows are woven into each other by one, two and four floats: three times eight instructions.
 #[cfg(target_arch = "x86_64")]
@@ -399,7 +437,8 @@ intrinsics!(Avx2, __m256, 8,
     |shifted| {
         let bits = _mm256_slli_epi32::<23>(_mm256_castps_si256(shifted));
         _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(0x3f80_0000)))
-    }
+    },
+    sum_of_8 greatest_of_8
 );
 
 /// Sixteen floats.
@@ -415,7 +454,8 @@ intrinsics!(Avx512, __m512, 16,
     |shifted| {
         let bits = _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted));
         _mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_set1_epi32(0x3f80_0000)))
-    }
+    },
+    sum_of_16 greatest_of_16
 );
 
 #[cfg(test)]
