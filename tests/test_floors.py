@@ -199,6 +199,9 @@ def loaded_after(code: str, names: tuple[str, ...]) -> set[str]:
         ("import bytekiln.tokenfile, bytekiln.tokenizer", (*HEAVY, "rich")),
         ("import bytekiln.report.build", ("torch",)),
         ("import bytekiln.cli_lm", ("torch",)),
+        ("import bytekiln.cli_sweep, bytekiln.cli_search", ("torch", "matplotlib", "optuna", "ray")),
+        ("import bytekiln.cli_score, bytekiln.cli_report", HEAVY),
+        ("import bytekiln.experiments.catalogue", ("torch", "matplotlib")),
     ],
 )
 def test_light_imports(code: str, names: tuple[str, ...]) -> None:

@@ -123,7 +123,7 @@ class _Products(Function):
         if wanted[0]:
             dx = g_rows[0] @ weights[0]
             for g, w in zip(g_rows[1:], weights[1:], strict=True):
-                dx.addmm_(g, w)
+                dx = torch.addmm(dx, g, w)
             dx = dx.view(x.shape)
         return dx, *(g.t() @ rows if wants else None for g, wants in zip(g_rows, wanted[1:], strict=True))
 
