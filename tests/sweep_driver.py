@@ -33,7 +33,7 @@ def write_result(folder: Path, status: str = "completed", **values: object) -> N
 
 
 class Trivial:
-    """A run that trains nothing; a `sweep_process.Start` makes it."""
+    """A run that trains nothing; a `sweep.process.Start` makes it."""
 
     def __init__(self, folder: Path, codes: Mapping[str, int], seconds: float, log: str) -> None:
         self.folder, self.code, self.signal = folder, codes.get(folder.name, 0), 0

@@ -54,6 +54,21 @@ def test_several_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(made(here / "tables")) == 3 and "loss.png" in made(here / "pictures")
 
 
+def test_what_stands_in_a_named_folder_is_not_ours(here: Path) -> None:
+    (here / "tables").mkdir()
+    (here / "tables/report_runs.csv").write_text("mine")
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        report(["a", "--csv", "tables"])
+    (here / "pictures").mkdir()
+    (here / "pictures/loss.png").write_text("mine")
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        report(["a", "--png", "pictures"])
+    assert (here / "pictures/loss.png").read_text() == "mine"
+    assert (here / "tables/report_runs.csv").read_text() == "mine"
+    assert report(["a", "--csv", "tables", "--overwrite"]) == 0
+    assert report(["a", "--csv", "beside"]) == 0 and "report_runs.csv" in made(here / "beside")
+
+
 def test_one_picture_and_no_page(here: Path) -> None:
     assert report(["a", "b", "--png", "--out", "both.png"]) == 0
     assert report(["a", "b", "--png", "too.png"]) == 0

@@ -13,6 +13,8 @@ from bytekiln import cli_score
 from bytekiln.errors import BytekilnError, ConfigError, FileError, FormatError, MismatchError, OutputExistsError
 from bytekiln.score import runs as score_runs
 from bytekiln.score import text as score_text
+from bytekiln.score.runs import compared, score_data
+from bytekiln.score.scorer import open_scorer
 from bytekiln.tokenizer import encode_files
 from score_models import model, rows, saved, tokenizer, write_rows
 from test_scores import TEXT, text_file
@@ -218,3 +220,16 @@ def test_help_fits_a_screen_or_two(capsys) -> None:
         cli_score.score(["--help"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 60 and max(map(len, lines)) <= 110
+
+
+def test_two_contexts_are_read_with_the_shorter_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A longer context is an advantage of its own, and a sample of windows would be another text."""
+    names = [str(saved(tmp_path / name, seed)) for name, seed in (("a", 1), ("b", 2))]
+    text = text_file(tmp_path)
+    scorers = [open_scorer(n, context_length=c) for n, c in zip(names, (16, 32), strict=True)]
+    apart = [score_data(s, str(text), limit=3) for s in scorers]
+    with pytest.raises(MismatchError, match="context 16, stride 16, 3 windows and context 32"):
+        compared(*apart)
+    assert cli_score.score([names[0], "--against", names[0], "--data", str(text), "--limit", "3", "--json"]) == 0
+    same = json.loads(capsys.readouterr().out)
+    assert same["comparison"]["bits_per_byte"]["difference"] == 0 and same["model_name"] == names[0]

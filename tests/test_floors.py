@@ -35,7 +35,7 @@ FLOORS = [
     ["atomic", "search.plan", "sweep.model", "sweep.table"],
     ["characters", "bpe_flags", "score.records", "search.stages", "search.transfer", "sweep.spec"],
     ["characters_file", "metrics", "inspection", "hardware", "accounting", "schedule", "ranks", "guard", "bundle"],
-    ["kernels", "sweep.results"],
+    ["kernels", "sweep.locks", "sweep.results"],
     [
         "attention",
         "muon",

@@ -24,7 +24,8 @@ from conftest import ROOT, SHARED
 from score_models import WORDS, model, rows, saved, scorer, tokenizer, write_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness and what it imports
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+# A pool of forks of a process with threads, for a bootstrap that nobody asks for, may hang.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", DISABLE_MULTIPROC="1")
 
 CHOICE = {"output_type": "multiple_choice"}
 ACC = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]

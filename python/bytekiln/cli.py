@@ -81,6 +81,7 @@ def run(command: str, argv: list[str] | None = None) -> int:
         if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
     sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # noqa: SIM115, PTH123
+    before = signal.getsignal(signal.SIGTERM)
     try:
         signal.signal(signal.SIGTERM, _on_sigterm)
         status = int(getattr(import_module(module), function)(args))
@@ -101,6 +102,9 @@ def run(command: str, argv: list[str] | None = None) -> int:
         if os.environ.get("BYTEKILN_DEBUG") == "1":
             raise
         return _status_of(exc)
+    finally:
+        if before is not None:  # of Python's own making: whoever called this, and what it forks, has its way back
+            signal.signal(signal.SIGTERM, before)
     return status
 
 

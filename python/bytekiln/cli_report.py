@@ -10,7 +10,8 @@ from bytekiln.errors import ConfigError, FileError
 
 FEW, LISTED = 6, 20
 """Runs of which each is summarised on stdout; of more, how many are told in one line each, the best first."""
-BESIDE = "beside"
+BESIDE = "\0"
+"""What a flag without its value stands for: no folder has such a name."""
 """Of a flag without a value: beside the page."""
 
 
@@ -78,6 +79,7 @@ def report(argv: list[str]) -> int:
 
     found = read_report(paths, title=options.title, baseline=options.baseline)
     overwrite = options.overwrite or ours
+    """What lies beside the page is drawn anew with it; what stands where the user says is theirs."""
     if len(found.runs) <= FEW:
         print("\n\n".join(table(summary(run), indent="") for run in found.runs))
     else:
@@ -91,10 +93,12 @@ def report(argv: list[str]) -> int:
         write_picture(lambda f: draw_losses(f, found), only, overwrite=options.overwrite)
         print(f"picture: {only}")
     elif options.png:
-        for picture in write_pictures(found, _folder(options.png, home), overwrite=overwrite):
+        there = overwrite if options.png == BESIDE else options.overwrite
+        for picture in write_pictures(found, _folder(options.png, home), overwrite=there):
             print(f"picture: {picture}")
     if options.csv:
-        for path in write_csv(found, _folder(options.csv, home), overwrite=overwrite):
+        there = overwrite if options.csv == BESIDE else options.overwrite
+        for path in write_csv(found, _folder(options.csv, home), overwrite=there):
             print(f"table: {path}")
     if options.analysis:
         write_analysis(found, words or home / "analysis.md", overwrite=options.overwrite or (ours and words is None))

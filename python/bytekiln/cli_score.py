@@ -5,6 +5,7 @@ Called by `cli`, which turns errors into one line. torch is imported once there 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -51,6 +52,14 @@ def score(argv: list[str]) -> int:
     from bytekiln.score.runs import compared, score_benchmark, score_data
 
     scorers = [_open(run, options) for run in (options.run, options.against) if run]
+    if len({s.context_length for s in scorers}) > 1:  # a longer context would be an advantage of its own
+        shorter = min(s.context_length for s in scorers)
+        notice(
+            f"context_length: {scorers[0].context_length} and {scorers[1].context_length}; both are read with {shorter}"
+        )
+        scorers = [dataclasses.replace(s, context_length=shorter) for s in scorers]
+    if len({s.name for s in scorers}) < len(scorers):  # two runs of one folder's name: shown by their paths
+        scorers = [dataclasses.replace(s, name=n) for s, n in zip(scorers, (options.run, options.against), strict=True)]
     data = list(options.data or [])
     if not data and not asked:
         data = _own_validation(scorers[0], options.run)

@@ -126,8 +126,12 @@ def _tested(mean: float, error: float, degrees: float, confidence: float, how: s
     return Difference(mean, mean - reach, mean + reach, t_tails(t, degrees), how, degrees)
 
 
-def holm(ps: Sequence[float | None]) -> list[float | None]:
+def holm(ps: Sequence[float | None], of: int = 0) -> list[float | None]:
     """p-values corrected for how many were looked at (Holm 1979); None stays None and does not count.
+
+    Args:
+        ps: of the comparisons that are shown.
+        of: out of how many they were chosen, where that is more: each then counts as the least of all of them.
 
     >>> holm([0.01, 0.04, None, 0.03])
     [0.03, 0.06, None, 0.06]
@@ -136,6 +140,6 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
     out: list[float | None] = [None] * len(ps)
     largest = 0.0
     for rank, (p, i) in enumerate(known):
-        largest = max(largest, min(1.0, p * (len(known) - rank)))
+        largest = max(largest, min(1.0, p * (max(of, len(known)) - rank)))
         out[i] = largest
     return out

@@ -40,8 +40,11 @@ class Group:
 
     @property
     def losses(self) -> dict[int | None, float]:
-        """Best validation loss by seed, of the runs that ended well."""
-        return {r.seed: float(r.result["best_val_loss"]) for r in self.runs if r.counts}
+        """Best validation loss by seed, of the runs that ended well; a seed that comes again counts by itself."""
+        found: dict[int | None, float] = {}
+        for i, r in enumerate(r for r in self.runs if r.counts):
+            found[r.seed if r.seed not in found else -1 - i] = float(r.result["best_val_loss"])
+        return found
 
     @property
     def mean(self) -> float | None:
@@ -194,11 +197,19 @@ def find_baseline(groups: Sequence[Group], wanted: str, runs: Sequence[Run]) -> 
     return next((names[n] for n in told if n in names), None)
 
 
-def compare(groups: Sequence[Group], other: Group) -> list[Comparison]:
-    """Each group against `other`, which is left out; p-values corrected for how many there are."""
+def compare(groups: Sequence[Group], other: Group, *, chosen: bool = False) -> list[Comparison]:
+    """Each group against `other`, which is left out; p-values corrected for how many there are.
+
+    Args:
+        groups: all of them.
+        other: what they are compared with.
+        chosen: it was chosen by the same losses, as the best one is: then any pair of groups might have been the one
+            that is looked at, and the correction is for all pairs.
+    """
     rest = [g for g in groups if g is not other]
     differences = [_difference(g, other) for g in rest]
-    ps = holm([d.p if d else None for d in differences])
+    count = sum(bool(g.losses) for g in groups)
+    ps = holm([d.p if d else None for d in differences], of=count * (count - 1) // 2 if chosen else 0)
     return [Comparison(g, other, d, p) for g, d, p in zip(rest, differences, ps, strict=True)]
 
 
@@ -229,7 +240,7 @@ def answer(groups: Sequence[Group], baseline: Group | None) -> str:
     if len(groups) == 1:
         return _alone(best)
     said = f"{best.name} has the lowest validation loss, {_loss(best)}"
-    against = compare(groups, best)
+    against = compare(groups, best, chosen=True)
     known = [c for c in against if c.difference is not None]
     if not known:
         return said + "; no other run ended with one." + _left_out(runs)

@@ -74,7 +74,9 @@ def _header(report: Report) -> str:
     facts += [("tokens read", human_count(tokens))] * (tokens > 0) + [("time", human_time(spent))] * (spent > 0)
     listed = "".join(f"<li>{escape(k)} <b>{escape(v)}</b></li>" for k, v in facts)
     found = dict.fromkeys(r.asked.recommendation for r in report.runs if r.asked and r.asked.recommendation)
-    searches = "".join(f'<p class="asked">The search: {escape(text)}</p>\n' for text in found)
+    searches = "".join(
+        f'<p class="asked">The search: {escape(text)}</p>\n' for text in found if text not in report.answer
+    )
     return (
         f'<header class="top">\n<div class="row"><h1>{escape(report.title)}</h1>'
         '<button id="theme" type="button">Dark</button></div>\n'

@@ -68,8 +68,11 @@ class Report:
 
     @cached_property
     def answer(self) -> str:
-        """What the numbers say."""
+        """What the numbers say; of a search its recommendation first."""
+        searched = {r.asked.recommendation if r.asked else "" for r in self.runs}
         said = answer(self.groups, self.baseline)
+        if len(searched) == 1 and (recommended := searched.pop()):
+            return f"{recommended} {said}"
         fits = [s for s in self.rates if s.fit is not None and s.fit.kind == "fitted"]
         if len(fits) == 1:
             said += f" Over the learning rate, {fits[0].said}"

@@ -18,6 +18,8 @@ from bytekiln.errors import FileError
 RUN_FILES = ("config.toml", "metrics.csv", "result.json", "trial.toml")
 RESULTS = ("results.json", "lr_sweep_results.json")
 RECOMMENDATION = "lr_recommendation.json"
+SEARCHED = "Which learning rate is the best?"
+"""The question of a search, whose stages are sweeps of their own."""
 DEPTH = 3
 """How far below a folder that is neither run nor sweep its runs are looked for."""
 
@@ -81,7 +83,11 @@ def _of_sweep(path: Path) -> Iterator[Place]:
     of_variants = spec.get("questions")
     questions = {str(k): str(v) for k, v in of_variants.items()} if isinstance(of_variants, dict) else {}
     question, baseline = str(spec.get("question", "")), str(spec.get("baseline", ""))
-    asked = Asked(path, question, baseline, said[0] if said else "", questions)
+    search = path.parent
+    if any((search / n).is_file() for n in (RECOMMENDATION, "search.json")):  # its stages' runs belong together
+        asked = Asked(search, SEARCHED, "", said[0] if said else "", questions)
+    else:
+        asked = Asked(path, question, baseline, said[0] if said else "", questions)
     trials = read_json(path / "trials.json")
     name = trials.get("results") if isinstance(trials, dict) else None
     planned = trials.get("trials") if isinstance(trials, dict) else None

@@ -309,6 +309,12 @@ def compared(a: Score, b: Score, *, seed: int = 0) -> dict[str, Any]:
         return {name: compare_answers(a.right[name], b.right[name]).as_json() for name in a.right}
     assert a.text is not None and b.text is not None and a.stream is not None and b.stream is not None
     same_tokens = np.array_equal(a.stream.ids, b.stream.ids)
+    read = [(s.result["context_length"], s.result["stride"], s.rows) for s in (a, b)]
+    if same_tokens and read[0] != read[1]:
+        what = " and ".join(
+            f"context {context}, stride {stride}, {len(rows)} windows" for context, stride, rows in read
+        )
+        raise MismatchError(f"comparison: found {what}; expected the same windows of the same text")
     by_bytes = a.stream.bytes_N is not None and b.stream.bytes_N is not None
     if not same_tokens:
         sums = [None if s.stream is None or s.stream.bytes_N is None else int(s.stream.bytes_N.sum()) for s in (a, b)]

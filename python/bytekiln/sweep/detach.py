@@ -46,7 +46,9 @@ def detach(name: str, command: Sequence[str]) -> str:
     """
     tmux = check(name)
     env = [part for k, v in os.environ.items() if k.startswith(KEPT) for part in ("-e", f"{k}={v}")]
-    start = [tmux, "new-session", "-d", "-s", name, "-x", "120", "-y", "40", *env, shlex.join(command)]
+    # What ends badly stays on the screen until somebody has read it.
+    line = f"{shlex.join(command)} || {{ echo \"exit status $?; Enter closes this session\"; read _; }}"
+    start = [tmux, "new-session", "-d", "-s", name, "-x", "120", "-y", "40", *env, line]
     run = subprocess.run(start, capture_output=True, text=True, check=False)
     if run.returncode:
         said = run.stderr.strip() or f"exit status {run.returncode}"

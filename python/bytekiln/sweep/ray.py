@@ -1,6 +1,6 @@
 """Runs of a sweep as tasks of a Ray cluster that is there already; the folder must be shared by its machines.
 
-In: a run's folder. Out: `sweep_process.Running` whose process works on whichever machine Ray chose. Called by
+In: a run's folder. Out: `sweep.process.Running` whose process works on whichever machine Ray chose. Called by
 `cli_sweep` for `--ray`; ray is imported here only, when it is asked for.
 """
 
@@ -55,14 +55,14 @@ class RayStart:
         return max(int(self._gpus or processors // threads), 1)
 
     def __call__(self, folder: Path, threads: int) -> RayRun:
-        """As `sweep_process.Start`."""
+        """As `sweep.process.Start`."""
         (folder / SIGNAL).unlink(missing_ok=True)
         task = self._ray.remote(num_cpus=threads, num_gpus=1 if self._gpus else 0, max_retries=0)(train_there)
         return RayRun(self._ray, task.remote(str(folder), threads), folder)
 
 
 class RayRun:
-    """A run on the cluster, as `sweep_process.Running`."""
+    """A run on the cluster, as `sweep.process.Running`."""
 
     def __init__(self, ray: Any, task: Any, folder: Path) -> None:  # noqa: ANN401 - ray's own types
         """Under way."""
