@@ -407,7 +407,17 @@ def test_every_picture(ablation: Path, rates: Path, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "r").mkdir()
     drawn = {p.stem for p in write_pictures(read_report([ablation]), tmp_path / "a", overwrite=False)}
-    assert drawn == {"loss", "differences", "overfitting", "schedule", "gradient_norm", "throughput", "layers"}
+    assert drawn == {
+        "loss",
+        "differences",
+        "overfitting",
+        "schedule",
+        "gradient_norm",
+        "throughput",
+        "layers",
+        "gradient_sizes",
+        "validation_accuracy",
+    }
     drawn = {p.stem for p in write_pictures(read_report([rates]), tmp_path / "r", overwrite=False)}
     assert "loss_against_lr" in drawn and "layers" not in drawn
     assert all(p.read_bytes().startswith(PNG) for p in tmp_path.glob("*/*.png"))

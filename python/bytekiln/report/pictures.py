@@ -33,6 +33,8 @@ CURVES = {
     "schedule": ("lr", "learning rate", False),
     "gradient_norm": ("grad_norm", "gradient norm before clipping", True),
     "throughput": ("tokens_per_s", "tokens a second", False),
+    "validation_accuracy": ("val_accuracy", "share of validation tokens that were the most likely one", False),
+    "expert_load": ("expert_load", "load of the busiest expert over the mean", False),
 }
 """Pictures of one curve a run: its column, the axis's name, whether the axis is logarithmic."""
 Drawn = Callable[["Figure"], None]
@@ -55,6 +57,8 @@ def pictures(report: Report) -> dict[str, Drawn]:
             out[name] = lambda f, c=column, w=label, g=log: _curves(f, report, c, w, log=g)  # type: ignore[misc]
     if any(r.layers for r in report.runs):
         out["layers"] = lambda f: _layers(f, report)
+    if any(r.layers and r.layers.counts for r in report.runs):
+        out["gradient_sizes"] = lambda f: _gradient_sizes(f, report)
     return out
 
 
@@ -300,3 +304,31 @@ def _layers(figure: Figure, report: Report) -> None:
         axes.set_title(_plain(run.name, 34), loc="left", fontsize=11)
     if image is not None:
         figure.colorbar(image, ax=panes.tolist(), label="gradient norm", shrink=0.8)
+
+
+def _gradient_sizes(figure: Figure, report: Report) -> None:
+    """Share of a layer's gradients in each power of 4 at the last record, the first run of each group."""
+    firsts = [next((r for r in g.runs if r.layers and r.layers.counts), None) for g in report.groups]
+    runs = [(r, r.layers.counts) for r in firsts if r is not None and r.layers is not None][:LAYER_PICTURES]
+    figure.set_size_inches(max(6.4, 3.6 * len(runs)), 5.2)
+    panes = np.atleast_1d(np.asarray(figure.subplots(1, len(runs), squeeze=False)).ravel())
+    image = None
+    for k, ((run, counts), axes) in enumerate(zip(runs, panes, strict=True)):
+        shares = np.array([np.array(c) / max(sum(c), 1) for c in counts.values()])
+        image = axes.imshow(shares, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0.0)
+        axes.set_yticks(range(len(counts)), [*counts] if k == 0 else [""] * len(counts))
+        some = [*range(0, shares.shape[1], 4)]
+        axes.set_xticks(some, [_power(i) for i in some])
+        axes.set_xlabel("size of a gradient")
+        axes.set_title(_plain(run.name, 34), loc="left", fontsize=11)
+    if image is not None:
+        figure.colorbar(image, ax=panes.tolist(), label="share of a layer's gradients", shrink=0.8)
+
+
+def _power(bin_: int) -> str:
+    """The lower end of a bin of the histogram (docs/formats.md, `layers.csv`).
+
+    >>> [_power(i) for i in (0, 1, 25)]
+    ['≈0', '6e-11', 'huge']
+    """
+    return "≈0" if bin_ == 0 else "huge" if bin_ == 25 else f"{4.0 ** (bin_ - 18):.0e}".replace("e+0", "e")
