@@ -317,7 +317,7 @@ def _gradient_sizes(figure: Figure, report: Report) -> None:
         shares = np.array([np.array(c) / max(sum(c), 1) for c in counts.values()])
         image = axes.imshow(shares, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0.0)
         axes.set_yticks(range(len(counts)), [*counts] if k == 0 else [""] * len(counts))
-        some = [*range(0, shares.shape[1], 4)]
+        some = [*range(0, shares.shape[1], 8)]
         axes.set_xticks(some, [_power(i) for i in some])
         axes.set_xlabel("size of a gradient")
         axes.set_title(_plain(run.name, 34), loc="left", fontsize=11)
@@ -331,4 +331,10 @@ def _power(bin_: int) -> str:
     >>> [_power(i) for i in (0, 1, 25)]
     ['≈0', '6e-11', 'huge']
     """
-    return "≈0" if bin_ == 0 else "huge" if bin_ == 25 else f"{4.0 ** (bin_ - 18):.0e}".replace("e+0", "e")
+    return (
+        "≈0"
+        if bin_ == 0
+        else "huge"
+        if bin_ == 25
+        else f"{4.0 ** (bin_ - 18):.0e}".replace("e+0", "e").replace("e-0", "e-")
+    )
