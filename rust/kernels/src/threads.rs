@@ -4,9 +4,14 @@
 //! own. Pools are found through atomic pointers, because a lock might be held by another thread just when the process
 //! is forked, and would never open in the child.
 
+use std::any::Any;
+use std::hint;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::process;
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
@@ -20,29 +25,85 @@ struct Pool {
 
 static POOLS: [AtomicPtr<Pool>; MOST + 1] = [const { AtomicPtr::new(ptr::null_mut()) }; MOST + 1];
 
-/// Calls `job(0)`, …, `job(jobs - 1)`, each once, on up to `threads` threads in any order.
-pub fn share(threads: usize, jobs: usize, job: impl Fn(usize) + Sync) {
-    let threads = threads.min(jobs).min(MOST);
-    let pool = if threads > 1 { pool(threads) } else { None };
-    let next = AtomicUsize::new(0);
-    let work = || {
+/// Turns of a loop that waits for the last job before it lets other threads have the processor: some 20 µs, less than
+/// it takes to sleep and be woken.
+const SPINS: usize = 500;
+
+/// A call whose jobs are shared: what its helpers hold. They may come late, even after the call is over.
+struct Call {
+    next: AtomicUsize,
+    jobs: usize,
+    /// Helpers that may be at work; they count themselves before they look whether the call is closed.
+    inside: AtomicUsize,
+    closed: AtomicBool,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    /// The job of the call; alive while it is not closed, or somebody is inside.
+    job: &'static (dyn Fn(usize) + Sync),
+}
+
+impl Call {
+    fn work(&self) {
         loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            if index >= jobs {
+            let index = self.next.fetch_add(1, Ordering::Relaxed);
+            if index >= self.jobs {
                 break;
             }
-            job(index);
+            (self.job)(index);
         }
+    }
+
+    fn help(&self) {
+        // Sequentially consistent, as is `close`: either this sees the call closed, or `close` sees this one inside.
+        self.inside.fetch_add(1, Ordering::SeqCst);
+        if !self.closed.load(Ordering::SeqCst)
+            && let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.work()))
+        {
+            *self.panic.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(panic);
+        }
+        self.inside.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Closes a call, also when this thread's own job panics: nobody is inside afterwards, and nobody comes in.
+struct Close<'a>(&'a Call);
+
+impl Drop for Close<'_> {
+    fn drop(&mut self) {
+        self.0.next.fetch_max(self.0.jobs, Ordering::Relaxed); // after a panic the rest is not begun
+        self.0.closed.store(true, Ordering::SeqCst);
+        let mut turns = 0;
+        while self.0.inside.load(Ordering::SeqCst) > 0 {
+            turns += 1;
+            if turns < SPINS { hint::spin_loop() } else { thread::yield_now() }
+        }
+    }
+}
+
+/// Calls `job(0)`, …, `job(jobs - 1)`, each once, on up to `threads` threads in any order.
+///
+/// This thread works too, and waits for no helper that has not begun: once all jobs are taken, those at work are all
+/// that is left. A scope of the pool would sleep and be woken for every call.
+pub fn share(threads: usize, jobs: usize, job: impl Fn(usize) + Sync) {
+    let threads = threads.min(jobs).min(MOST);
+    let Some(pool) = (if threads > 1 { pool(threads) } else { None }) else {
+        (0..jobs).for_each(job);
+        return;
     };
-    match pool {
-        // This thread works too: one fewer to wake, and the first jobs are done meanwhile.
-        Some(pool) => pool.in_place_scope(|scope| {
-            for _ in 1..threads {
-                scope.spawn(|_| work());
-            }
-            work();
-        }),
-        None => work(),
+    let job: &(dyn Fn(usize) + Sync) = &job;
+    // SAFETY: it is used inside the call alone, and `Close` waits until nobody is.
+    let job = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(job) };
+    let (next, inside) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let call = Arc::new(Call { next, jobs, inside, closed: AtomicBool::new(false), panic: Mutex::new(None), job });
+    for _ in 1..threads {
+        let call = Arc::clone(&call);
+        pool.spawn(move || call.help());
+    }
+    {
+        let _close = Close(&call);
+        call.work();
+    }
+    if let Some(panic) = call.panic.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take() {
+        resume_unwind(panic);
     }
 }
 
@@ -72,5 +133,40 @@ fn pool(threads: usize) -> Option<&'static ThreadPool> {
                 Some(&(*first).pool)
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::share;
+    use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+    #[test]
+    fn every_job_is_done_once_whoever_calls() {
+        std::thread::scope(|scope| {
+            for caller in 0..4 {
+                scope.spawn(move || {
+                    for round in 0..300 {
+                        let jobs = (round * 7 + caller) % 40;
+                        let done: Vec<AtomicUsize> = (0..jobs).map(|_| AtomicUsize::new(0)).collect();
+                        share(1 + round % 5, jobs, |i| {
+                            done[i].fetch_add(1, Relaxed);
+                        });
+                        assert!(done.iter().all(|n| n.load(Relaxed) == 1));
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn a_panic_of_any_thread_reaches_the_caller() {
+        for bad in [0, 7, 63] {
+            let told = std::panic::catch_unwind(|| {
+                share(3, 64, |i| assert!(i != bad, "job {i}"));
+            });
+            assert!(told.is_err());
+        }
+        share(3, 64, |_| ()); // and the threads are still there
     }
 }
