@@ -30,12 +30,15 @@ from bytekiln.search.files import (
     write_state,
 )
 from bytekiln.search.plan import STAGES, Plan
-from bytekiln.search.runs import SweepRunner, check_base, range_tester
+from bytekiln.search.runs import SweepRunner, check_base, range_tester, retried
 from bytekiln.search.stages import Search
 from bytekiln.search.transfer import off_by, predict
 from bytekiln.sweep.folder import checked_data, coordinating, remove_sweep, trouble
 from bytekiln.sweep.progress import ProgressBoard
 from bytekiln.sweep.spec import SweepSpec, Trial
+
+TRANSFER_RUNS = 10
+"""Full runs of the target that a transfer may cost: three rates, them again, the recommended one, and some to widen."""
 
 
 def search(argv: list[str]) -> int:
@@ -43,7 +46,7 @@ def search(argv: list[str]) -> int:
     parser = search_parser(everything="--help-all" in argv)
     options = parser.parse_args(spell_switches(argv))
     base, plan, folder = asked(options)
-    runner_args: dict[str, Any] = {"jobs": options.jobs, "retry": options.retry}
+    runner_args: dict[str, Any] = {"jobs": options.jobs, "retry": retried(options.retry)}
     made = SweepRunner(base, folder, plan).config()
     check_base(made)
     target = target_of(options, base) if options.transfer_to else None
@@ -51,14 +54,32 @@ def search(argv: list[str]) -> int:
         predict(1e-3, made, target[1])  # refused before anything is trained
     if options.dry_run:
         print(dry_run(plan, made, options.jobs))
+        if target is not None:
+            steps = target[1].training.max_steps
+            print("\nand in transfer/, round the rate that is predicted from the one found:\n")
+            print(dry_run(_plan_there(plan, 1.0, steps), target[1], options.jobs))
         return 0
     checked_data([Trial("search", {}, None, 0, c) for c in (made, *([target[1]] if target else []))])
     _open(folder, base, plan, overwrite=options.overwrite)
+    if options.until != STAGES[-1] and _is_beyond(folder, options.until):
+        if runner_args["retry"]:
+            raise ConfigError(f"--retry: found it with --until {options.until} on a search that is beyond that stage; "
+                              "expected it without --until")  # fmt: skip
+        print(f"the search is beyond {options.until}, and is left as it is; state: {folder / STATE}")
+        return 0
     with coordinating(folder), ProgressBoard(notice) as board:
         found, status = _one(base, plan, folder, board, options.until, runner_args)
         if target is None or found.recommended is None or found.status not in ("confirmed", "unconfirmed"):
             return status
         return max(status, _transfer(found, made, target, plan, folder, board, runner_args))
+
+
+def _is_beyond(folder: Path, stage: str) -> bool:
+    """Whether a search has nothing left to do up to a stage."""
+    stored = read_state(folder)
+    if stored is None or stored.get("stage") not in STAGES:
+        return False
+    return STAGES.index(stored["stage"]) > STAGES.index(stage)
 
 
 def _one(
@@ -130,9 +151,7 @@ def _transfer(
     board.say(f"transfer: {said.rule}")
     for line in said.warnings:
         board.say(f"transfer: {line}")
-    steps = config.training.max_steps
-    there = Plan(steps, seeds=plan.seeds[:1], points=3, factor=plan.factor, centre=said.lr, low=plan.low / 100,
-                 high=plan.high, keep=(), budget=8 * steps, confidence=plan.confidence)  # fmt: skip
+    there = _plan_there(plan, said.lr, config.training.max_steps)
     place = folder / "transfer"
     _open(place, spec, there, overwrite=False)
     second, status = _one(spec, there, place, board, STAGES[-1], runner_args)
@@ -149,6 +168,14 @@ def _transfer(
     return status
 
 
+def _plan_there(plan: Plan, lr: float, steps: int) -> Plan:
+    """The search round a predicted rate: three rates at full length, two seeds, without which noise has no measure."""
+    seeds = plan.seeds[:2] if len(plan.seeds) > 1 else (plan.seeds[0], plan.seeds[0] + 1)
+    low, high = min(plan.low, lr) / 100, max(plan.high, lr * plan.factor**2)
+    return Plan(steps, seeds, points=3, factor=plan.factor, centre=lr, low=low, high=high, keep=(),
+                budget=TRANSFER_RUNS * steps, confidence=plan.confidence)  # fmt: skip
+
+
 def dry_run(plan: Plan, config: RunConfig, jobs: int) -> str:
     """The stages, their runs, and what they would need."""
     from bytekiln.cli_plan import with_vocabulary
@@ -160,18 +187,22 @@ def dry_run(plan: Plan, config: RunConfig, jobs: int) -> str:
     if plan.range_steps:
         stages.append(("range test", f"one run, lr {plan.low:g} to {plan.high:g}", plan.range_steps))
     before, alive = 0, plan.points
-    for rung, keep in [*zip(plan.rungs, plan.keep, strict=False), (full, 0)]:
+    for rung, keep in plan.stops:
         what = f"{alive} rates to step {rung:,}" + ("" if keep else ", the end")
         stages.append(("coarse", what, alive * (rung - before)))
         before, alive = rung, min(keep, alive) if keep else alive
-    if len(plan.seeds) > 1:
-        others = len(plan.seeds) - 1
-        stages.append(
-            ("seeds", f"{others} more seed{'s' * (others > 1)} at the best rate and its neighbours", 3 * others * full)
-        )
+    others = len(plan.seeds) - 1
+    room = int((plan.limit - plan.least_steps) / full)
+    repeats = min(3 * others, room)
+    if others:
+        fit = "" if repeats == 3 * others else f", {repeats} of {3 * others} runs fit in the budget"
+        what = f"{others} more seed{'s' * (others > 1)} at the best rate and its neighbours{fit}"
+        stages.append(("seeds", what, repeats * full))
     stages.append(("fit", "parabola in ln(lr), interval", 0))
-    stages.append(("confirm", "the recommended rate at full length", full))
-    total = plan.expected_steps()
+    confirming = 1 + min(others, room - repeats)
+    what = f"the recommended rate at full length, {confirming} seed{'s' * (confirming > 1)}"
+    stages.append(("confirm", what, confirming * full))
+    total = sum(steps for _, _, steps in stages)
 
     def line(name: str, what: str, steps: int) -> tuple[str, ...]:
         share = steps / full
@@ -183,7 +214,8 @@ def dry_run(plan: Plan, config: RunConfig, jobs: int) -> str:
     rows += [line("all", "", total), line("full grid", "13 rates x 3 seeds", plan.grid_steps)]
     return (
         f"{table(rows, indent='')}\n\n{made.parameters:,} parameters; {100 * total / plan.grid_steps:.0f} % of the "
-        f"full grid's steps, never more than {plan.limit:,.0f}; time {made.time.basis}, {jobs} at once"
+        f"full grid's steps, without rates that widen the grid; never more than {int(plan.limit):,} steps; "
+        f"time {made.time.basis}, {jobs} at once"
     )
 
 

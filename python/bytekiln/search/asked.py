@@ -6,14 +6,13 @@ In: an argument list. Out: values for `cli_search`. Imports no torch.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bytekiln.config import FIELDS, RunConfig, canonical, presets
 from bytekiln.console import Parser, notice
-from bytekiln.errors import ConfigError
+from bytekiln.errors import ConfigError, MismatchError
 from bytekiln.metrics import write_atomically
 from bytekiln.run_flags import add_run_flags, given_fields
 from bytekiln.search.files import CONFIG, STATE, read_state
@@ -38,6 +37,10 @@ EVALUATIONS = 12
 RANGE_SHARE, RANGE_STEPS = 0.15, (30, 200)
 """Steps of the range test: a share of a run, between two bounds."""
 LOW, HIGH = 1e-5, 10.0
+POINTS, FACTOR, SEEDS, CONFIDENCE = 7, 2.0, 2, 0.95
+"""What a flag is that is not given; None on the command line, so that a search's folder can tell."""
+PLACEHOLDER = Plan(1, points=3, centre=1.0)
+"""Where only a run's config is wanted."""
 
 
 def asked(options: argparse.Namespace) -> tuple[SweepSpec, Plan, Path]:
@@ -52,9 +55,9 @@ def asked(options: argparse.Namespace) -> tuple[SweepSpec, Plan, Path]:
             named = ", ".join(given) or ("--scale" if options.scale else "--dataset")
             raise ConfigError(f"{source}: found a search and {named}; expected no field of a run: it has its own")
         stored: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in state["plan"].items()}
+        stored |= _may_change(options, stored["max_steps"])
         plan = Plan(**stored)
-        if options.budget:
-            plan = dataclasses.replace(plan, budget=options.budget * plan.max_steps)
+        _check_asked(options, place, plan, source)
         base = dict(state["base"])
         if isinstance(base.get("config"), dict):
             path = (source / CONFIG).absolute()
@@ -70,7 +73,7 @@ def asked(options: argparse.Namespace) -> tuple[SweepSpec, Plan, Path]:
         spec = spec.model_copy(update={"base": {**spec.base, "dataset": options.dataset}})
     spec = changed(spec, scale=options.scale or "", given=given)
     folder = Path(place or f"{name}-search")
-    made = SweepRunner(spec, folder, Plan(1, centre=1.0)).config()
+    made = SweepRunner(spec, folder, PLACEHOLDER).config()
     base = dict(spec.base)
     base |= {k: v for k in DATA_PATHS if (v := made.flat().get(k))}
     interval, steps = made.training.eval_interval, made.training.max_steps
@@ -79,16 +82,46 @@ def asked(options: argparse.Namespace) -> tuple[SweepSpec, Plan, Path]:
         base["eval_interval"] = interval
         notice(f"eval_interval: {interval} in the runs of this search, so that rates can be given up early")
     seed = made.training.seed
-    seeds = tuple(seed + i for i in range(options.seeds))
+    seeds = tuple(seed + i for i in range(options.seeds or SEEDS))
     range_steps = options.range_steps
     if range_steps is None:
         range_steps = 0 if options.centre else min(max(round(RANGE_SHARE * steps), RANGE_STEPS[0]), RANGE_STEPS[1])
     low, high = options.range or (LOW, HIGH)
     rungs = () if options.no_pruning else rungs_of(steps, interval)
-    plan = Plan(steps, seeds, options.points, options.factor, rungs, (4, 3), options.centre, low, high, range_steps,
-                budget=options.budget * steps, confidence=options.confidence)  # fmt: skip
+    earlier = read_state(folder) if folder.is_dir() and not options.overwrite else None
+    known = earlier["plan"] if earlier and earlier["plan"].get("max_steps") == steps else {}
+    free = {k: v for k, v in known.items() if k in ("budget", "confidence")}
+    free = {"budget": 0.0, "confidence": CONFIDENCE, **free, **_may_change(options, steps)}
+    plan = Plan(steps, seeds, options.points or POINTS, options.factor or FACTOR, rungs, (4, 3), options.centre or 0.0,
+                low, high, range_steps, **free)  # fmt: skip
     spec = spec.model_copy(update={"name": name, "base": base, "scale": {}, "scaled": "", "question": ""})
     return spec, plan, folder
+
+
+def _may_change(options: argparse.Namespace, max_steps: int) -> dict[str, float]:
+    """Fields of a plan with which a search can go on after they were changed; those that were given."""
+    found = {"confidence": options.confidence, "budget": options.budget and options.budget * max_steps}
+    return {k: v for k, v in found.items() if v is not None}
+
+
+def _check_asked(options: argparse.Namespace, place: str, plan: Plan, source: Path) -> None:
+    """Flags beside a search's folder say what was asked for before, or nothing.
+
+    Raises:
+        MismatchError: one says something else (names it).
+    """
+    now: dict[str, Any] = {"folder": Path(place).resolve() if place else None, "range": options.range}
+    now |= {name: getattr(options, name) for name in ("points", "factor", "seeds", "centre", "range_steps")}
+    now["no_pruning"] = options.no_pruning or None
+    was = {"folder": source.resolve(), "range": [plan.low, plan.high], "seeds": len(plan.seeds), "points": plan.points,
+           "factor": plan.factor, "centre": plan.centre, "range_steps": plan.range_steps,
+           "no_pruning": not plan.rungs}  # fmt: skip
+    for name, value in now.items():
+        if value is not None and value != was[name]:
+            raise MismatchError(
+                f"{source}: --{name.replace('_', '-')}: found {value}; expected {was[name]}, which this search has "
+                "(another one needs a folder of its own: lm-sweep search PRESET|CONFIG --folder DIR)"
+            )
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
@@ -120,7 +153,7 @@ def target_of(options: argparse.Namespace, base: SweepSpec) -> tuple[SweepSpec, 
     spec = spec.model_copy(update={"axes": {}, "seeds": (), "variant": {}, "kind": "grid", "baseline": "",
                                    "output": SweepOutput(), "variants_only": False, "name": "transfer"})  # fmt: skip
     spec = changed(spec, given=given)
-    config = SweepRunner(spec, Path(), Plan(1, centre=1.0)).config()
+    config = SweepRunner(spec, Path(), PLACEHOLDER).config()
     check_base(config)
     return spec, config
 
@@ -157,13 +190,12 @@ def search_parser(*, everything: bool) -> Parser:
     add, positive = parser.add_argument, _number(0, float("inf"))
     add("source", metavar="PRESET|CONFIG|FOLDER", help="the run; a search's folder goes on")
     add("--help-all", action="help", help="show every field of a run, too")
-    add("--points", type=_count, default=7, metavar="N", help="rates of the coarse grid; default: 7")
-    add("--factor", type=_number(1, 1000), default=2.0, metavar="X", help="between two of them; default: 2")
-    add("--seeds", type=_count, default=2, metavar="N", help="seeds at the best rate and its neighbours; default: 2")
+    add("--points", type=_count, metavar="N", help=f"rates of the coarse grid; default: {POINTS}")
+    add("--factor", type=_number(1, 1000), metavar="X", help=f"between two of them; default: {FACTOR:g}")
+    add("--seeds", type=_count, metavar="N", help=f"seeds at the best rate and its neighbours; default: {SEEDS}")
     add(
         "--centre",
         type=positive,
-        default=0.0,
         metavar="LR",
         help="middle of the grid; default: the range test's suggestion",
     )
@@ -174,11 +206,10 @@ def search_parser(*, everything: bool) -> Parser:
     add(
         "--budget",
         type=positive,
-        default=0.0,
         metavar="N",
-        help="full runs that the search may cost; default: 7.8, a fifth of a grid",
+        help="full runs that the search may cost at most; default: 7.8, a fifth of a grid",
     )
-    add("--confidence", type=_number(0, 1), default=0.95, metavar="P", help="of the interval; default: 0.95")
+    add("--confidence", type=_number(0, 1), metavar="P", help=f"of the interval; default: {CONFIDENCE:g}")
     add("--no-pruning", action="store_true", help="train every rate to the end")
     add(
         "--until", choices=STAGES, default=STAGES[-1], metavar="STAGE", help=f"stop behind a stage: {', '.join(STAGES)}"

@@ -16,6 +16,8 @@ from bytekiln.sweep.axes import short
 
 STAGES = ("range_test", "coarse", "seeds", "fit", "confirm")
 ENDED_WELL = ("completed", "early_stopped")
+FEWEST_STEPS = 10
+"""Of a range test: with fewer there is no slope to see."""
 GRID_POINTS, GRID_SEEDS = 13, 3
 """The full grid that the cost is compared with."""
 FIRST_RUNGS = (1 / 12, 1 / 4)
@@ -67,11 +69,27 @@ class Plan:
             (list(self.rungs) == sorted(set(self.rungs)), f"rungs: found {self.rungs}; expected rising steps"),
             (0 < self.low < self.high, f"range: found {self.low:g} to {self.high:g}; expected rising rates above 0"),
             (self.centre > 0 or self.range_steps > 0, "centre: found neither one nor a range test; expected one"),
+            (
+                self.range_steps == 0 or self.range_steps >= FEWEST_STEPS,
+                f"range_steps: found {self.range_steps}; expected at least {FEWEST_STEPS}",
+            ),
             (all(0 < r < self.max_steps for r in self.rungs), f"rungs: found {self.rungs}; expected below max_steps"),
         ]
         for good, message in checks:
             if not good:
                 raise ConfigError(message)
+        inside = len(self.grid(self.centre)) if self.low <= self.centre <= self.high else 0
+        if self.centre and inside < 3:
+            raise ConfigError(
+                f"centre: found {self.centre:g}, round which {inside or 'no'} rates of the grid lie within "
+                f"{self.low:g} to {self.high:g}; expected at least 3 (--range LOW HIGH is the end of all rates)"
+            )
+        if self.limit < self.least_steps:
+            least = math.ceil(100 * self.least_steps / self.max_steps) / 100
+            raise ConfigError(
+                f"budget: found {self.limit / self.max_steps:.4g} full runs; expected at least {least:g}, what the "
+                "range test, the coarse grid and the confirmation take (--budget N)"
+            )
 
     @property
     def grid_steps(self) -> int:
@@ -83,12 +101,31 @@ class Plan:
         """Steps that the search may take."""
         return self.budget or self.grid_steps / 5
 
-    def expected_steps(self) -> int:
-        """Steps of a search that need not be widened."""
-        total, before, alive = self.range_steps, 0, self.points
-        for rung, keep in zip(self.rungs, self.keep, strict=False):
-            total, before, alive = total + alive * (rung - before), rung, min(keep, alive)
-        return total + alive * (self.max_steps - before) + (3 * (len(self.seeds) - 1) + 1) * self.max_steps
+    @property
+    def stops(self) -> list[tuple[int, int]]:
+        """(step, how many rates go on behind it) of the coarse grid; the last is the end, behind which none does."""
+        return [*zip(self.rungs, self.keep, strict=False), (self.max_steps, 0)]
+
+    @property
+    def least_steps(self) -> int:
+        """Steps without which there is no search: range test, coarse grid, and one run that confirms."""
+        return self.range_steps + self.coarse_steps(self.points) + self.max_steps
+
+    def coarse_steps(self, alive: int, begun: int = 0) -> int:
+        """Steps that so many rates, all of which have come to the stop before `stops[begun]`, still take to the end."""
+        total, before = 0, self.stops[begun - 1][0] if begun else 0
+        for stop, keep in self.stops[begun:]:
+            total, before, alive = total + alive * (stop - before), stop, min(keep, alive)
+        return total
+
+    def grid(self, centre: float) -> list[float]:
+        """Rates of the coarse grid round a centre, rising; those outside `low` to `high` are left out.
+
+        At least one, also where the range test suggests a centre outside.
+        """
+        centre, half = min(max(centre, self.low), self.high), (self.points - 1) / 2
+        rates = [rounded(centre * self.factor ** (i - half)) for i in range(self.points)]
+        return [lr for lr in rates if self.low <= lr <= self.high] or [centre]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +166,16 @@ class Seen:
         if self.status in ("diverged", "failed") or (self.status == "interrupted" and self.steps < step):
             return math.inf
         return min((loss for s, loss in self.curve if s <= step and math.isfinite(loss)), default=math.inf)
+
+    def as_of(self, step: int) -> Seen:
+        """The run as it stood at a step that it has passed.
+
+        A search that goes on decides as it did the first time: what it trained later on has not happened yet.
+        """
+        if self.steps <= step:
+            return self
+        curve = tuple((s, loss) for s, loss in self.curve if s <= step)
+        return dataclasses.replace(self, status="interrupted", steps=step, curve=curve, why="")
 
 
 class Runner(Protocol):

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from bytekiln.errors import ConfigError, FileError, FormatError
 from bytekiln.metrics import write_atomically
+from bytekiln.search.plan import FEWEST_STEPS
 from bytekiln.sweep.axes import short
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ SMOOTHING = 0.8
 """Decay of the exponential mean of the losses, its beginning corrected."""
 TOO_HIGH = 1.5
 """The loss has run away once its mean is above this multiple of the least mean so far."""
-FEWEST = 10
 HALF = 2
 """Steps on either side of one that its mean is taken over."""
 WINDOW_DECADES = 1.0
@@ -85,8 +85,8 @@ def rates(low: float, high: float, steps: int) -> list[float]:
     """
     if not 0 < low < high:
         raise ConfigError(f"range: found {low:g} to {high:g}; expected two rising rates above 0")
-    if steps < FEWEST:
-        raise ConfigError(f"range_steps: found {steps}; expected at least {FEWEST}")
+    if steps < FEWEST_STEPS:
+        raise ConfigError(f"range_steps: found {steps}; expected at least {FEWEST_STEPS}")
     return [low * (high / low) ** (i / (steps - 1)) for i in range(steps)]
 
 
@@ -129,7 +129,7 @@ def judge(rows: Sequence[RangeRow]) -> RangeTest:
     diverged_at = last.lr if last is not None and ran_away else None
     least = smoothed.index(min(smoothed)) + 1 if smoothed else 0
     falling = seen[:least]
-    if len(falling) < FEWEST // 2:
+    if len(falling) < FEWEST_STEPS // 2:
         where = f"at {short(float(f'{diverged_at:.3g}'))}" if diverged_at else "from its start on"
         raise ConfigError(
             f"range test: the loss ran away {where}, after {len(rows)} steps; expected a lower range (--range LOW HIGH)"

@@ -86,6 +86,20 @@ class Fit:
         level = dict(self.levels).get(seed, self.level) if seed is not None else self.level
         return level + self.slope * x + self.curvature * x * x
 
+    def certain(self, difference: float, seeds: int) -> bool | None:
+        """Whether two rates differ by more than chance; None: nothing tells of the noise.
+
+        Student's t at the fit's noise and degrees of freedom. What the confidence leaves is shared by the two
+        neighbours of a rate, so that one of them is taken for better by chance so often and no more.
+
+        Args:
+            difference: of the mean losses over the seeds that both have. seeds: how many those are.
+        """
+        if self.sigma is None or self.degrees < 1:
+            return None
+        reach = t_quantile(0.5 + self.confidence / 2, self.degrees) * self.sigma * math.sqrt(2 / seeds)
+        return abs(difference) > reach
+
 
 def fit_rates(
     points: Iterable[Point],

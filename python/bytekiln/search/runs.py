@@ -16,7 +16,7 @@ from typing import Any
 
 from bytekiln.config import RunConfig
 from bytekiln.console import Progress
-from bytekiln.errors import BytekilnError, ConfigError
+from bytekiln.errors import BytekilnError, ConfigError, FormatError
 from bytekiln.metrics import read_metrics
 from bytekiln.search.plan import Plan, Request, Seen
 from bytekiln.sweep.axes import Axis
@@ -27,6 +27,7 @@ from bytekiln.sweep.results import TrialResult, read_results, update_results
 from bytekiln.sweep.spec import SweepSpec, Trial, trials_of
 
 RESULTS = "results.json"
+RETRIED = ("failed", "diverged", "early_stopped", "interrupted")
 ATTEMPTS = 3
 """How often a run is begun or gone on with that is stopped from outside before it comes to its step."""
 _PAUSED = re.compile(r"^(.*): interrupted( in [^,:]*(?:, [^:]*)?): SIGINT arrived.*$")
@@ -127,21 +128,31 @@ class SweepRunner:
     def tell_given_up(self, runs: Sequence[Seen]) -> None:
         """Write into the results files which runs were given up, and why."""
         for stage in dict.fromkeys(r.stage for r in runs):
-            path = self.folder / stage / RESULTS
-            if not path.exists():
-                continue
+            told = self._told(stage)
             why = {r.name: r.given_up for r in runs if r.stage == stage and r.given_up}
             news = [
                 dataclasses.replace(r, pruned=why[r.name], why=f"paused at step {r.steps}")
-                for r in read_results(path)
-                if r.name in why
+                for r in told
+                if r.name in why and r.status == "interrupted"  # one that went on after all is none
             ]
-            update_results(path, news, [r.name for r in read_results(path)])
+            if news:
+                update_results(self.folder / stage / RESULTS, news, [r.name for r in told])
 
     def results(self) -> list[TrialResult]:
         """All runs of all stages, as their results files say."""
-        paths = [self.folder / stage / RESULTS for stage in ("coarse", "seeds", "confirm")]
-        return [r for path in paths if path.exists() for r in read_results(path)]
+        return [r for stage in ("coarse", "seeds", "confirm") for r in self._told(stage)]
+
+    def _told(self, stage: str) -> list[TrialResult]:
+        """What the results file of a stage says; a view of the runs: a damaged one is made anew as a missing one.
+
+        Raises:
+            FileError: it cannot be read.
+        """
+        path = self.folder / stage / RESULTS
+        try:
+            return read_results(path) if path.exists() else []
+        except FormatError:
+            return []
 
     def _done(self, wanted: Request, seen: Seen) -> bool:
         if seen.status in self.retry and (wanted.stage, seen.name) not in self._tried:
@@ -159,9 +170,7 @@ class SweepRunner:
 
     def _spec(self, stage: str, runs: Sequence[tuple[float, int]]) -> SweepSpec:
         """What the folder of a stage is as a sweep: the rates and seeds that it has so far."""
-        path = self.folder / stage / RESULTS
-        known = {(r.lr, r.seed) for r in read_results(path)} if path.exists() else set()
-        known |= set(runs)
+        known = {(r.lr, r.seed) for r in self._told(stage)} | set(runs)
         axes = {"lr": Axis(values=tuple(sorted({lr for lr, _ in known})))}
         question = {
             "coarse": "Which learning rates are worth a full run?",
@@ -174,8 +183,8 @@ class SweepRunner:
     def _seen(self, wanted: Request, trial: Trial) -> Seen:
         """What a run has left, trained by whomever."""
         folder = self.folder / wanted.stage
-        run, path = run_folder(folder, trial.name), folder / RESULTS
-        told = next((r for r in read_results(path) if r.name == trial.name), None) if path.exists() else None
+        run = run_folder(folder, trial.name)
+        told = next((r for r in self._told(wanted.stage) if r.name == trial.name), None)
         curve: tuple[tuple[int, float], ...] = ()
         steps = 0
         metrics = trial.config.with_(out_dir=str(run)).output.metrics
@@ -189,6 +198,19 @@ class SweepRunner:
         status = told.status if told is not None else "pending"
         why = (told.error or told.why) if told is not None else ""
         return Seen(wanted.stage, wanted.lr, wanted.seed, status, steps, curve, why, trial.name)
+
+
+def retried(texts: Sequence[str]) -> list[str]:
+    """Statuses of `--retry`, each text one or several of them.
+
+    Raises:
+        ConfigError: one is no status that a run can end with.
+    """
+    found = [status for text in texts for status in text.replace(",", " ").split()]
+    for status in found:
+        if status not in RETRIED:
+            raise ConfigError(f"--retry: found {status}; expected {', '.join(RETRIED[:-1])} or {RETRIED[-1]}")
+    return found
 
 
 def range_tester(

@@ -33,9 +33,6 @@ from bytekiln.search.plan import (
 from bytekiln.search.rate_fit import Fit, Point, fit_rates
 from bytekiln.sweep.axes import short
 
-CERTAIN = 2.0
-"""A neighbour beats the recommended rate if it is better by so many deviations of the difference of two means."""
-
 
 class NoRun(Exception):  # noqa: N818 - never leaves `Search.run`
     """No run is left that could win."""
@@ -61,6 +58,8 @@ class Search:
         self.found_range: dict[str, Any] = {}
         self.runs: dict[tuple[float, int], Seen] = {}
         """By (rate, seed)."""
+        self.promised = plan.least_steps - plan.range_steps
+        """Steps that must stay for what the plan needs: the rest of the coarse grid, and the run that confirms."""
         self.widened: list[float] = []
         self.notes: list[str] = []
         """What deserves attention, a sentence each."""
@@ -134,11 +133,12 @@ class Search:
                 + f", seed {seed}"
             )
             for seen in self.runner(wanted):
-                self.runs[seen.lr, seen.seed] = seen
+                self.runs[seen.lr, seen.seed] = seen.as_of(until)
         self.save(self)
 
     def _affords(self, steps: float) -> bool:
-        return self.steps + steps <= self.plan.limit
+        """Whether so many steps can be taken beside those that are promised."""
+        return self.steps + self.promised + steps <= self.plan.limit
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -159,19 +159,24 @@ class Search:
     def _coarse(self, centre: float) -> None:
         plan, seed = self.plan, self.plan.seeds[0]
         self.stage = "coarse"
-        half = (plan.points - 1) / 2
-        alive = [rounded(centre * plan.factor ** (i - half)) for i in range(plan.points)]
-        alive = [lr for lr in alive if plan.low <= lr <= plan.high]
-        for rung, keep in [*zip(plan.rungs, plan.keep, strict=False), (plan.max_steps, 0)]:
-            alive = self._at_rung(alive, seed, rung)
+        alive = plan.grid(centre)
+        for i, (rung, keep) in enumerate(plan.stops):
+            alive = self._at_rung(alive, seed, i)
             if keep:
                 alive = self._kept(alive, seed, rung, keep)
         self._bracket(seed)
 
-    def _at_rung(self, alive: list[float], seed: int, rung: int) -> list[float]:
+    def _promise(self, alive: int, stop: int) -> None:
+        """Keep steps for so many rates to go on from a stop of the grid to the end, and for the confirmation."""
+        keep = self.plan.stops[stop][1]
+        self.promised = self.plan.coarse_steps(min(alive, keep), stop + 1) + self.plan.max_steps
+
+    def _at_rung(self, alive: list[float], seed: int, stop: int) -> list[float]:
         """Train all to a rung; where the best one is at an end of all rates so far, take in further ones."""
+        rung = self.plan.stops[stop][0]
         self._ask("coarse", alive, seed, rung)
         while True:
+            self._promise(len(alive) + 1, stop)  # a further rate included
             losses = {lr: self._loss(lr, seed, rung) for lr in alive}
             best = min(alive, key=lambda lr: losses[lr])
             if not math.isfinite(losses[best]):
@@ -273,7 +278,7 @@ class Search:
         i = rates.index(first.best)
         order = sorted(rates[max(i - 1, 0) : i + 2], key=lambda lr: abs(math.log(lr / first.lr)))
         for seed in plan.seeds[1:]:
-            left = int((plan.limit - self.steps) / plan.max_steps) - 1  # one for the confirmation
+            left = int((plan.limit - self.promised - self.steps) / plan.max_steps)
             if left < len(order):
                 short_of = ", ".join(short(lr) for lr in order[max(left, 0) :])
                 self._note(f"seed {seed} is not run at {short_of}: the search's steps are used up")
@@ -301,6 +306,7 @@ class Search:
         assert self.fit is not None and self.recommended is not None
         lr = self.recommended
         self._ask("confirm", [lr], seed, plan.max_steps)
+        self.promised = 0
         point = next((p for p in self.full() if (p.lr, p.seed) == (lr, seed)), None)
         if point is None:
             ended = self.runs[lr, seed]
@@ -317,21 +323,43 @@ class Search:
             self.predicted_loss = _mean(self.fit.at(lr, p.seed) for p in mine)
         self.last_fit = fit_rates(self.full(), confidence=plan.confidence, span=(self.rates()[0], self.rates()[-1]))
         self.status = "confirmed"
+        lower: list[tuple[float, float, int]] = []
         for other in self._beside(lr):
             more, common = self._difference(other, lr)
             self.neighbours.append((other, self.confirmed_loss + more))
-            if common and more < -CERTAIN * (self.fit.sigma or 0.0) * math.sqrt(2 / common):
-                self._note(
-                    f"{short(other)} was better at full length, by {-more:.4f} over {common} "
-                    f"seed{'s' * (common > 1)}; it is recommended instead of {short(lr)}"
-                )
-                self.recommended = other
+            if common and more < 0:
+                lower.append((more, other, common))
+        self._hold_against(lr, lower)
         if self.recommended != lr:
-            self.status = "unconfirmed"
             self.confirmed_loss = _mean(p.loss for p in self.full() if p.lr == self.recommended)
         if len(self.neighbours) < 2:
             self.status = "unconfirmed"
             self._note(f"{short(self.recommended)} has no neighbour on one side that ended well")
+
+    def _hold_against(self, lr: float, lower: Iterable[tuple[float, float, int]]) -> None:
+        """Recommend the best of the neighbours that are better by more than chance.
+
+        Args:
+            lr: the fit's rate. lower: (mean difference, rate, seeds that both have) of neighbours of lower loss.
+        """
+        assert self.fit is not None
+        for less, other, common in sorted(lower):
+            by = f"by {-less:.4f} over {common} seed{'s' * (common > 1)}"
+            certain = self.fit.certain(less, common)
+            if certain:
+                self._note(
+                    f"{short(other)} was better at full length, {by}, more than chance; it is recommended instead of "
+                    f"{short(lr)}"
+                )
+                self.recommended, self.status = other, "unconfirmed"
+                return
+            if certain is None:
+                runs = "one seed" if len({p.seed for p in self.full()}) == 1 else "the runs"
+                self._note(
+                    f"{short(other)} was lower at full length, {by}; {runs} cannot tell that from chance, and "
+                    f"{short(lr)} stays recommended"
+                )
+                self.status = "unconfirmed"
 
     def _beside(self, lr: float) -> list[float]:
         """The nearest rates on either side that ended well at full length."""
