@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from bytekiln import cli, cli_sweep
+from bytekiln.config import FIELDS, changed_mathematics
 from bytekiln.sweep.coordinate import run_sweep
 from bytekiln.sweep.results import read_results
 from lm_runs import ONE_THREAD, TINY, tokens
@@ -108,6 +109,8 @@ def test_another_spec_is_refused_by_what_differs(sweep, here: Path) -> None:
         (("tinystories-lr", "--jobs", "0", *DATA), "expected a whole number from 1 on"),
         (("tinystories-lr", "--scale", "gpu", *DATA), "expected one that tinystories-lr has: cpu"),
         (("tinystories-lr", "--retry", "faild", "--no-tensorboard", *DATA), "retry: found faild"),
+        (("tinystories-lr", "--seeds", "1000000000", *DATA), "found 1000000000; expected at most"),
+        (("tinystories-lr", "--seeds", "100000", *DATA), "found 600,000 runs; expected at most 1,000, or --yes"),
         (("tinystories-lr", "--lrss", "1"), "unknown flag --lrss; did you mean --lrs?"),
         (("tinystories-lr",), "make it with: bpe-train --dataset tinystories && bpe-encode --dataset tinystories"),
         (("debug", "--seeds", "2"), "train_data: found none"),
@@ -177,13 +180,17 @@ def lm(here: Path, *argv: object, status: int = 0) -> str:
 
 def test_seed_000_from_the_baseline_to_the_resume(here: Path) -> None:
     """Rename what exists, sweep, look at the results, resume one rate by hand: the document's order."""
-    data = [*DATA, *FLAGS]
+    data = [*DATA, *(f for f in FLAGS if not f.startswith(("--precision", "--vocab_size")))]  # as `auto` settles it
+    adopt = ("lm-sweep", "adopt", "checkpoints/tinystories", "--as")
     lm(here, "lm-train", "tinystories", *data, "--checkpoint-dir", "checkpoints/tinystories", "--tensorboard",
        "--tensorboard-dir", "runs/tinystories/tinystories-4L-512d", "--out-dir", "runs/tinystories")  # fmt: skip
     rows = (here / "runs/tinystories/metrics.csv").read_text()
-    said = lm(here, "lm-sweep", "adopt", "checkpoints/tinystories", "--as", "lr=8e-4", status=2)
+    said = lm(here, *adopt, "lr=8e-4", status=2)
     assert "lr: found 6e-4 in the run's config; expected 8e-4" in said
-    lm(here, "lm-sweep", "adopt", "checkpoints/tinystories", "--as", "lr=6e-4")
+    said = lm(here, *adopt, "lr=6e-4", status=2)  # nor is it the preset's model: the way out is said
+    flags = said[said.index("--set") : said.index(", if the sweep")].split()
+    assert "context_length: found 8 in the run's config; expected " in said and "d_model=16" in flags
+    lm(here, *adopt, "lr=6e-4", *flags)
     assert not (here / "checkpoints/tinystories").exists()
     assert (here / "checkpoints/tinystories_lr6e-4/checkpoint_final").is_dir()
     assert [p.name for p in (here / "runs/tinystories").iterdir()] == ["tinystories-4L-512d_lr6e-4"]
@@ -203,7 +210,8 @@ def test_seed_000_from_the_baseline_to_the_resume(here: Path) -> None:
         assert list((here / entry["tensorboard_dir"]).glob("events.out.tfevents.*"))
     config = here / "configs/train_tinystories.json"
     config.parent.mkdir()
-    config.write_text(json.dumps({k: v for k, v in TINY.items() if k != "lr"} | {"train_data": "train.npy"}))
+    stated = {k: v for k, v in TINY.items() if k not in ("lr", "vocab_size", "precision")}
+    config.write_text(json.dumps(stated | {"train_data": "train.npy"}))
     said = lm(here, "lm-train", "--config", "configs/train_tinystories.json", "--max-lr", "8e-4", "--min-lr", "8e-5",
               "--tensorboard", "--resume", "checkpoints/tinystories_lr8e-4/checkpoint_4.pt")  # fmt: skip
     assert "Resuming from step 4" in said and "completed" in said
@@ -211,18 +219,22 @@ def test_seed_000_from_the_baseline_to_the_resume(here: Path) -> None:
 
 def test_adopting_needs_no_result_and_goes_on_after_a_kill(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bytekiln.sweep import adopt as module
+    from bytekiln.sweep.spec import changed, load_spec, trials_of
     from bytekiln.train import train
     from lm_runs import tiny
 
     config = tiny(here, checkpoint_dir=str(here / "checkpoints/tinystories"), out_dir=str(here / "r"), lr=6e-4)
     train(config)
     (here / "r/result.json").unlink()
+    preset = next(t.config for t in trials_of(load_spec("tinystories-lr")) if t.name == "lr=6e-4")
+    differ = {f: was for f, was, _ in changed_mathematics(config, preset, FIELDS) if f not in ("preset", "min_lr")}
+    as_begun = functools.partial(changed, given={**differ, "max_steps": 6})
     with monkeypatch.context() as m:
         m.setattr(module, "_remove_old", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            module.adopt(Path("checkpoints/tinystories"), {"lr": 6e-4})
+            module.adopt(Path("checkpoints/tinystories"), {"lr": 6e-4}, changes=as_begun)
     assert (here / "checkpoints/tinystories/checkpoint_final").is_dir(), "what was there goes last"
-    entry, path = module.adopt(Path("checkpoints/tinystories"), {"lr": 6e-4})
+    entry, path = module.adopt(Path("checkpoints/tinystories"), {"lr": 6e-4}, changes=as_begun)
     assert entry.status == "completed" and entry.best_step == 6 and read_results(path) == [entry]
     assert not (here / "checkpoints/tinystories").exists() and not (here / "r").exists()
     again = train(config.with_(out_dir=str(here / "tinystories-lr/runs/lr=6e-4"), max_steps=8,

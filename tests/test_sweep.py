@@ -16,6 +16,7 @@ import pytest
 
 from bytekiln.errors import BytekilnError, ConfigError, FileError, FormatError, MismatchError, OutputExistsError
 from bytekiln.metrics import Row, RowFile
+from bytekiln.signals import Interrupted, Signals
 from bytekiln.sweep import journal as sweep_journal
 from bytekiln.sweep.coordinate import run_sweep, work
 from bytekiln.sweep.folder import coordinating, remove_sweep, store_trials, stored_trials
@@ -397,3 +398,88 @@ def test_no_optuna_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "optuna.storages.journal", None)
     with pytest.raises(BytekilnError, match=r'pip install "bytekiln\[sweep\]"'):
         run_sweep(trials(1), tmp_path / "s", start=Start())
+
+
+@pytest.mark.parametrize("status", ["diverged", "early_stopped"])
+def test_a_retried_run_is_trained_again_from_its_first_step(tmp_path: Path, status: str) -> None:
+    folder = tmp_path / "s"
+    run_sweep(trials(2), folder, start=Start({"seed=1": 3}))
+    place = folder / "runs/seed=1"
+    if status == "early_stopped":
+        Journal(folder / "journal.log").reopen("seed=1")
+        write_result(place, status)
+    (place / "checkpoints/checkpoint_2").mkdir(parents=True)
+    (place / "checkpoints/checkpoint_2/state.json").write_text("{}")
+    results = run_sweep(trials(2), folder, start=(start := Start()), retry=[status])
+    assert start.started == ["seed=1"] and results[0].status == "completed"
+    assert not (place / "checkpoints/checkpoint_2").exists()
+
+
+@pytest.mark.parametrize("status", ["completed", "pending", "running", "faild"])
+def test_what_cannot_be_retried_is_refused_first(tmp_path: Path, status: str) -> None:
+    with pytest.raises(ConfigError, match=f"retry: found {status}; expected failed, diverged"):
+        run_sweep(trials(), tmp_path / "s", retry=[status])
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("file", ["trials.json", "runs/seed=1/trial.toml"])
+def test_a_damaged_file_does_not_keep_a_sweep_from_being_replaced(tmp_path: Path, file: str) -> None:
+    folder, output = tmp_path / "s", {"checkpoint_dir": str(tmp_path / "c_{seed}")}
+    run_sweep(trials(2, output=output), folder, start=Start())
+    for seed in (1, 2):
+        (tmp_path / f"c_{seed}/checkpoint_2").mkdir(parents=True)
+        (tmp_path / f"c_{seed}/checkpoint_2/state.json").write_text("{}")
+    (folder / "runs/mine").mkdir()
+    (folder / file).write_text("nonsense")
+    remove_sweep(folder)
+    assert [p.name for p in (folder / "runs").iterdir()] == ["mine"] and not (folder / "results.json").exists()
+    assert not list(tmp_path.glob("c_*/checkpoint_*"))
+    run_sweep(trials(2, output=output), folder, start=(start := Start()))
+    assert start.started == ["seed=1", "seed=2"]
+
+
+def test_a_damaged_trial_is_written_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    results = run_sweep(trials(2), folder, start=Start())
+    path = folder / "runs/seed=1/trial.toml"
+    said = path.read_bytes()
+    for text in (b"nonsense", b"d_model = true\n", b"\xff"):
+        path.write_bytes(text)
+        assert run_sweep(trials(2), folder, start=(start := Start())) == results and start.started == []
+        assert path.read_bytes() == said
+
+
+def test_foreign_checkpoints_of_any_run_are_found_before_the_first_begins(tmp_path: Path) -> None:
+    made = trials(2, output={"checkpoint_dir": str(tmp_path / "c_{seed}")})
+    (tmp_path / "c_2/checkpoint_4").mkdir(parents=True)
+    for _ in range(2):  # what is written down of a run that has not begun makes its folder no more its own
+        with pytest.raises(OutputExistsError, match="c_2: found checkpoint_4 of another run"):
+            run_sweep(made, tmp_path / "s", start=(start := Start()))
+        assert start.started == [] and not (tmp_path / "s/runs/seed=1").exists()
+
+
+def test_a_closed_terminal_interrupts(tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    code = (
+        "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
+    )
+    line = [sys.executable, "-c", code, sys.executable, str(HERE / "sweep_driver.py"), "run", str(folder), "60"]
+    with (tmp_path / "said").open("wb") as out:
+        p = subprocess.Popen(line, stdout=out, cwd=ROOT)
+    wait_for(tmp_path / "said", "begins")
+    p.send_signal(signal.SIGHUP)
+    assert p.wait(60) == 129
+    assert statuses(folder) == {"seed=1": "interrupted", "seed=2": "pending", "seed=3": "pending"}
+
+
+def test_ctrl_c_ends_what_was_started_to_ignore_it(tmp_path: Path) -> None:
+    """As `lm-sweep … &` of a script is."""
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt), Signals() as signals:
+            signals.deferred = True
+            signal.raise_signal(signal.SIGINT)
+            raise Interrupted
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, old)

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bytekiln.errors import BytekilnError, ConfigError, FormatError
+from bytekiln.errors import BytekilnError, ConfigError, FormatError, MismatchError
 from bytekiln.sweep.axes import LONGEST_NAME, Axis, exact_name, folder_names, read_axis, short
+from bytekiln.sweep.folder import open_folder
 from bytekiln.sweep.spec import SweepSpec, changed, load_spec, read_spec, sweep_presets, trials_of
 from bytekiln.sweep.table import to_toml
 
@@ -222,3 +223,53 @@ def test_unknown_sweep_and_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_counting_makes_no_runs() -> None:
     many = {f: list(range(1, 11)) for f in ("batch_size", "grad_accum_steps", "warmup_steps", "log_interval")}
     assert spec(axes=many, seeds=3, variant={"v": {"dropout": 0.1}}).count() == 60_000
+
+
+def test_a_stored_sweep_means_the_same_places_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir()
+    other.mkdir()
+    monkeypatch.chdir(one)
+    made = spec(
+        base={**BASE, "train_data": "a.npy,b.npy", "tokenizer": "t.json"},
+        axes={"lr": [1e-3]}, variant={"v": {"val_data": "v.npy"}}, output={"checkpoint_dir": "c/{lr}"},
+    )  # fmt: skip
+    open_folder(made, Path("s"))
+    wanted = trials_of(made)
+    assert trials_of(load_spec("s")) == wanted
+    monkeypatch.chdir(other)
+    assert trials_of(load_spec(one / "s")) == wanted and wanted[0].config.output.checkpoint_dir.startswith(str(one))
+    open_folder(load_spec(one / "s"), one / "s")
+    with pytest.raises(MismatchError, match=rf"directory: found {one}; expected {other}"):
+        open_folder(made, one / "s")
+    open_folder(spec(axes={"lr": [1e-3]}), other / "s")
+    monkeypatch.chdir(one)
+    open_folder(spec(axes={"lr": [1e-3]}), other / "s")  # nothing in it begins at a directory
+
+
+def test_a_scaled_form_has_folders_of_its_own() -> None:
+    full = trials_of(load_spec("tinystories-lr"))
+    small = trials_of(changed(load_spec("tinystories-lr"), scale="cpu"))
+    for a, b in zip(full, small, strict=True):
+        assert b.config.output.checkpoint_dir == f"{a.config.output.checkpoint_dir}_cpu"
+        assert b.config.output.tensorboard_dir == f"{a.config.output.tensorboard_dir}_cpu"
+
+
+@pytest.mark.parametrize(
+    "laid",
+    [{"variant": 3}, {"variant": {"a": 3}}, {"axes": 3}, {"seeds": "x"}, {"samples": "x"}, {"samples": True},
+     {"baseline": 3}],
+)  # fmt: skip
+def test_a_scale_of_the_wrong_kind_is_refused(laid: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"scale\.cpu.*{next(iter(laid))}.*found .*; expected"):
+        changed(spec(scale={"cpu": laid}), scale="cpu")
+
+
+def test_a_variant_that_is_no_table_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"variant\.a: found 3; expected a table"):
+        spec(variant={"a": 3})
+
+
+def test_more_seeds_than_can_be_meant_are_not_listed() -> None:
+    with pytest.raises(ConfigError, match="seeds: found 1000000000; expected at most"):
+        spec(seeds=1_000_000_000)

@@ -24,7 +24,7 @@ from bytekiln.run_flags import add_run_flags, given_fields, spell_switches
 from bytekiln.section import Value
 from bytekiln.sweep.adopt import adopt as adopt_run
 from bytekiln.sweep.axes import Axis
-from bytekiln.sweep.coordinate import run_sweep, work
+from bytekiln.sweep.coordinate import check_retry, run_sweep, work
 from bytekiln.sweep.detach import check, detach
 from bytekiln.sweep.folder import checked_data, coordinating, open_folder
 from bytekiln.sweep.journal import Holder
@@ -32,7 +32,7 @@ from bytekiln.sweep.process import cores
 from bytekiln.sweep.progress import ProgressBoard, number
 from bytekiln.sweep.results import TrialResult, best_of, exit_status
 from bytekiln.sweep.spec import SweepSpec, Trial, changed, load_spec, sweep_presets, trials_of
-from bytekiln.sweep.table import PLACES, typed, typed_axis
+from bytekiln.sweep.table import PLACES, seeds_of, typed, typed_axis
 
 MANY_RUNS = 1000
 """More runs than this are started only with --yes."""
@@ -63,6 +63,8 @@ def sweep(argv: list[str]) -> int:
     options = parser.parse_args(spell_switches(argv))
     if options.source is None:
         raise ConfigError(f"lm-sweep: found no sweep; expected a preset ({', '.join(sweep_presets())}), file or folder")
+    retry = [s for text in options.retry for s in text.replace(",", " ").split()]
+    check_retry(retry)
     spec, folder = _spec(options)
     if spec.count() > MANY_RUNS and not options.yes:
         raise ConfigError(f"{spec.name}: found {spec.count():,} runs; expected at most {MANY_RUNS:,}, or --yes")
@@ -86,7 +88,6 @@ def sweep(argv: list[str]) -> int:
     notice(f"{len(trials)} run{'s' * (len(trials) != 1)} in {folder}, {jobs} at once")
     after = catalogue.after(spec.name)
     with whenever_it_ends(after, spec, folder, notice), analysed(folder, notice), ProgressBoard(notice) as board:
-        retry = [s for text in options.retry for s in text.replace(",", " ").split()]
         results = run_sweep(
             trials, folder, jobs=jobs, retry=retry, results=spec.results_name, say=board.say, board=board,
             stack=options.stack, **start,
@@ -155,20 +156,9 @@ def dry_run(trials: Sequence[Trial], jobs: int) -> str:
 
 def _spec(options: argparse.Namespace) -> tuple[SweepSpec, Path]:
     """The sweep with the command line's values on top, and its folder."""
-    given: dict[str, object] = given_fields(options)
-    for text in options.set:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--set: found {text!r}; expected FIELD=VALUE")
-        given[canonical(key.strip(), "--set")] = value.strip()
+    given: dict[str, object] = {**given_fields(options), **_set(options.set)}
     place = str(given.pop("out_dir", ""))
-    axes: dict[str, Axis] = {}
-    for text in options.axis:
-        key, equals, value = text.partition("=")
-        if not equals or not value.strip():
-            raise ConfigError(f"--axis: found {text!r}; expected FIELD='VALUE VALUE …'")
-        field = canonical(key.strip(), "--axis")
-        axes[field] = typed_axis(field, Axis(values=tuple(value.replace(",", " ").split())))
+    axes = _axes(options.axis)
     spec = load_spec(options.source)
     source, named = Path(options.source), str(options.source).replace("_", "-") in (*sweep_presets(), *presets())
     there = options.folder or place or (source if (source / "sweep.toml").is_file() and not named else "")
@@ -190,6 +180,27 @@ def _spec(options: argparse.Namespace) -> tuple[SweepSpec, Path]:
     return spec, Path(there or spec.folder)
 
 
+def _set(texts: Sequence[str]) -> dict[str, object]:
+    given: dict[str, object] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set: found {text!r}; expected FIELD=VALUE")
+        given[canonical(key.strip(), "--set")] = value.strip()
+    return given
+
+
+def _axes(texts: Sequence[str]) -> dict[str, Axis]:
+    axes: dict[str, Axis] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not value.strip():
+            raise ConfigError(f"--axis: found {text!r}; expected FIELD='VALUE VALUE …'")
+        field = canonical(key.strip(), "--axis")
+        axes[field] = typed_axis(field, Axis(values=tuple(value.replace(",", " ").split())))
+    return axes
+
+
 def _numbers(text: str, flag: str) -> list[float]:
     try:
         return [float(part) for part in text.replace(",", " ").split()]
@@ -197,11 +208,11 @@ def _numbers(text: str, flag: str) -> list[float]:
         raise ConfigError(f"{flag}: found {text!r}; expected numbers, as '3e-4 1e-3'") from None
 
 
-def _seeds(text: str) -> list[int]:
+def _seeds(text: str) -> Sequence[int]:
     parts = text.replace(",", " ").split()
-    if not parts or not all(p.isdecimal() for p in parts) or (len(parts) == 1 and int(parts[0]) < 1):
-        raise ConfigError(f"--seeds: found {text!r}; expected how many, or the seeds themselves: '1 2 3'")
-    return [int(p) for p in parts] if len(parts) > 1 else list(range(1, int(parts[0]) + 1))
+    if not parts or not all(p.isdecimal() and len(p) < 20 for p in parts) or (len(parts) == 1 and int(parts[0]) < 1):
+        raise ConfigError(f"--seeds: found {text[:50]!r}; expected how many, or the seeds themselves: '1 2 3'")
+    return seeds_of([int(p) for p in parts] if len(parts) > 1 else int(parts[0]), "--seeds")
 
 
 def _check_ready(spec: SweepSpec, trials: Sequence[Trial]) -> None:
@@ -275,7 +286,14 @@ def _adopt(argv: list[str]) -> int:
                         help="what the sweep calls it by; several: lr=6e-4,seed=1")  # fmt: skip
     parser.add_argument("--sweep", default="", metavar="PRESET|FILE|FOLDER", help="the sweep; default: by its name")
     parser.add_argument("--tensorboard", metavar="DIR", help="its TensorBoard files; default: as its config says")
+    for flag, value, about in (
+        ("--axis", "FIELD='V …'", "of a sweep that has not begun: an axis that it is to begin with"),
+        ("--set", "FIELD=VALUE", "of a sweep that has not begun: a field that it is to begin with"),
+    ):
+        parser.add_argument(flag, action="append", default=[], metavar=value, help=about)
+    parser.add_argument("--scale", default="", metavar="NAME", help="of a sweep that has not begun: its smaller form")
     options = parser.parse_args(argv)
+    given, axes = _set(options.set), _axes(options.axis)
     values: dict[str, Value] = {}
     for text in (part for given in options.values for part in given.split(",")):
         key, equals, value = text.partition("=")
@@ -284,7 +302,10 @@ def _adopt(argv: list[str]) -> int:
         field = canonical(key.strip(), "--as")
         values[field] = typed(field, value.strip())
     board = Path(options.tensorboard) if options.tensorboard else None
-    entry, path = adopt_run(Path(options.run), values, sweep=options.sweep, tensorboard=board)
+    entry, path = adopt_run(
+        Path(options.run), values, sweep=options.sweep, tensorboard=board,
+        changes=lambda spec: changed(spec, scale=options.scale, axes=axes, given=given),
+    )  # fmt: skip
     print(f"{entry.name}: {entry.status}, checkpoints in {entry.checkpoint_dir}")
     if entry.tensorboard_dir:
         print(f"TensorBoard: {entry.tensorboard_dir}")

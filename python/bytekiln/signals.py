@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM for long jobs: an end at a place of our choosing, at once where nothing is lost.
+"""Ctrl-C, SIGTERM and SIGHUP for long jobs: an end at a place of our choosing, at once where nothing is lost.
 
 Called by `train`.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -19,15 +20,15 @@ GRACE_S = 2.5
 
 
 class Interrupted(BaseException):
-    """SIGTERM or Ctrl-C arrived at a place where the step can be abandoned."""
+    """SIGTERM, SIGHUP or Ctrl-C arrived at a place where the step can be abandoned."""
 
 
 class Signals:
-    """Turns the first SIGTERM or Ctrl-C into `Interrupted`, at once or where `hold` ends.
+    """Turns the first SIGTERM, SIGHUP or Ctrl-C into `Interrupted`, at once or where `hold` ends.
 
-    A second Ctrl-C raises KeyboardInterrupt wherever it comes. Python runs a handler only between two of its own
-    instructions. If one call takes longer than `GRACE_S`, a thread that is woken by the signal itself calls `late`,
-    which saves what the call does not touch and ends the process.
+    SIGHUP says that the terminal was closed. A second Ctrl-C raises KeyboardInterrupt wherever it comes. Python runs a
+    handler only between two of its own instructions. If one call takes longer than `GRACE_S`, a thread that is woken by
+    the signal itself calls `late`, which saves what the call does not touch and ends the process.
     """
 
     def __init__(self) -> None:
@@ -52,13 +53,21 @@ class Signals:
             os.set_blocking(self._pipe[1], False)
             threading.Thread(target=self._watch, args=(self._pipe[0],), daemon=True).start()
             self._old_wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-            self._before = {n: signal.signal(n, self._on_signal) for n in (signal.SIGTERM, signal.SIGINT)}
+            taken = [signal.SIGTERM, signal.SIGINT]
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else nohup: it is to outlive its terminal
+                taken.append(signal.SIGHUP)
+            self._before = {n: signal.signal(n, self._on_signal) for n in taken}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give them back; an `Interrupted` that nobody caught is the process's own matter again."""
+        """Give them back; an `Interrupted` that nobody caught is the process's own matter again.
+
+        Raises:
+            KeyboardInterrupt: after a SIGINT that the process was started to ignore (`command &` in a script).
+            SystemExit: 129 after a SIGHUP that would kill it, so that what is around the job ends in order.
+        """
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._pipe is not None:
@@ -67,12 +76,17 @@ class Signals:
             os.close(self._pipe[1])  # the thread reads the end of the pipe and closes the other side
             self._pipe = None
         if isinstance(exc, Interrupted) and self.number is not None:
+            way = self._before[self.number]
+            if self.number == signal.SIGINT and way is signal.SIG_IGN:
+                raise KeyboardInterrupt
+            if self.number == signal.SIGHUP and way is signal.SIG_DFL:
+                raise SystemExit(128 + signal.SIGHUP)
             signal.raise_signal(self.number)
 
     def _watch(self, reader: int) -> None:
         try:
             while word := os.read(reader, 1):
-                if word[0] not in (signal.SIGTERM, signal.SIGINT) or self._noticed.wait(GRACE_S):
+                if word[0] not in self._before or self._noticed.wait(GRACE_S):
                     continue
                 with self._turn:  # from here on the main thread waits, should it come back
                     if not self._noticed.is_set() and not self._holding and self.late is not None:
@@ -92,6 +106,8 @@ class Signals:
             self._turn.release()
         self._noticed.set()
         self.number = number
+        if number == signal.SIGHUP:
+            _write_nowhere()
         if self.deferred:
             overdue = threading.Timer(GRACE_S, self._overdue, (number,))
             overdue.daemon = True
@@ -123,3 +139,13 @@ class Signals:
                 self._turn.release()
         if self.number is not None and not outer and not self.deferred:
             raise Interrupted
+
+
+def _write_nowhere() -> None:
+    """Let what is still said to a terminal go nowhere: a closed one answers every write with an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for fd in (1, 2):
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(fd).st_mode):  # isatty says no of a closed terminal
+                os.dup2(nowhere, fd)
+    os.close(nowhere)

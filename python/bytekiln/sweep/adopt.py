@@ -8,26 +8,38 @@ goes only when all of it is in its new place, and a killed adoption is finished 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from bytekiln.atomic import sync_folder
 from bytekiln.config import RunConfig, load_config
-from bytekiln.errors import ConfigError, FileError, FormatError, MismatchError, OutputExistsError
+from bytekiln.console import nearest
+from bytekiln.errors import BytekilnError, ConfigError, FileError, FormatError, MismatchError, OutputExistsError
 from bytekiln.metrics import write_atomically
 from bytekiln.section import Value
-from bytekiln.sweep.axes import exact_name, folder_names, short
-from bytekiln.sweep.folder import RUNS, coordinating, run_folder, store_trials, trouble
+from bytekiln.sweep.axes import exact_name, short
+from bytekiln.sweep.folder import (
+    LIMITS,
+    RUNS,
+    SPEC,
+    TRIALS,
+    differences,
+    run_folder,
+    store_trials,
+    stored_names,
+)
 from bytekiln.sweep.journal import Place
+from bytekiln.sweep.locks import coordinating, held, trouble
 from bytekiln.sweep.process import LOG, TRIAL
-from bytekiln.sweep.results import TrialResult, read_results, update_results
-from bytekiln.sweep.spec import SweepSpec, Trial, folder_of, load_spec, sweep_presets
+from bytekiln.sweep.results import TrialResult, read_results, read_run, update_results
+from bytekiln.sweep.spec import SweepSpec, Trial, load_spec, sweep_presets, trials_of
 from bytekiln.sweep.view import view
 
 MARK = "adopting.json"
@@ -37,66 +49,121 @@ FILES = ("config.toml", "metrics.csv", "layers.csv", "diverged.json", "tokenizer
 
 
 def adopt(
-    source: Path, values: Mapping[str, Value], *, sweep: str = "", tensorboard: Path | None = None
+    source: Path,
+    values: Mapping[str, Value],
+    *,
+    sweep: str = "",
+    tensorboard: Path | None = None,
+    changes: Callable[[SweepSpec], SweepSpec] = lambda spec: spec,
 ) -> tuple[TrialResult, Path]:
     """Move a run into a sweep's naming and enter it into the results.
 
+    What is moved is `source` and, where the run's own config says so, what belongs to it elsewhere. Of a copy of a run
+    only the copy goes; what its config names elsewhere is the original's, and is copied.
+
     Args:
         source: the run's folder, or its folder of checkpoints.
-        values: what the sweep calls it by, as `{"lr": 6e-4}`.
+        values: what the sweep calls it by, as `{"lr": 6e-4}`, in any order.
         sweep: preset, file or folder of the sweep; unset: the preset whose checkpoints' name begins like `source`.
         tensorboard: its TensorBoard files; unset: where the run's config says.
+        changes: what the command line will lay over a sweep that has not begun; one that has is taken as it was begun.
 
     Returns:
         Its entry, and the results file.
 
     Raises:
-        MismatchError: the run's config contradicts a value.
+        ConfigError: the sweep has no run of these values (names the nearest).
+        MismatchError: the run's config contradicts a value, or is another one than the sweep's run has.
         OutputExistsError: the sweep has such a run already.
-        BytekilnError: no run, no such sweep, a folder that cannot be written.
+        BytekilnError: no run, one that is being trained, no such sweep, a folder or results that cannot be used.
     """
     spec = load_spec(sweep) if sweep else _sweep_of(source)
-    folder = Path(sweep) if sweep and Path(sweep).is_dir() else spec.folder
-    name = folder_names([exact_name(values, None)])[0]
-    place = run_folder(folder, name)
-    checkpoints = _checkpoints(source) if not (place / MARK).exists() else Path(_mark(place)["checkpoints"])
-    config = _config(source, checkpoints) if checkpoints.is_dir() else load_config(place / TRIAL)
-    _same_values(config, values, checkpoints)
-    target, board = places(spec, config, values, name, place)
-    curves = tensorboard or config.output.tensorboard_folder
+    if sweep and (Path(sweep) / SPEC).is_file():
+        folder = Path(sweep)
+    else:
+        spec = changes(spec)
+        folder = spec.folder
+    begun = (folder / SPEC).is_file()
+    if begun:
+        spec = load_spec(folder / SPEC)
+    trials = trials_of(spec)
+    trial = _same_values(trials, values)
+    place = run_folder(folder, trial.name) if trial else None
+    if place is not None and (place / MARK).exists():
+        old, config = _read_mark(place)
+    else:
+        old, config = _old(source, tensorboard)
+    _expect(config, values, old.checkpoints)
+    if trial is None or place is None:
+        name = exact_name(values, None)
+        alike = max(trials, key=lambda t: sum(t.changes.get(k) == v for k, v in values.items()))
+        meant = nearest(name, [t.name for t in trials]) or alike.name
+        raise ConfigError(f"adopt: {spec.name} has no run {name}; did you mean {meant}?")
+    _same_run(config, trial, old.checkpoints, begun=begun)
+    wanted = trial.config.with_(out_dir=str(place)).output
+    target, board = wanted.checkpoints.absolute(), wanted.tensorboard_folder.absolute()
     try:
         (folder / RUNS).mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise trouble(folder, exc) from None
-    with coordinating(folder):
+    path = folder / spec.results_name
+    leaving = [p for p in (old.home, old.checkpoints) if old.ours(p)]
+    with coordinating(folder), held(source, *leaving, place, target):
+        order = [r.name for r in read_results(path)] if path.exists() else []
+        if (folder / TRIALS).exists():
+            stored_names(folder)
         try:
-            _refuse_taken(place, target, board if curves.is_dir() else None)
+            _refuse_taken(place, target, board if old.curves.is_dir() else None)
             moved = config.with_(
-                out_dir=str(place), checkpoint_dir=str(target) if spec.output.checkpoint_dir else "", metrics_path="",
-                tensorboard_dir=str(board) if spec.output.tensorboard_dir else "", run_name=name,
-                tensorboard=config.output.tensorboard or curves.is_dir(),
-                min_lr=float(f"{config.optimizer.floor_lr:.12g}"),  # as the sweep states it
+                out_dir=str(place), checkpoint_dir=wanted.checkpoint_dir, tensorboard_dir=wanted.tensorboard_dir,
+                metrics_path="", run_name=trial.name, min_lr=float(f"{config.optimizer.floor_lr:.12g}"),
+                tensorboard=config.output.tensorboard or old.curves.is_dir(),
             )  # fmt: skip
-            home = config.output.folder if source.resolve() == checkpoints.resolve() else source
-            _bring(place, home, config, moved, checkpoints, target, curves, board)
-            trial = Trial(name, dict(values), None, config.training.seed, moved)
+            _bring(place, old, moved, trial, target, board)
             store_trials(folder, [trial], spec.results_name)
         except OSError as exc:
             raise trouble(folder, exc) from None
-        path = folder / spec.results_name
         entry = view(folder, trial, Place())
-        update_results(path, [entry], [r.name for r in read_results(path)] if path.exists() else [])
+        update_results(path, [entry], order)
     return entry, path
 
 
-def places(
-    spec: SweepSpec, config: RunConfig, values: Mapping[str, Value], name: str, place: Path
-) -> tuple[Path, Path]:
-    """Where the sweep has a run's checkpoints and its TensorBoard files."""
-    parts = []
-    for template, usual in ((spec.output.checkpoint_dir, "checkpoints"), (spec.output.tensorboard_dir, "tensorboard")):
-        parts.append(folder_of(template, config, values, None, name) if template else place / usual)
-    return parts[0].absolute(), parts[1].absolute()
+@dataclasses.dataclass(frozen=True)
+class Old:
+    """Where a run was, and which of its folders are its own to be removed."""
+
+    checkpoints: Path
+    home: Path
+    metrics: Path
+    curves: Path
+    own: tuple[Path, ...]
+
+    def ours(self, path: Path) -> bool:
+        """Whether `path` goes with the run; what is the original's of a copy does not."""
+        return any(path.resolve().is_relative_to(o.resolve()) for o in self.own)
+
+
+def _old(source: Path, tensorboard: Path | None) -> tuple[Old, RunConfig]:
+    """Where the parts of a run are, all absolute; and its config.
+
+    A path of the config counts as the run's own only if the run is where its config says that it is.
+    """
+    checkpoints = _checkpoints(source)
+    config = _config(source, checkpoints)
+    said, whole = config.output, source.resolve() != checkpoints.resolve()
+    at_home = said.checkpoints.resolve() == checkpoints.resolve()
+    if whole:
+        at_home = at_home and said.folder.resolve() == source.resolve()
+    home = source if whole else said.folder
+    inside = home / "metrics.csv"
+    metrics = said.metrics if at_home or not inside.is_file() else inside
+    curves = said.tensorboard_folder
+    if not at_home and whole and curves.is_relative_to(said.folder):  # the copy's own
+        curves = source / curves.relative_to(said.folder)
+    curves = tensorboard or curves
+    own = [source, *([tensorboard] if tensorboard else []), *([home, checkpoints, metrics, curves] if at_home else [])]
+    at = [p.absolute() for p in (checkpoints, home, metrics, curves)]
+    return Old(at[0], at[1], at[2], at[3], tuple(p.absolute() for p in own)), config
 
 
 def _sweep_of(source: Path) -> SweepSpec:
@@ -139,7 +206,12 @@ def _config(source: Path, checkpoints: Path) -> RunConfig:
     return load_config(stated if stated.is_file() else _newest(checkpoints)[1] / "config.toml")
 
 
-def _same_values(config: RunConfig, values: Mapping[str, Value], where: Path) -> None:
+def _same_values(trials: Sequence[Trial], values: Mapping[str, Value]) -> Trial | None:
+    """The run of a sweep that has these values, in whatever order."""
+    return next((t for t in trials if t.changes == dict(values)), None)
+
+
+def _expect(config: RunConfig, values: Mapping[str, Value], where: Path) -> None:
     for field, value in values.items():
         found = config.flat().get(field)
         if found != value:
@@ -147,8 +219,26 @@ def _same_values(config: RunConfig, values: Mapping[str, Value], where: Path) ->
             raise MismatchError(f"{where}: {field}: found {shown} in the run's config; expected {short(value)}")
 
 
-def _mark(place: Path) -> dict[str, Any]:
-    return dict(json.loads((place / MARK).read_bytes()))
+def _same_run(config: RunConfig, trial: Trial, where: Path, *, begun: bool) -> None:
+    """The sweep must be able to go on with the run as if it were its own."""
+    mine = config.with_(min_lr=float(f"{config.optimizer.floor_lr:.12g}"))  # as the sweep states it
+    found = list(differences(mine, trial.config, config))
+    was, now = mine.flat(), trial.config.flat()
+    found += [(f, was[f], now[f]) for f in LIMITS if was[f] != now[f] and f not in {name for name, _, _ in found}]
+    if found:
+        field, there, wanted = found[0]
+        given = " ".join(f"--set {f}={short(v)}" for f, v, _ in found if v is not None)
+        way = "as the sweep was begun" if begun else f"or: {given}, if the sweep is to begin so"
+        raise MismatchError(f"{where}: {field}: found {there} in the run's config; expected {wanted} ({way})")
+
+
+def _read_mark(place: Path) -> tuple[Old, RunConfig]:
+    """Where the parts of a run were whose adoption was killed."""
+    said = json.loads((place / MARK).read_bytes())
+    own = tuple(map(Path, said.pop("own")))
+    old = Old(**{k: Path(v) for k, v in said.items()}, own=own)
+    known = place / "config.toml"
+    return old, load_config(known) if known.is_file() else _config(old.checkpoints, old.checkpoints)
 
 
 def _refuse_taken(place: Path, target: Path, board: Path | None) -> None:
@@ -161,41 +251,33 @@ def _refuse_taken(place: Path, target: Path, board: Path | None) -> None:
             raise OutputExistsError(f"{path}: found files of a run; expected a free folder")
 
 
-def _bring(
-    place: Path,
-    home: Path,
-    config: RunConfig,
-    moved: RunConfig,
-    checkpoints: Path,
-    target: Path,
-    curves: Path,
-    board: Path,
-) -> None:
+def _bring(place: Path, old: Old, moved: RunConfig, trial: Trial, target: Path, board: Path) -> None:
     """Everything to its new place; what was there goes last."""
     place.mkdir(parents=True, exist_ok=True)
     if not (place / MARK).exists():
-        write_atomically(place / MARK, json.dumps({"checkpoints": str(checkpoints.absolute())}).encode())
-    same = home.resolve() == place.resolve()
-    if checkpoints.is_dir() and checkpoints.resolve() != target.resolve():
+        mark = {k: str(v) for k, v in vars(old).items() if k != "own"} | {"own": [str(p) for p in old.own]}
+        write_atomically(place / MARK, json.dumps(mark).encode())
+    same = old.home.resolve() == place.resolve()
+    if old.checkpoints.is_dir() and old.checkpoints.resolve() != target.resolve():
         target.mkdir(parents=True, exist_ok=True)
-        for old in sorted(p for p in checkpoints.glob("checkpoint_*") if (p / "state.json").is_file()):
-            _copy_checkpoint(old, target / old.name, moved)
-    if curves.is_dir() and curves.resolve() != board.resolve():
+        for path in sorted(p for p in old.checkpoints.glob("checkpoint_*") if (p / "state.json").is_file()):
+            _copy_checkpoint(path, target / path.name, moved)
+    if old.curves.is_dir() and old.curves.resolve() != board.resolve():
         board.mkdir(parents=True, exist_ok=True)
-        for old in curves.glob("events.out.tfevents.*"):
-            _link(old, board / old.name)
+        for path in old.curves.glob("events.out.tfevents.*"):
+            _link(path, board / path.name, copy=not old.ours(path))
     if not same:
         for file in FILES:
-            old = config.output.metrics if file == "metrics.csv" else home / file
-            if old.is_file():
-                _link(old, place / file, copy=True)
-        if (home / "samples").is_dir():
-            shutil.copytree(home / "samples", place / "samples", dirs_exist_ok=True)
+            path = old.metrics if file == "metrics.csv" else old.home / file
+            if path.is_file() and file != "config.toml":
+                _link(path, place / file, copy=True)
+        if (old.home / "samples").is_dir():
+            shutil.copytree(old.home / "samples", place / "samples", dirs_exist_ok=True)
+        _result(old.home, place, target, moved)
         write_atomically(place / "config.toml", moved.to_toml().encode())
-        _result(home, place, target, config)
-    write_atomically(place / TRIAL, moved.to_toml().encode())
+    write_atomically(place / TRIAL, trial.config.with_(out_dir=str(place)).to_toml().encode())
     if not same:
-        _remove_old(home, config, checkpoints, target, curves, board)
+        _remove_old(old, target, board)
     (place / MARK).unlink()
     sync_folder(place)
 
@@ -233,11 +315,15 @@ def _link(old: Path, new: Path, *, copy: bool = False) -> None:
 
 
 def _result(home: Path, place: Path, checkpoints: Path, config: RunConfig) -> None:
-    """The run's own result, or what its newest checkpoint tells where it has none."""
-    if (home / "result.json").is_file():
-        _link(home / "result.json", place / "result.json", copy=True)
-        return
+    """The run's own result, or what its newest checkpoint tells where it has none, or has gone on elsewhere."""
+    if (place / "result.json").exists():
+        return  # brought before this adoption was killed
     state, path = _newest(checkpoints)
+    with suppress(BytekilnError):
+        found = read_run(home)
+        if found is not None and found.get("steps") == state["step"]:
+            _link(home / "result.json", place / "result.json", copy=True)
+            return
     row, final = state.get("last_row") or {}, path.name == "checkpoint_final"
     status = "completed" if final and state["step"] >= config.training.max_steps else "interrupted"
     about = {
@@ -259,18 +345,22 @@ def _result(home: Path, place: Path, checkpoints: Path, config: RunConfig) -> No
     write_atomically(place / "result.json", json.dumps(about, indent=1, allow_nan=False).encode() + b"\n")
 
 
-def _remove_old(home: Path, config: RunConfig, checkpoints: Path, target: Path, curves: Path, board: Path) -> None:
-    """What has been brought away; folders only where nothing is left in them."""
-    if checkpoints.resolve() != target.resolve():
-        for old in checkpoints.glob("checkpoint_*"):
-            if (target / old.name).is_dir():
-                shutil.rmtree(old)
-    if curves.resolve() != board.resolve():
-        for old in curves.glob("events.out.tfevents.*"):
-            old.unlink()
+def _remove_old(old: Old, target: Path, board: Path) -> None:
+    """What has been brought away and is the run's own; folders only where nothing is left in them."""
+    if old.checkpoints.resolve() != target.resolve() and old.ours(old.checkpoints):
+        for path in old.checkpoints.glob("checkpoint_*"):
+            if (target / path.name).is_dir():
+                shutil.rmtree(path)
+    if old.curves.resolve() != board.resolve() and old.ours(old.curves):
+        for path in old.curves.glob("events.out.tfevents.*"):
+            path.unlink()
     for file in (*FILES, "result.json"):
-        (config.output.metrics if file == "metrics.csv" else home / file).unlink(missing_ok=True)
-    shutil.rmtree(home / "samples", ignore_errors=True)
-    for folder in (checkpoints, curves, home):
-        with suppress(OSError):
-            folder.rmdir()
+        path = old.metrics if file == "metrics.csv" else old.home / file
+        if old.ours(path):
+            path.unlink(missing_ok=True)
+    if old.ours(old.home):
+        shutil.rmtree(old.home / "samples", ignore_errors=True)
+    for folder in (old.checkpoints, old.curves, old.home):
+        if old.ours(folder):
+            with suppress(OSError):
+                folder.rmdir()

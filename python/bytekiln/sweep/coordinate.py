@@ -17,24 +17,22 @@ from pathlib import Path
 from typing import Protocol
 
 from bytekiln.console import human_time
-from bytekiln.errors import BytekilnError, ConfigError
+from bytekiln.errors import BytekilnError, ConfigError, FormatError
 from bytekiln.signals import Interrupted, Signals
 from bytekiln.stack.rules import stackable
 from bytekiln.sweep.folder import (
     JOURNAL,
     RUNS,
-    coordinating,
-    is_free,
+    remove_run,
     run_folder,
-    still_coordinating,
     store_trials,
     stored_names,
     stored_trial,
-    trouble,
 )
 from bytekiln.sweep.journal import Journal
+from bytekiln.sweep.locks import coordinating, is_free, still_coordinating, trouble
 from bytekiln.sweep.process import LOG, Ending, Process, Running, Start, Together, cores, ending
-from bytekiln.sweep.results import DONE, STATUSES, TrialResult, best_of, read_results, read_run, update_results
+from bytekiln.sweep.results import DONE, TrialResult, best_of, read_results, read_run, update_results
 from bytekiln.sweep.spec import Trial
 from bytekiln.sweep.view import EXIT_STATUS, ended, view
 
@@ -43,6 +41,8 @@ __all__ = ["TrialResult", "best_of", "run_sweep", "work"]
 POLL_S = 0.05
 """How often children are looked at; the journal and the board every `LOOK_S`."""
 LOOK_S = 1.0
+RETRIED = ("failed", "diverged", "early_stopped", "interrupted")
+"""What `retry` may name."""
 LOCK_WAIT_S = 60.0
 """How long a run's folder may still be held by the process of a sweep that was killed, while it saves."""
 
@@ -95,9 +95,7 @@ def run_sweep(
     """
     if jobs < 1:
         raise ConfigError(f"jobs: found {jobs}; expected at least 1")
-    for status in retry:
-        if status not in STATUSES:
-            raise ConfigError(f"retry: found {status}; expected failed, diverged, early_stopped or interrupted")
+    check_retry(retry)
     folder = Path(folder)
     try:
         (folder / RUNS).mkdir(parents=True, exist_ok=True)
@@ -109,6 +107,17 @@ def run_sweep(
         sweep = _Sweep(folder, list(named), named.__getitem__, results, jobs, say, start, board, stack)
         sweep.look_back(retry, moved)
         return sweep.go(coordinator=True)
+
+
+def check_retry(retry: Collection[str]) -> None:
+    """Refuse what is no end that a run can be trained again from.
+
+    Raises:
+        ConfigError: found such a status.
+    """
+    for status in retry:
+        if status not in RETRIED:
+            raise ConfigError(f"retry: found {status}; expected failed, diverged, early_stopped or interrupted")
 
 
 def work(
@@ -193,7 +202,33 @@ class _Sweep:
                     continue
             if found.status == "interrupted" or found.status in retry or name in moved:
                 journal.reopen(name)
+                if found.status in DONE and name not in moved:
+                    self._anew(name)
         self.write(self.names)
+        self._restore()
+
+    def _anew(self, name: str) -> None:
+        """Remove what a run left that is to be trained again from its first step; claimed meanwhile."""
+        place = run_folder(self.folder, name)
+        if not is_free(place):
+            self.say(f"{name}: not trained again: {place} is in use by another process")
+            return
+        if not self.journal.claim(name, self.threads):
+            return  # a worker was faster, and found the old end
+        try:
+            remove_run(place)
+        except OSError as exc:
+            raise trouble(place, exc) from None
+        finally:
+            self.journal.release(name, "is trained again")
+
+    def _restore(self) -> None:
+        """Runs of the folder that are not among these, adopted ones for instance, stay in the results."""
+        told = {r.name for r in read_results(self.path)}
+        for name in (n for n in stored_names(self.folder)[1] if n not in told):
+            with suppress(ConfigError, FormatError):  # its own trouble is not these runs'
+                trial = stored_trial(self.folder, name)
+                update_results(self.path, [view(self.folder, trial, self.journal.place(name))])
 
     # --- the loop -------------------------------------------------------------------------------------------
 
@@ -347,6 +382,8 @@ class _Sweep:
 
     def _stop(self, number: int) -> None:
         """Pass a signal on; the runs save their checkpoints, the results say interrupted."""
+        if number == signal.SIGHUP:
+            self.say = lambda _: None  # the terminal is gone
         self.say(f"stopping {len(self.at_work)} run{'s' * (len(self.at_work) != 1)} (a second Ctrl-C does not wait)")
         for run in self._processes():
             run.send(number)

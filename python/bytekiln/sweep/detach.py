@@ -47,7 +47,7 @@ def detach(name: str, command: Sequence[str]) -> str:
     tmux = check(name)
     env = [part for k, v in os.environ.items() if k.startswith(KEPT) for part in ("-e", f"{k}={v}")]
     # What ends badly stays on the screen until somebody has read it.
-    line = f"{shlex.join(command)} || {{ echo \"exit status $?; Enter closes this session\"; read _; }}"
+    line = f'{shlex.join(command)} || {{ echo "exit status $?; Enter closes this session"; read _; }}'
     start = [tmux, "new-session", "-d", "-s", name, "-x", "120", "-y", "40", *env, line]
     run = subprocess.run(start, capture_output=True, text=True, check=False)
     if run.returncode:

@@ -1,4 +1,4 @@
-"""A sweep's place on the disk: one coordinator at a time, each run's config, the list of runs.
+"""A sweep's place on the disk: its spec, each run's config, the list of runs.
 
 In: trials. Out: `trials.json`, `runs/NAME/trial.toml`, `sweep.toml`; refusals of what does not belong together. Called
 by `sweep`, `adopt` and `cli_sweep`; imports no torch.
@@ -6,102 +6,33 @@ by `sweep`, `adopt` and `cli_sweep`; imports no torch.
 
 from __future__ import annotations
 
-import dataclasses
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bytekiln.config import FIELDS, changed_mathematics, load_config, stated_in
+from bytekiln.config import FIELDS, RunConfig, changed_mathematics, load_config, stated_in
 from bytekiln.errors import BytekilnError, ConfigError, FileError, FormatError, MismatchError, OutputExistsError
 from bytekiln.metrics import write_atomically
-from bytekiln.sweep.journal import BEAT_S, Holder
-from bytekiln.sweep.process import TRIAL
-from bytekiln.sweep.spec import SweepSpec, Trial, inlined, load_spec
+from bytekiln.section import Value
+from bytekiln.sweep.locks import LOCK as LOCK
+from bytekiln.sweep.locks import coordinating as coordinating
+from bytekiln.sweep.locks import trouble as trouble
+from bytekiln.sweep.process import LOG, TRIAL
+from bytekiln.sweep.spec import DATA_PATHS, SweepSpec, Trial, inlined, load_spec
 from bytekiln.sweep.table import to_toml
 
-LOCK, TRIALS, SPEC, JOURNAL, RUNS = "coordinator.lock", "trials.json", "sweep.toml", "journal.log", "runs"
-NEVER_COMPARED = ("name", "question", "questions", "baseline", "format", "version")
+TRIALS, SPEC, JOURNAL, RUNS = "trials.json", "sweep.toml", "journal.log", "runs"
+NEVER_COMPARED = ("name", "question", "questions", "baseline", "format", "version", "directory")
 """What of a spec changes no run."""
 LIMITS = ("max_steps", "max_time", "token_budget", "early_stopping_patience")
 """Where a run ends: with others, one that ended goes on."""
-
-
-@contextmanager
-def coordinating(folder: Path) -> Iterator[None]:
-    """Be the one process that decides about a sweep.
-
-    Raises:
-        FileError: another one is (named), or the folder cannot be written.
-    """
-    path = folder / LOCK
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as exc:
-        raise trouble(path, exc) from None
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _in_use(folder, _owner(path)) from None
-        except OSError:  # a file system without locks: what the file says decides
-            owner = _owner(path)
-            if owner is not None and _seems_alive(path, owner):
-                raise _in_use(folder, owner) from None
-        try:
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, json.dumps(dataclasses.asdict(Holder.me())).encode() + b"\n", 0)
-        except OSError as exc:
-            raise trouble(path, exc) from None
-        yield
-        with suppress(OSError):
-            os.ftruncate(fd, 0)
-    finally:
-        os.close(fd)
-
-
-def still_coordinating(folder: Path) -> None:
-    """Show that the coordinator lives, where locks do not."""
-    with suppress(OSError):
-        os.utime(folder / LOCK)
-
-
-def _owner(path: Path) -> Holder | None:
-    try:
-        return Holder(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def _seems_alive(path: Path, owner: Holder) -> bool:
-    here = owner.runs_here()
-    if here is not None:
-        return here
-    probe = path.with_name(f".{path.name}.{os.getpid()}")  # both times are the file server's
-    try:
-        probe.touch()
-        return probe.stat().st_mtime - path.stat().st_mtime < 3 * BEAT_S
-    finally:
-        probe.unlink(missing_ok=True)
-
-
-def _in_use(folder: Path, owner: Holder | None) -> FileError:
-    who = str(owner) if owner else "another process"
-    return FileError(
-        f"{folder}: found a sweep run by {who}; expected one coordinator (lm-sweep worker {folder} joins it)"
-    )
-
-
-def trouble(path: Path, exc: OSError) -> BytekilnError:
-    """An error of the operating system in our words."""
-    if isinstance(exc, BytekilnError):
-        return exc
-    reason = (exc.strerror or str(exc)).lower()
-    return FileError(f"{exc.filename or path}: {reason}; expected a writable folder with space for the sweep")
+OF_A_RUN = "config.toml metrics.csv layers.csv result.json diverged.json tokenizer.json tracking.json".split()
+"""What a run writes into its folder."""
+LEFT_OPEN = {"vocab_size": 0, "precision": "auto"}
+"""Values with which a run's config leaves a choice open, which the run itself has made (`prepare.LEFT_OPEN`)."""
 
 
 def run_folder(folder: Path, name: str) -> Path:
@@ -121,16 +52,16 @@ def store_trials(folder: Path, trials: Sequence[Trial], results: str) -> list[st
     """
     moved = []
     for trial in trials:
+        _refuse_foreign(trial, run_folder(folder, trial.name))
+    for trial in trials:
         place = run_folder(folder, trial.name)
         config = trial.config.with_(out_dir=str(place))
-        _refuse_foreign(trial, place)
-        if (place / TRIAL).exists():
-            stored = load_config(place / TRIAL)
-            for field, was, now in changed_mathematics(stored, config, FIELDS):
-                if field != "preset":
-                    raise MismatchError(
-                        f"{place}: found a run with {field} {was}; expected {now} (another folder, or --overwrite)"
-                    )
+        stored, chosen = _stored_configs(place)
+        if stored is not None:
+            for field, was, now in differences(stored, config, chosen):
+                raise MismatchError(
+                    f"{place}: found a run with {field} {was}; expected {now} (another folder, or --overwrite)"
+                )
             if any(stored.flat()[n] != config.flat()[n] for n in LIMITS):
                 moved.append(trial.name)
         text = config.to_toml().encode()
@@ -150,6 +81,30 @@ def store_trials(folder: Path, trials: Sequence[Trial], results: str) -> list[st
     said = {"format": "bytekiln-trials", "version": 1, "results": results, "trials": about}
     write_atomically(folder / TRIALS, json.dumps(said, indent=1, allow_nan=False).encode() + b"\n")
     return moved
+
+
+def differences(
+    was: RunConfig, now: RunConfig, chosen: RunConfig | None
+) -> Iterator[tuple[str, Value | None, Value | None]]:
+    """As `changed_mathematics`, but what one of them leaves open is equal to what the run (`chosen`) made of it."""
+    for field, before, after in changed_mathematics(was, now, FIELDS):
+        if field in LEFT_OPEN and chosen is not None:
+            settled = chosen.flat()[field]
+            if {before, after} <= {LEFT_OPEN[field], settled}:
+                continue
+        if field != "preset":
+            yield field, before, after
+
+
+def _stored_configs(place: Path) -> tuple[RunConfig | None, RunConfig | None]:
+    """What a run was asked to be, and what it made of it; where the former is damaged the latter has to do."""
+    found = []
+    for name in (TRIAL, "config.toml"):
+        try:
+            found.append(load_config(place / name) if (place / name).exists() else None)
+        except (ConfigError, FormatError):
+            found.append(None)
+    return (found[0] or found[1], found[1]) if (place / TRIAL).exists() else (None, found[1])
 
 
 def stored_trials(folder: Path) -> tuple[str, list[Trial]]:
@@ -198,13 +153,13 @@ def _read_trials(folder: Path) -> tuple[str, list[dict[str, Any]]]:
 def _refuse_foreign(trial: Trial, place: Path) -> None:
     """A new run must not begin in a folder of checkpoints that is not its own: it would go on from them."""
     there = trial.config.output.checkpoint_dir
-    if not there or (place / TRIAL).exists():
+    if not there or any((place / name).exists() for name in (LOG, "config.toml", "result.json")):
         return
     found = sorted(Path(there).glob("checkpoint_*"))
     if found:
         raise OutputExistsError(
             f"{there}: found {found[0].name} of another run; expected a free folder: lm-sweep adopt takes the run in, "
-            "--overwrite replaces it"
+            "else remove it or rename the folder"
         )
 
 
@@ -251,7 +206,7 @@ def open_folder(spec: SweepSpec, folder: Path, *, overwrite: bool = False) -> No
 
 def write_spec(spec: SweepSpec, folder: Path) -> None:
     """Write `sweep.toml`, and beside it the file that its base names."""
-    said = spec.plain()
+    said = {**spec.plain(), "directory": str(Path(spec.directory).absolute())}
     config = spec.base.get("config")
     if config is not None:
         fields = stated_in(Path(str(config)))
@@ -261,13 +216,26 @@ def write_spec(spec: SweepSpec, folder: Path) -> None:
 
 
 def _same_or_refused(spec: SweepSpec, path: Path) -> None:
-    stored, wanted = _flat(inlined(load_spec(path))), _flat(inlined(spec))
+    there = load_spec(path)
+    stored, wanted = _flat(inlined(there)), _flat(inlined(spec))
+    if there.directory and _begins_there(spec):
+        stored["directory"], wanted["directory"] = there.directory, str(Path(spec.directory).absolute())
     for key in {**stored, **wanted}:
         if stored.get(key) != wanted.get(key):
             raise MismatchError(
                 f"{path}: {key}: found {_shown(stored.get(key))}; expected {_shown(wanted.get(key))} "
                 "(--folder takes another place, --overwrite replaces the sweep)"
             )
+
+
+def _begins_there(spec: SweepSpec) -> bool:
+    """Whether the working directory says where its data or its runs are."""
+    said = inlined(spec)
+    values = [v for _, v in spec.templates()]
+    axes = [{field: value} for field, axis in spec.axes.items() for value in axis.values]
+    for fields in (said.get("base", {}), *spec.variant.values(), *axes):
+        values += [part for n in DATA_PATHS for part in str(fields.get(n) or "").split(",")]
+    return "dataset" in spec.base or any(v and not Path(v.strip()).is_absolute() for v in values)
 
 
 def _flat(said: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -287,45 +255,43 @@ def _shown(value: object) -> str:
 
 
 def remove_sweep(folder: Path) -> None:
-    """Remove what a sweep wrote: its runs, their checkpoints and curves elsewhere, results, journal."""
+    """Remove what a sweep wrote: its runs, their checkpoints and curves elsewhere, results, journal.
+
+    Its runs are those in `runs/` that have what only a sweep writes, whether or not its lists can still be read.
+    """
+    results = {"results.json", "lr_sweep_results.json"}
+    with suppress(BytekilnError):
+        results.add(_read_trials(folder)[0])
+    with suppress(BytekilnError):
+        results.add(load_spec(folder / SPEC).results_name)
     try:
-        results, trials = stored_trials(folder)
-    except BytekilnError:
-        results, trials = "results.json", []
-    try:
-        for trial in trials:
-            output = trial.config.output
-            if output.checkpoint_dir:
-                for path in Path(output.checkpoint_dir).glob("checkpoint_*"):
-                    if (path / "state.json").is_file() or (path / "checksums.json").is_file():
-                        shutil.rmtree(path)
-            if output.tensorboard_dir:
-                for path in Path(output.tensorboard_dir).glob("events.out.tfevents.*"):
-                    path.unlink()
-            shutil.rmtree(run_folder(folder, trial.name), ignore_errors=True)
-        for name in (results, f".{results}.lock", TRIALS, SPEC, "base.toml", JOURNAL):
+        for place in sorted((folder / RUNS).iterdir()) if (folder / RUNS).is_dir() else []:
+            if (place / TRIAL).exists() or (place / LOG).exists():
+                remove_run(place)
+                shutil.rmtree(place, ignore_errors=True)
+        for name in (*(n for r in results for n in (r, f".{r}.lock")), TRIALS, SPEC, "base.toml", JOURNAL):
             (folder / name).unlink(missing_ok=True)
     except OSError as exc:
         raise trouble(folder, exc) from None
 
 
-def is_free(place: Path) -> bool:
-    """Whether no process trains in a run's folder."""
-    try:
-        fd = os.open(place, os.O_RDONLY)
-    except FileNotFoundError:
-        return True
-    except OSError as exc:
-        raise trouble(place, exc) from None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a file system without locks
-    finally:
-        os.close(fd)
-    return True
+def remove_run(place: Path) -> None:
+    """Remove what one run of a sweep left, its checkpoints and curves elsewhere too; `trial.toml` and `log.txt` stay.
+
+    Raises:
+        OSError: something of it cannot be removed.
+    """
+    stored, chosen = _stored_configs(place)
+    if (config := stored or chosen) is not None:
+        output = config.with_(out_dir=str(place.absolute())).output
+        for path in output.checkpoints.glob("checkpoint_*"):
+            if (path / "state.json").is_file() or (path / "checksums.json").is_file():
+                shutil.rmtree(path)
+        for path in output.tensorboard_folder.glob("events.out.tfevents.*"):
+            path.unlink()
+    for name in OF_A_RUN:
+        (place / name).unlink(missing_ok=True)
+    shutil.rmtree(place / "samples", ignore_errors=True)
 
 
 def checked_data(trials: Sequence[Trial], dataset: str = "") -> None:

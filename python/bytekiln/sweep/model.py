@@ -40,6 +40,7 @@ class SweepSpec(Section):
     output: SweepOutput = setting(SweepOutput(), "where files go")
     scale: dict[str, dict[str, Any]] = setting({}, "what --scale NAME lays over the base")
     scaled: str = setting("", "which of them is laid over it")
+    directory: str = setting("", "what relative paths begin at; unset: the working directory")
 
     @property
     def results_name(self) -> str:
@@ -54,8 +55,9 @@ class SweepSpec(Section):
         return Path((self.output.folder or self.name) + (f"-{self.scaled}" if self.scaled else ""))
 
     def templates(self) -> list[tuple[str, str]]:
-        """Fields of folders and what makes them."""
-        return [("checkpoint_dir", self.output.checkpoint_dir), ("tensorboard_dir", self.output.tensorboard_dir)]
+        """Fields of folders and what makes them; a scaled form has folders of its own, as the sweep's is."""
+        end = f"_{self.scaled}" if self.scaled else ""
+        return [(n, t and t + end) for n in ("checkpoint_dir", "tensorboard_dir") for t in [getattr(self.output, n)]]
 
     def count(self) -> int:
         """How many runs it has, without making them."""

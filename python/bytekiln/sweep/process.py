@@ -23,7 +23,7 @@ PARENT = "BYTEKILN_PARENT"
 TRIAL, LOG = "trial.toml", "log.txt"
 FROM_OUTSIDE = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 """A run that such a signal killed did nothing wrong: it is resumed, not retried."""
-EXIT_OF = {130: signal.SIGINT, 143: signal.SIGTERM}
+EXIT_OF = {129: signal.SIGHUP, 130: signal.SIGINT, 143: signal.SIGTERM}
 
 
 class Running(Protocol):

@@ -129,6 +129,13 @@ def changed(
             raise ConfigError(f"--scale: found {scale}; expected one that {spec.name} has: {known}")
         over = {str(k).replace("-", "_"): v for k, v in spec.scale[scale].items()}
         more = {k: over.pop(k) for k in ("axes", "seeds", "samples", "variant", "baseline") if k in over}
+        kinds: dict[str, tuple[type, str]] = {
+            "samples": (int, "a number"), "variant": (dict, "a table"), "baseline": (str, "a name"),
+        }  # fmt: skip
+        for key, value in more.items():
+            kind, wanted = kinds.get(key, (object, ""))
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                raise ConfigError(f"scale.{scale}: {key}: found {value!r}; expected {wanted}")
         update = {"scaled": scale, "base": {**spec.base, **fields_of(over, f"scale.{scale}")}}
         if "axes" in more:
             update["axes"] = {**spec.axes, **axes_of(more["axes"], f"scale.{scale}")}
@@ -136,10 +143,8 @@ def changed(
             update["seeds"] = seeds_of(more["seeds"], f"scale.{scale}")
         update |= {k: more[k] for k in ("samples", "baseline") if k in more}
         if "variant" in more:
-            wanted = {n: fields_of(v, f"scale.{scale}: variant.{n}") for n, v in more["variant"].items()}
-            update["variant"] = {
-                n: {**spec.variant.get(n, {}), **wanted.get(n, {})} for n in {**spec.variant, **wanted}
-            }
+            laid = {n: fields_of(v, f"scale.{scale}: variant.{n}") for n, v in more["variant"].items()}
+            update["variant"] = {n: {**spec.variant.get(n, {}), **laid.get(n, {})} for n in {**spec.variant, **laid}}
         spec = spec.model_copy(update=update)
     new_axes = {**spec.axes, **(axes or {})}
     if lrs:
@@ -243,7 +248,7 @@ def _config(spec: SweepSpec, changes: Mapping[str, Value], variant: str | None) 
     given |= changes
     dataset = str(spec.base.get("dataset", ""))
     if dataset:
-        folder = Path("data") / "processed"
+        folder = Path(spec.directory) / "data" / "processed"
         tokenizer = folder / f"{dataset}_tokenizer.json"
         if not {"train_data", "tokenizer", "vocab_path"} & set(given) and tokenizer.exists():
             given["tokenizer"] = str(tokenizer)
@@ -264,6 +269,7 @@ def _typed(value: Value, settled: Value | None) -> Value:
 
 def _placed(spec: SweepSpec, config: RunConfig, axis: Mapping[str, Value], variant: str | None, name: str) -> RunConfig:
     """The run with absolute paths: its data, and the folders that a template gives it."""
+    begin = Path(spec.directory).absolute()
     paths: dict[str, Value] = dict.fromkeys(PLACES, "")
     paths["run_name"] = name
     paths["save_dir"] = "runs"
@@ -273,10 +279,10 @@ def _placed(spec: SweepSpec, config: RunConfig, axis: Mapping[str, Value], varia
     for field in DATA_PATHS:
         if text := str(flat.get(field) or ""):
             parts = text.split(",") if field == "train_data" else [text]
-            paths[field] = ",".join(str(Path(p.strip()).absolute()) for p in parts)
+            paths[field] = ",".join(str(begin / p.strip()) for p in parts)
     for field, template in spec.templates():
         if template:
-            paths[field] = str(folder_of(template, config, axis, variant, name).absolute())
+            paths[field] = str(begin / folder_of(template, config, axis, variant, name))
     return config.with_(**paths)
 
 

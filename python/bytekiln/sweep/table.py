@@ -20,6 +20,8 @@ from bytekiln.sweep.axes import Axis, read_axis
 
 PLACES = ("out_dir", "run_name", "save_dir", "metrics_path", "checkpoint_dir", "tensorboard_dir")
 """Fields that each run of a sweep gets by its name."""
+MOST_SEEDS = 100_000
+"""More are not even listed; far fewer runs want --yes."""
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
@@ -30,7 +32,7 @@ def fields_of(table: Mapping[str, object], where: str) -> dict[str, Value]:
         ConfigError: there is no such field, or it is not for a sweep to set.
     """
     out: dict[str, Value] = {}
-    for key, value in leaves(table):
+    for key, value in leaves(table, where):
         switch = SWITCHES.get(key.replace("-", "_"))
         name = switch[0] if switch else canonical(key, where)
         if switch:
@@ -65,8 +67,14 @@ def _reader(field: str) -> TypeAdapter[Value | None]:
     return TypeAdapter(kind)
 
 
-def leaves(table: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """Keys and values, those of a run's sections too."""
+def leaves(table: object, where: str) -> Iterator[tuple[str, object]]:
+    """Keys and values, those of a run's sections too.
+
+    Raises:
+        ConfigError: it is no table.
+    """
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{where}: found {table!r}; expected a table")
     for key, value in table.items():
         if isinstance(value, Mapping) and key in SECTIONS:
             yield from value.items()
@@ -81,7 +89,7 @@ def axes_of(table: Mapping[str, object], where: str) -> dict[str, Axis]:
         ConfigError: no such field (names the nearest), or no list or range.
     """
     axes: dict[str, Axis] = {}
-    for key, value in leaves(table):
+    for key, value in leaves(table, f"{where}: axes"):
         field = canonical(key, f"{where}: axes")
         if field in PLACES:
             raise ConfigError(f"{where}: axes.{field}: each run of a sweep has its own; expected another field")
@@ -103,9 +111,11 @@ def seeds_of(value: Any, where: str) -> tuple[int, ...]:  # noqa: ANN401 - whate
     ((1, 2, 3), (7, 8))
 
     Raises:
-        ConfigError: neither, or one seed twice.
+        ConfigError: neither, one seed twice, or more than `MOST_SEEDS`.
     """
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        if value > MOST_SEEDS:
+            raise ConfigError(f"{where}: seeds: found {value}; expected at most {MOST_SEEDS}")
         return tuple(range(1, value + 1))
     whole = isinstance(value, list | tuple) and all(isinstance(v, int) and v >= 0 for v in value)
     if not whole or len(set(value)) < len(value):
