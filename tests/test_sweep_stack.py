@@ -83,11 +83,25 @@ def test_a_shape_of_its_own_and_dropout_are_trained_alone(tmp_path: Path, stacks
 def test_a_run_that_diverged_or_failed_in_a_stack_is_that_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    codes = {"seed=2": 3, "seed=3": 2}
+    codes = {"seed=2": 3, "seed=3": 5}
     monkeypatch.setattr(coordinate, "Together", lambda f, n: FakeStack(f, n, codes=codes))
     results = run_sweep(trials(3, base={**BASE, "precision": "fp32"}), tmp_path / "s", stack=3, start=Start())
     assert [r.status for r in results] == ["completed", "diverged", "failed"]
     assert [r.exit_status for r in results] == [0, 3, 0] and "no result.json" in str(results[2].why)
+
+
+def test_a_stack_that_cannot_be_trained_is_trained_run_by_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One damaged folder of three costs the others nothing."""
+
+    class Refused(FakeStack):
+        def poll(self) -> int | None:
+            return 2
+
+    monkeypatch.setattr(coordinate, "Together", Refused)
+    alone = Start(codes={"seed=2": 2})
+    results = run_sweep(trials(3, base={**BASE, "precision": "fp32"}), tmp_path / "s", stack=3, start=alone)
+    assert alone.started == ["seed=1", "seed=2", "seed=3"]
+    assert [r.status for r in results] == ["completed", "failed", "completed"]
 
 
 def test_a_signal_reaches_a_stack_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +154,7 @@ def test_a_stopped_or_killed_stack_goes_on(argv: list[str], tmp_path: Path, numb
     env = {**os.environ, **ONE_THREAD}
     whole = [*line, "--folder", "whole", "--stack"]
     assert subprocess.run(whole, env=env, capture_output=True, timeout=200, check=False).returncode == 0
-    sweep = subprocess.Popen([*line, "--folder", "s", "--stack"], env=env, stderr=subprocess.PIPE)
+    sweep = subprocess.Popen([*line, "--folder", "s", "--stack"], env=env, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 100
     while not list((tmp_path / "s/runs").glob("*/checkpoints/checkpoint_5")):
         assert time.monotonic() < until

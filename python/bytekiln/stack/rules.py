@@ -63,7 +63,7 @@ def stackable(configs: Sequence[RunConfig]) -> str:
 
 def _why_not(config: RunConfig) -> str:
     m, t = config.model, config.training
-    low = t.precision != "fp32" and not (t.precision == "auto" and t.device == "cpu")
+    low = t.precision in ("bf16", "fp16")  # auto is asked again once it is settled
     found = [
         (
             bool(m.dropout),

@@ -172,6 +172,8 @@ class _Sweep:
         self.stack = stack
         self.alone: set[str] = set()
         """Why runs were not trained together, as far as it was said."""
+        self.singly: set[str] = set()
+        """Runs whose stack could not be trained."""
         self.folder, self.names, self.trial, self.jobs, self.say = folder, names, trial, jobs, say
         self.start, self.board = start, board
         self.path = folder / results
@@ -313,6 +315,8 @@ class _Sweep:
         """Claim the trials that one process trains together with `first`."""
         group: list[str] = []
         configs = [self.trial(first).config]
+        if first in self.singly:
+            return []
         if self.stack > 1 and (why := stackable(configs)) and why not in self.alone:
             self.alone.add(why)
             self.say(f"{first} is trained by itself: {why}")
@@ -320,7 +324,7 @@ class _Sweep:
             if len(configs) >= self.stack:
                 break
             more = [*configs, self.trial(name).config]
-            if name != first and not stackable(more) and self._take(name):
+            if name != first and name not in self.singly and not stackable(more) and self._take(name):
                 group.append(name)
                 configs = more
         return group
@@ -354,6 +358,12 @@ class _Sweep:
         over = {name: (job, code) for name, job in self.at_work.items() if (code := job.run.poll()) is not None}
         for name, (job, code) in over.items():
             del self.at_work[name]
+            if job.stacked and code in (1, 2) and not ended(job.place, self.trial(name).config):
+                # One run's trouble ends its stack before a step; by itself each says what is wrong with it.
+                self.singly.add(name)
+                self.journal.release(name, "its stack could not be trained")
+                self.say(f"{name}: its stack could not be trained; once more by itself")
+                continue
             self._finished(name, job, code)
 
     def _ending(self, name: str, job: _Job, code: int) -> tuple[Ending, int]:
