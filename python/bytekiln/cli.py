@@ -4,7 +4,7 @@ Each command is imported only when it runs, so that `bpe-encode --version` answe
 tokenizer commands never load torch. `python -m bytekiln.cli bpe-train …` works too.
 
 Exit status: 0 done, 1 internal error or every run of a sweep failed, 2 the user's mistake, 3 training diverged, 4 some
-runs of a sweep failed, 130 and 143 interrupted.
+runs of a sweep failed, 129 (a closed terminal), 130 and 143 interrupted.
 """
 
 from __future__ import annotations
