@@ -6,13 +6,18 @@ folder when it ends, and leaves the result that a real one would.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
+import pytest
+
+from bytekiln import cli
 from bytekiln.sweep.coordinate import run_sweep, work
 from bytekiln.sweep.spec import Trial, read_spec, trials_of
 
@@ -76,6 +81,28 @@ class Start:
         self.started.append(folder.name)
         self.threads.add(threads)
         return Trivial(folder, self.codes, self.seconds, self.log)
+
+
+def run_here(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    module: ModuleType,
+    start: Callable[..., object],
+    argv: Sequence[object],
+    status: int = 0,
+) -> tuple[str, str]:
+    """`lm-sweep …` in this process, its runs begun by `start` in the place of processes; (stdout, stderr).
+
+    `module` is the one that calls `run_sweep`. A user's mistake must be one line.
+    """
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(module, "run_sweep", functools.partial(run_sweep, start=start))
+    ended = cli.run("lm-sweep", [str(a) for a in argv])
+    out, err = capsys.readouterr()
+    assert ended == status, err
+    if status == 2:
+        assert err.count("error: ") == 1 and err.rstrip().count("\n") == err[: err.index("error: ")].count("\n"), err
+    return out, err
 
 
 if __name__ == "__main__":

@@ -230,3 +230,17 @@ def test_progress_draws_a_bar_on_a_terminal() -> None:
     os.close(main)
     assert p.wait(20) == 0
     assert b"turning" in seen and b"bowls" in seen and b"loss 0.5" in seen and b"above" in seen
+
+
+@pytest.mark.parametrize("argv", [["--no-such-flag"], []], ids=["refused", "help is missing"])
+def test_a_command_leaves_the_callers_handler(argv: list[str]) -> None:
+    """Else whatever the caller forks later would end in a traceback of ours, or hang."""
+
+    def mine(*_: object) -> None: ...
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        assert cli.run("bpe-inspect", argv) == 2
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)

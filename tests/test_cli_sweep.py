@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from bytekiln import cli, cli_sweep
+from bytekiln import cli_sweep
 from bytekiln.config import FIELDS, changed_mathematics
 from bytekiln.sweep.coordinate import run_sweep
 from bytekiln.sweep.results import read_results
 from lm_runs import ONE_THREAD, TINY, tokens
-from sweep_driver import Start
+from sweep_driver import Start, run_here
 from sweep_kills import make, outcome, start
 
 HERE = Path(__file__).parent
@@ -40,21 +40,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def sweep(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> object:
     """`sweep("tinystories-lr", …, status=2)` in this process, its runs trivial; (stdout, stderr)."""
-    monkeypatch.setenv("NO_COLOR", "1")
 
     def run(*argv: object, status: int = 0, begins: Start | None = None) -> tuple[str, str]:
-        trivial = functools.partial(run_sweep, start=begins or Start())
-        monkeypatch.setattr(cli_sweep, "run_sweep", trivial)
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            ended = cli.run("lm-sweep", [str(a) for a in argv])
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        out, err = capsys.readouterr()
-        assert ended == status, err
-        if status == 2:
-            assert err.count("error: ") == 1 and err.rstrip().count("\n") == err[: err.index("error: ")].count("\n")
-        return out, err
+        return run_here(monkeypatch, capsys, cli_sweep, begins or Start(), argv, status)
 
     return run
 
@@ -120,11 +108,14 @@ def test_another_spec_is_refused_by_what_differs(sweep, here: Path) -> None:
         (("adopt", "checkpoints/other", "--as", "lr=1e-3"), "expected --sweep"),
         (("adopt", "checkpoints/tinystories", "--as", "lr"), "--as: found 'lr'"),
         (("tinystories-lr", "--detach", "a.b", *DATA), "--detach: "),
+        (("tinystories-lr", "--stack", "--ray", "--detach", "x", *DATA), "--stack: found it with --ray"),
+        (("tinystories-lr", "--retry", "pending", *DATA), "retry: found pending"),
     ],
 )
-def test_refusals(sweep, argv: tuple[str, ...], words: str) -> None:
+def test_refusals(sweep, here: Path, argv: tuple[str, ...], words: str) -> None:
     _, err = sweep(*argv, status=2)
     assert words in err
+    assert not [p for p in here.iterdir() if p.is_dir()], "nothing was begun"
 
 
 def test_many_runs_are_made_on_demand(sweep, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +136,7 @@ def test_missing_programs_and_packages_are_one_line(sweep, monkeypatch: pytest.M
     assert 'pip install "bytekiln[track]", or --no-tensorboard' in err
     monkeypatch.setitem(sys.modules, "ray", None)
     _, err = sweep("tinystories-lr", *DATA, "--no-tensorboard", "--ray", status=2)
+    assert not Path("tinystories-lr").exists()
     assert 'pip install "bytekiln[ray]"' in err
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
-import signal
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bytekiln import cli
 from bytekiln.config import load_config
 from bytekiln.errors import BytekilnError
 from bytekiln.experiments import exp9 as module
@@ -21,9 +18,9 @@ from bytekiln.experiments.figures import long_figure, metrics_of
 from bytekiln.experiments.lr_search import drawn_of
 from bytekiln.score.runs import score_benchmark
 from bytekiln.score.scorer import open_scorer
-from bytekiln.sweep.coordinate import run_sweep
 from bytekiln.sweep.results import read_results
 from experiment_runs import DATA, FLAGS, Trains, write_data
+from sweep_driver import run_here
 from test_experiments_lr_search import RULED
 
 ANSWERED = (
@@ -41,7 +38,6 @@ SEARCHED = {"lr=1e-3": 0, "lr=1e-2": 0}
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
     """A working directory with text that has been tokenized, and questions."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NO_COLOR", "1")
     write_data(tmp_path)
     capsys.readouterr()
     return tmp_path
@@ -54,17 +50,7 @@ def exp9(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     monkeypatch.setattr(module, "analysed", lambda *_: nullcontext())  # has tests of its own
 
     def run(*argv: object, status: int = 0, begins: Trains | None = None) -> tuple[str, str]:
-        monkeypatch.setattr(module, "run_sweep", functools.partial(run_sweep, start=begins or Trains()))
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            ended = cli.run("lm-sweep", ["exp9", *map(str, argv)])
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        out, err = capsys.readouterr()
-        assert ended == status, err
-        if status == 2:
-            assert err.count("error: ") == 1, err
-        return out, err
+        return run_here(monkeypatch, capsys, module, begins or Trains(), ["exp9", *argv], status)
 
     return run
 

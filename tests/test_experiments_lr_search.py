@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
-import signal
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,17 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bytekiln import cli, cli_sweep
+from bytekiln import cli_sweep
 from bytekiln.accounting import flops_per_token
 from bytekiln.config import load_config
 from bytekiln.experiments import catalogue
 from bytekiln.experiments.figures import metrics_of, search_figure
 from bytekiln.experiments.lr_search import drawn_of, model_name, recommendation, result_file, result_of, write_search
 from bytekiln.schedule import Progress, learning_rate
-from bytekiln.sweep.coordinate import run_sweep
 from bytekiln.sweep.results import TrialResult
 from bytekiln.sweep.spec import changed, load_spec, trials_of
 from experiment_runs import DATA, FLAGS, Trains, write_data
+from sweep_driver import run_here
 
 RULED = (
     "val_loss val_accuracy val_perplexity learning_rate model_name training_time_minutes parameter_count "
@@ -45,7 +43,6 @@ EXPERTS = {"ffn": "moe", "d_ff": 2048, "num_experts": 8, "expert_top_k": 2, "loa
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
     """A working directory with text that has been tokenized."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NO_COLOR", "1")
     write_data(tmp_path)
     capsys.readouterr()
     return tmp_path
@@ -58,15 +55,7 @@ def search(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.setattr(cli_sweep, "analysed", lambda *_: nullcontext())  # has tests of its own
 
     def run(*argv: object, status: int = 0, begins: Trains | None = None) -> tuple[str, str]:
-        monkeypatch.setattr(cli_sweep, "run_sweep", functools.partial(run_sweep, start=begins or Trains()))
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            ended = cli.run("lm-sweep", [str(a) for a in argv])
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        out, err = capsys.readouterr()
-        assert ended == status, err
-        return out, err
+        return run_here(monkeypatch, capsys, cli_sweep, begins or Trains(), argv, status)
 
     return run
 

@@ -73,18 +73,18 @@ def sweep(argv: list[str]) -> int:
         print(dry_run(trials, options.jobs or 1))
         return 0
     _check_ready(spec, trials)
-    if options.detach:
-        return _detached(options.detach, argv, spec, folder, overwrite=options.overwrite)
-    open_folder(spec, folder, overwrite=options.overwrite)
-    start: dict[str, Any] = {}
-    jobs = options.jobs or 1
     if options.ray and options.stack > 1:
         raise ConfigError("--stack: found it with --ray, whose tasks are single runs; expected one of them")
+    if options.detach:
+        return _detached(options.detach, argv, spec, folder, overwrite=options.overwrite)
+    start: dict[str, Any] = {}
+    jobs = options.jobs or 1
     if options.ray:
         from bytekiln.sweep.ray import RayStart
 
         ray = start["start"] = RayStart()
         jobs = options.jobs or ray.jobs(1)
+    open_folder(spec, folder, overwrite=options.overwrite)
     notice(f"{len(trials)} run{'s' * (len(trials) != 1)} in {folder}, {jobs} at once")
     after = catalogue.after(spec.name)
     with whenever_it_ends(after, spec, folder, notice), analysed(folder, notice), ProgressBoard(notice) as board:

@@ -222,7 +222,8 @@ def _curves(figure: Figure, report: Report, column: str, label: str, *, log: boo
         axes.axhline(0, color="#8a929c", linewidth=1)
     if column == "tokens_per_s":
         axes.set_ylim(bottom=0)
-    _legend(axes)
+    if len(report.groups) > 1:  # the title names a single one, and the curve may end where a legend would stand
+        _legend(axes)
     axes.set_title(_plain(report.title), loc="left", fontsize=12.5, fontweight="bold")
 
 
