@@ -110,9 +110,11 @@ def test_another_spec_is_refused_by_what_differs(sweep, here: Path) -> None:
         (("tinystories-lr", "--detach", "a.b", *DATA), "--detach: "),
         (("tinystories-lr", "--stack", "--ray", "--detach", "x", *DATA), "--stack: found it with --ray"),
         (("tinystories-lr", "--retry", "pending", *DATA), "retry: found pending"),
+        (("debug", "--train-data", os.devnull, "--val-data", "empty.npy"), "empty.npy: empty file; expected the data"),
     ],
 )
 def test_refusals(sweep, here: Path, argv: tuple[str, ...], words: str) -> None:
+    (here / "empty.npy").touch()
     _, err = sweep(*argv, status=2)
     assert words in err
     assert not [p for p in here.iterdir() if p.is_dir()], "nothing was begun"

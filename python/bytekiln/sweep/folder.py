@@ -299,7 +299,7 @@ def checked_data(trials: Sequence[Trial], dataset: str = "") -> None:
 
     Raises:
         ConfigError: a run names none.
-        FileError: a file is missing; says what makes it, where a dataset's name stands for it.
+        FileError: a file is missing or empty; says what makes it, where a dataset's name stands for it.
     """
     seen: set[str] = set()
     for trial in trials:
@@ -308,6 +308,8 @@ def checked_data(trials: Sequence[Trial], dataset: str = "") -> None:
             raise ConfigError(f"run {trial.name}: train_data: found none; expected --train-data FILE")
         for text in (*d.train_data.split(","), d.val_data, d.tokenizer):
             path = Path(text)
+            if text and text not in seen and path.is_file() and not path.stat().st_size:
+                raise FileError(f"{path}: empty file; expected the data of the sweep")
             if text and text not in seen and not path.exists():
                 of = dataset if dataset and path.name.startswith(f"{dataset}_") else ""
                 if path.parts[-3:-1] == ("data", "processed"):  # of a dataset that one variant names
