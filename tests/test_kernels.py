@@ -6,8 +6,12 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import textwrap
+import threading
+import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,11 +34,13 @@ FORMULAS = {
 }
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Whatever a test sets, the number of threads is the same behind it."""
-    before = torch.get_num_threads()
+@pytest.fixture(params=["torch", "own"])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both kinds of threads; whatever a test sets, kind and number are the same behind it."""
+    before, lent = torch.get_num_threads(), kernels._gomp_parallel()
+    _core.borrow_threads(lent if request.param == "torch" else 0)
     yield
+    _core.borrow_threads(lent)
     torch.set_num_threads(before)
 
 
@@ -165,6 +171,49 @@ def test_threads_change_no_bit(threads: None) -> None:
             ]
         )
     assert all(map(torch.equal, found[0], found[1])) and all(map(torch.equal, found[0], found[2]))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system does not list threads")
+@pytest.mark.parametrize("kind", ["torch", "own"])
+def test_where_torch_has_threads_the_kernels_make_none(kind: str) -> None:
+    if kind == "torch" and not kernels._gomp_parallel():
+        pytest.skip("this torch has no GNU OpenMP")
+    script = textwrap.dedent(f"""
+        from pathlib import Path
+        import torch
+        from bytekiln import _core, kernels
+        if {kind == "own"}:
+            _core.borrow_threads(0)
+        torch.set_num_threads(3)
+        for _ in range(20):
+            kernels.activation(torch.randn(200_000), "gelu")
+        names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+        print(names.count("bytekiln"))
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == (0 if kind == "torch" else 2)
+
+
+def test_other_threads_of_python_run_while_a_kernel_does(threads: None) -> None:
+    """The interpreter's lock is released: a loop beside a call that takes a while goes on."""
+    torch.set_num_threads(1)
+    q = torch.randn(2, 8, 1024, 64)
+    began, over, turns = threading.Event(), threading.Event(), 0
+
+    def call() -> None:
+        began.set()
+        for _ in range(5):
+            kernels.attention(q, q, q, True, 0)
+        over.set()
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    began.wait()
+    while not over.is_set():
+        time.sleep(0.001)
+        turns += 1
+    caller.join()
+    assert turns > 25  # with the lock held it could not have one but between two of the five calls
 
 
 def test_forked_children_have_threads_of_their_own(threads: None) -> None:

@@ -16,6 +16,7 @@ __all__ = [
     "activation_forward",
     "attention_backward",
     "attention_forward",
+    "borrow_threads",
     "encode_files",
     "payload_checksum",
     "simd_level",
@@ -174,6 +175,9 @@ _Strided: TypeAlias = tuple[int, tuple[int, int, int]]
 """Address; strides in numbers by batch, head and place."""
 _Sizes: TypeAlias = tuple[int, int, int, int, int, int]
 """Batch, heads, heads of keys and values, queries, keys, width of a head."""
+
+def borrow_threads(gomp_parallel: int) -> None:
+    """Kernels run on the threads of the OpenMP whose `GOMP_parallel` is at this address; with 0 on the core's own."""
 
 def simd_level() -> str:
     """Instructions in use: scalar, avx2 or avx512."""

@@ -2,7 +2,8 @@
 
 In: float32 tensors on the CPU. Out: the same function that torch has, sooner: torch's own kernels take two to four
 times the time (`docs/performance.md`). Called by `attention` and `model`, which ask `attends` and `activates` first
-and leave everything else to torch. They use as many threads as torch, and no result depends on their number.
+and leave everything else to torch. They use as many threads as torch, and torch's own where it has GNU's OpenMP or one
+that can stand in for it; no result depends on their number.
 
 They are operators, so that a compiled model, a simulation without contents and a profile see each as one node, under
 the names `bytekiln::…`. The gradient of a gradient is not there, and asking for it is an error.
@@ -12,6 +13,7 @@ Shapes are suffixes of names: B batch, T queries, S keys, H heads of queries, G 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any, TypeAlias, cast
 
@@ -41,6 +43,17 @@ for _schema in (
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 _ops: Any = torch.ops.bytekiln
+
+
+def _gomp_parallel() -> int:
+    """Address of the function that starts torch's own threads, or 0; a library's symbols are also its dependencies'."""
+    try:
+        return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):  # another OpenMP, as on macOS, or none
+        return 0
+
+
+_core.borrow_threads(_gomp_parallel())
 
 
 # --- activations ---------------------------------------------------------------------------------------------------

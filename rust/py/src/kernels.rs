@@ -4,6 +4,7 @@ use bytekiln_bpe::Error;
 use bytekiln_kernels::activation::{self, Kind};
 use bytekiln_kernels::attention::{self, Input, Output, Shape, Sight, Strides};
 use bytekiln_kernels::simd::Level;
+use bytekiln_kernels::threads::{self, Parallel};
 use pyo3::prelude::*;
 
 use crate::error::to_python;
@@ -66,6 +67,16 @@ unsafe fn output<'a>(address: Address, shape: Shape, heads: usize, times: usize)
 #[pyfunction]
 pub fn simd_level(py: Python<'_>) -> PyResult<&'static str> {
     Ok(level(py)?.name())
+}
+
+/// Kernels run on the threads of the OpenMP whose `GOMP_parallel` is at this address; with 0 on the core's own.
+#[pyfunction]
+pub fn borrow_threads(gomp_parallel: Address) {
+    // SAFETY: `kernels.py` found it in the library that torch itself runs on, which stays loaded.
+    unsafe {
+        let parallel = (gomp_parallel != 0).then(|| std::mem::transmute::<Address, Parallel>(gomp_parallel));
+        threads::borrow(parallel);
+    }
 }
 
 fn kind_of(py: Python<'_>, name: &str) -> PyResult<Kind> {
