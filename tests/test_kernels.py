@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -414,6 +415,20 @@ def test_compiling_changes_nothing_but_rounding() -> None:
         run(ids).square().mean().backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_compiled_model_has_the_core_s_attention_in_its_graph() -> None:
+    """Caught without a compiler: the backend looks at the graph and runs it as it is."""
+    called: list[str] = []
+
+    def look(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.compiler.reset()
+    torch.compile(TransformerLM(MODEL), backend=look, fullgraph=True)(torch.randint(50, (2, 40)))
+    attentions = [name for name in called if "scaled_dot_product_attention" in name]
+    assert attentions == ["bytekiln.scaled_dot_product_attention"] * MODEL.num_layers
 
 
 @pytest.mark.parametrize("size", [1e3, 1e6, 1e12])

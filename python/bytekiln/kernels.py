@@ -69,7 +69,8 @@ def activates(x: Tensor) -> bool:
 
 def _transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work: they need what torch's own operators have."""
-    return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    # Not `peek_interpreter_stack() is not None`: a model that is being compiled takes that for true.
+    return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
 
 
 def _hold(name: str, *tensors: Tensor) -> None:
