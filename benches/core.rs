@@ -12,6 +12,7 @@ use bytekiln_bpe::pretokenize::{Pattern, Piece, Splitter, TextPolicy};
 use bytekiln_bpe::progress::Progress;
 use bytekiln_bpe::train::{TieBreak, train};
 use bytekiln_bpe::vocab::Vocab;
+use bytekiln_bpe::words::Words;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
 /// Words drawn from a Zipf-like distribution, so that tables see what they see on real text.
@@ -40,10 +41,10 @@ fn splitter(pattern: &str) -> Splitter {
     Splitter::new(Arc::new(Pattern::new(pattern).unwrap()), &["<|endoftext|>".into()]).unwrap()
 }
 
-fn counted(text: &str) -> Vec<(Vec<u8>, u64)> {
+fn counted(text: &str) -> Words {
     let mut counts = WordCounts::default();
     count_text(text.as_bytes(), &splitter("gpt2"), TextPolicy::Error, &mut counts).unwrap();
-    counts.into_sorted()
+    counts.into_words()
 }
 
 fn benches(c: &mut Criterion) {

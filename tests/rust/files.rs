@@ -22,7 +22,7 @@ const EOT: &str = "<|endoftext|>";
 fn encoder(pattern: &str) -> Encoder {
     let words = [("the", 9), (" the", 12), (" then", 7), ("ab", 5), (" don", 3), ("'t", 3), ("aaaa", 2)];
     let words = words.map(|(word, count)| (word.as_bytes().to_vec(), count));
-    let merges = train(&words, 20, TieBreak::Lexicographic, &Progress::default()).unwrap();
+    let merges = train(&words.iter().cloned().collect(), 20, TieBreak::Lexicographic, &Progress::default()).unwrap();
     Encoder::new(Vocab::from_training(merges, &[EOT.into()], pattern).unwrap()).unwrap()
 }
 

@@ -13,6 +13,7 @@ use crate::hash;
 use crate::input::{Chunk, ChunkReader, Inputs};
 use crate::pretokenize::{Piece, Splitter, TextPolicy};
 use crate::progress::{Progress, Stage};
+use crate::words::Words;
 
 /// Longest word that is packed with its length into 16 bytes.
 const PACKED: usize = 15;
@@ -153,6 +154,26 @@ impl WordCounts {
     /// Whether nothing was counted.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Every word with its count, the most frequent first: in training, what is read often lies together.
+    pub fn into_words(self) -> Words {
+        let short = (0..).zip(&self.slots).filter(|(_, slot)| slot.0 != 0).map(|(at, slot)| (slot.1, at));
+        let mut order: Vec<(u64, u32)> = short.collect();
+        let long: Vec<(&[u8], u64)> = self.long.iter().map(|(word, &count)| (&**word, count)).collect();
+        let slots = self.slots.len();
+        order.extend((slots as u32..).zip(&long).map(|(at, &(_, count))| (count, at)));
+        order.sort_unstable_by_key(|&(count, _)| std::cmp::Reverse(count));
+        let bytes = self.slots.iter().map(|slot| packed_len(slot.0)).sum::<usize>();
+        let mut words =
+            Words::with_capacity(order.len(), bytes + long.iter().map(|(word, _)| word.len()).sum::<usize>());
+        for (count, at) in order {
+            match self.slots.get(at as usize) {
+                Some(slot) => words.push(&slot.0.to_le_bytes()[..packed_len(slot.0)], count),
+                None => words.push(long[at as usize - slots].0, count),
+            }
+        }
+        words
     }
 
     /// Every word with its count, the most frequent first, equals in the order of their bytes: no trace of a

@@ -1,7 +1,7 @@
 //! Byte-level BPE: training, encoding and tokenizing of datasets, exact whatever the number of threads, the
 //! chunk sizes and the splits of the input.
 //!
-//! Floors: `error` < `pretokenize` < `input` < `count` < `train` < `vocab` < `encode` < `corpus`; `atomic` <
+//! Floors: `error` < `pretokenize` < `input` < `words` < `count` < `ties` < `queue` < `merge` < `train` < `vocab` < `encode` < `corpus`; `atomic` <
 //! `tokens` < `corpus`; `trainer` joins `count`, `train` and `vocab`; `formats` reads and writes a `vocab`;
 //! `naive` is the specification that tests hold all of it to.
 
@@ -13,12 +13,16 @@ pub mod error;
 pub mod formats;
 mod hash;
 pub mod input;
+mod merge;
 pub mod naive;
 pub mod pretokenize;
 pub mod progress;
+mod queue;
+mod ties;
 pub mod tokens;
 pub mod train;
 pub mod trainer;
 pub mod vocab;
+pub mod words;
 
 pub use error::{Error, Result};

@@ -31,13 +31,6 @@ impl Stage {
     }
 }
 
-/// Frees millions of small allocations on a thread of its own: nobody waits for that, least of all after Ctrl-C
-/// (1.2 million words took 0.2 s).
-pub(crate) fn drop_beside<T: Send + 'static>(value: T) {
-    // Without a thread to be had, the value is dropped here.
-    drop(std::thread::Builder::new().spawn(move || drop(value)));
-}
-
 /// Shared between a job and whoever watches it.
 #[derive(Debug, Default)]
 pub struct Progress {

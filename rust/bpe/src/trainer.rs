@@ -13,7 +13,7 @@ use crate::count::{WordCounts, count_files, count_text};
 use crate::error::Result;
 use crate::input::Inputs;
 use crate::pretokenize::{Pattern, Splitter, TextPolicy};
-use crate::progress::{Progress, drop_beside};
+use crate::progress::Progress;
 use crate::train::{TieBreak, train};
 use crate::vocab::{Vocab, room_for_merges};
 
@@ -107,11 +107,9 @@ impl Trainer {
     /// Learns the merges.
     pub fn finish(self, progress: &Progress) -> Result<(Vocab, TrainStats)> {
         let start = Instant::now();
-        let words = self.counts.into_sorted();
+        let words = self.counts.into_words();
         let (pretokens, distinct_pretokens) = (words.iter().map(|word| word.1).sum(), words.len());
-        let merges = train(&words, self.requested_merges, self.rule, progress);
-        drop_beside(words);
-        let merges = merges?;
+        let merges = train(&words, self.requested_merges, self.rule, progress)?;
         let stats = TrainStats {
             bytes: self.bytes,
             pretokens,

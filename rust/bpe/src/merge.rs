@@ -1,0 +1,310 @@
+//! The words as tokens, and what a merge changes in them.
+//!
+//! In: distinct words with counts. Out: every merge applied, pair counts in `queue` exact. Called by `train`, which
+//! says why.
+//!
+//! What decides the time is memory: cells are as narrow as the ids, a posting is eight bytes, and the postings of a
+//! pair lie side by side and ascend, so that a merge walks the cells in one direction. Counts gained and lost are added
+//! up per neighbour first: one look-up of a pair for each distinct neighbour, not for each occurrence.
+
+use crate::error::{Error, Result};
+use crate::progress::Progress;
+use crate::queue::Queue;
+use crate::ties::Ties;
+use crate::train::{Pair, TokenId};
+use crate::words::Words;
+
+/// A cell of the arena: as wide as the largest id asks for.
+pub(crate) trait Cell: Copy + Eq {
+    /// Between words, and inside of tokens.
+    const DEAD: Self;
+    /// The cell of an id.
+    fn of(id: TokenId) -> Self;
+    /// The id in a cell; for [`Self::DEAD`] one that no token has.
+    fn id(self) -> TokenId;
+}
+
+impl Cell for u16 {
+    const DEAD: Self = Self::MAX;
+    fn of(id: TokenId) -> Self {
+        id as Self
+    }
+    fn id(self) -> TokenId {
+        self.into()
+    }
+}
+
+impl Cell for u32 {
+    const DEAD: Self = Self::MAX;
+    fn of(id: TokenId) -> Self {
+        id
+    }
+    fn id(self) -> TokenId {
+        self
+    }
+}
+
+/// Where a token began that has a neighbour on its right, and how often its word occurs.
+#[derive(Clone, Copy)]
+struct Posting {
+    at: u32,
+    /// `u32::MAX`: so many or more, see `heavy`.
+    count: u32,
+}
+
+/// What a merge does to the pairs with one neighbour.
+#[derive(Clone, Copy, Default)]
+struct Neighbour {
+    count: u64,
+    /// Occurrences that were added up.
+    edges: u32,
+    /// Where the next posting of the new pair goes; `NOWHERE`: it is too rare for any.
+    to: u32,
+}
+
+const NOWHERE: u32 = u32::MAX;
+/// Postings ahead of the one in work whose cells are asked for.
+const AHEAD: usize = 24;
+
+/// A live occurrence of the pair that is being merged.
+#[derive(Clone, Copy)]
+struct Occurrence {
+    at: u32,
+    count: u32,
+    left: TokenId,
+    right: TokenId,
+}
+
+pub(crate) struct Merger<C> {
+    cells: Vec<C>,
+    postings: Vec<Posting>,
+    /// (first cell, count) of words that occur `u32::MAX` times or more, ascending.
+    heavy: Vec<(u32, u64)>,
+    live: Vec<Posting>,
+    occurrences: Vec<Occurrence>,
+    left: Vec<Neighbour>,
+    right: Vec<Neighbour>,
+    lefts: Vec<TokenId>,
+    rights: Vec<TokenId>,
+}
+
+impl<C: Cell> Merger<C> {
+    /// Lays out the words and enters their pairs of bytes into `queue`.
+    ///
+    /// # Errors
+    /// More than 4 GiB of words; a pair that occurs 2⁶⁴ times or more; [`Error::Interrupted`].
+    pub(crate) fn new(
+        words: &Words,
+        vocab_size: usize,
+        ties: &Ties,
+        queue: &mut Queue,
+        progress: &Progress,
+    ) -> Result<Self> {
+        let size = 1 + words.bytes() + words.len();
+        if size >= NOWHERE as usize {
+            let what = format!("training: found {size} bytes of distinct pre-tokens; expected fewer than 4 GiB");
+            return Err(Error::Config(what));
+        }
+        let mut cells = Vec::with_capacity(size + 1);
+        let mut heavy = Vec::new();
+        let mut pairs = vec![(0u64, 0u32); 1 << 16]; // (count, edges) of each pair of bytes
+        let number = |pair: &[u8]| usize::from(pair[0]) << 8 | usize::from(pair[1]);
+        cells.push(C::DEAD);
+        for (n, (word, count)) in words.iter().enumerate() {
+            if n % 4096 == 0 {
+                progress.check()?;
+            }
+            if count >= NOWHERE.into() {
+                heavy.push((cells.len() as u32, count));
+            }
+            cells.extend(word.iter().map(|&byte| C::of(byte.into())));
+            cells.push(C::DEAD);
+            for pair in word.windows(2) {
+                let (sum, edges) = &mut pairs[number(pair)];
+                *sum = sum.checked_add(count).ok_or_else(|| {
+                    Error::Config("training: found a pair that occurs 2^64 times or more; expected fewer".into())
+                })?;
+                *edges += 1;
+            }
+        }
+        let (mut from, least) = (0, queue.least());
+        let mut to = vec![NOWHERE; 1 << 16];
+        for (n, &(count, edges)) in pairs.iter().enumerate().filter(|(_, p)| p.1 > 0 && p.0 >= least) {
+            queue.insert(ties, (n as TokenId >> 8, n as TokenId & 255), count, from, edges);
+            to[n] = from;
+            from += edges;
+        }
+        let mut postings = vec![Posting { at: 0, count: 0 }; from as usize];
+        let mut at = 1;
+        for (word, count) in words.iter() {
+            let count = u32::try_from(count).unwrap_or(u32::MAX);
+            for pair in word.windows(2) {
+                let to = &mut to[number(pair)];
+                if *to != NOWHERE {
+                    postings[*to as usize] = Posting { at, count };
+                    *to += 1;
+                }
+                at += 1;
+            }
+            at += 1 + u32::from(!word.is_empty());
+        }
+        let neighbours = vec![Neighbour::default(); vocab_size + 1];
+        Ok(Self {
+            cells,
+            postings,
+            heavy,
+            live: Vec::new(),
+            occurrences: Vec::new(),
+            left: neighbours.clone(),
+            right: neighbours,
+            lefts: Vec::new(),
+            rights: Vec::new(),
+        })
+    }
+
+    fn count_of(&self, posting: Posting) -> u64 {
+        if posting.count < u32::MAX {
+            return posting.count.into();
+        }
+        let after = self.heavy.partition_point(|&(start, _)| start <= posting.at);
+        self.heavy[after - 1].1
+    }
+
+    /// Replaces every occurrence of `pair`, whose postings are given, by the token `id`.
+    pub(crate) fn merge(&mut self, ties: &Ties, queue: &mut Queue, pair: Pair, from: u32, len: u32, id: TokenId) {
+        let (a, b) = pair;
+        let (len_a, len_b) = (ties.len_of(a), ties.len_of(b));
+        self.find_live(from as usize..(from + len) as usize, pair, len_a);
+        self.replace(pair, (len_a, len_b), id);
+        self.settle(ties, queue, pair, id);
+        self.post(ties);
+        for id in self.lefts.drain(..) {
+            self.left[id as usize] = Neighbour::default();
+        }
+        for id in self.rights.drain(..) {
+            self.right[id as usize] = Neighbour::default();
+        }
+    }
+
+    /// Postings whose pair is still there.
+    fn find_live(&mut self, range: std::ops::Range<usize>, (a, b): Pair, len_a: usize) {
+        let (a, b) = (C::of(a), C::of(b));
+        let postings = &self.postings[range];
+        self.live.resize(postings.len(), Posting { at: 0, count: 0 });
+        let mut found = 0;
+        for (i, &posting) in postings.iter().enumerate() {
+            if let Some(later) = postings.get(i + AHEAD) {
+                prefetch(&self.cells, later.at as usize);
+            }
+            let at = posting.at as usize;
+            self.live[found] = posting;
+            // Without a branch: half of the postings are stale, and no predictor knows which.
+            found += usize::from(self.cells[at] == a) & usize::from(self.cells[at + len_a] == b);
+        }
+        self.live.truncate(found);
+    }
+
+    /// Writes the new token, and adds up what is lost and gained by neighbour.
+    fn replace(&mut self, (a, b): Pair, (len_a, len_b): (usize, usize), id: TokenId) {
+        let nobody = self.left.len() as TokenId - 1;
+        let neighbour = |cell: C| if cell == C::DEAD { nobody } else { cell.id() };
+        self.occurrences.clear();
+        for i in 0..self.live.len() {
+            let posting = self.live[i];
+            let p = posting.at as usize;
+            let q = p + len_a;
+            // Of overlapping occurrences of one token twice, the second is gone once the first is merged.
+            if a == b && (self.cells[p] != C::of(a) || self.cells[q] != C::of(b)) {
+                continue;
+            }
+            let (left, right) = (neighbour(self.cells[p - 1]), neighbour(self.cells[q + len_b]));
+            self.cells[q - 1] = C::DEAD;
+            self.cells[q] = C::DEAD;
+            self.cells[p] = C::of(id);
+            self.cells[q + len_b - 1] = C::of(id);
+            let count = self.count_of(posting);
+            for (sums, seen, id) in
+                [(&mut self.left, &mut self.lefts, left), (&mut self.right, &mut self.rights, right)]
+            {
+                let sum = &mut sums[id as usize];
+                if sum.edges == 0 {
+                    seen.push(id);
+                }
+                sum.count += count;
+                sum.edges += 1;
+            }
+            self.occurrences.push(Occurrence { at: posting.at, count: posting.count, left, right });
+        }
+    }
+
+    /// Takes the lost edges off their pairs and enters the new pairs, each with room for its postings.
+    fn settle(&mut self, ties: &Ties, queue: &mut Queue, pair: Pair, id: TokenId) {
+        let (a, b) = pair;
+        let nobody = self.left.len() as TokenId - 1;
+        // An occurrence directly behind another: its left neighbour is the new token, and the edge (new, a) that the
+        // one before had gained is lost again.
+        let behind = self.left[id as usize].count;
+        let mut end = self.postings.len();
+        for &left in &self.lefts {
+            let sum = &mut self.left[left as usize];
+            sum.to = NOWHERE;
+            if left == nobody {
+                continue;
+            }
+            if left != id && (left, a) != pair {
+                queue.lose((left, a), sum.count);
+            }
+            if sum.count >= queue.least() {
+                sum.to = end as u32;
+                queue.insert(ties, (left, id), sum.count, sum.to, sum.edges);
+                end += sum.edges as usize;
+            }
+        }
+        for &right in &self.rights {
+            let sum = &mut self.right[right as usize];
+            sum.to = NOWHERE;
+            if right == nobody {
+                continue;
+            }
+            if (b, right) != pair {
+                queue.lose((b, right), sum.count);
+            }
+            let count = if right == a { sum.count - behind } else { sum.count };
+            if count >= queue.least() {
+                sum.to = end as u32;
+                queue.insert(ties, (id, right), count, sum.to, sum.edges);
+                end += sum.edges as usize;
+            }
+        }
+        self.postings.resize(end, Posting { at: 0, count: 0 });
+    }
+
+    /// Writes the postings of the new pairs, in the order of the cells.
+    fn post(&mut self, ties: &Ties) {
+        for &Occurrence { at, count, left, right } in &self.occurrences {
+            let sum = &mut self.left[left as usize];
+            if sum.to != NOWHERE {
+                self.postings[sum.to as usize] = Posting { at: at - ties.len_of(left) as u32, count };
+                sum.to += 1;
+            }
+            let sum = &mut self.right[right as usize];
+            if sum.to != NOWHERE {
+                self.postings[sum.to as usize] = Posting { at, count };
+                sum.to += 1;
+            }
+        }
+    }
+}
+
+/// Asks for the cache line of a place that will be read soon.
+#[inline(always)]
+fn prefetch<T>(slice: &[T], at: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch reads nothing; any address will do.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(slice.as_ptr().wrapping_add(at).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (slice, at);
+}
