@@ -78,9 +78,9 @@ class Stack:
         counts = [sum(b.count for b in batches) for batches in read]
         weights_K = self._weights(counts)
         nll_K = torch.zeros_like(weights_K)
-        for r in self.runs:
-            r.learner.model.train()
-        self.objective.train()
+        for model in (*(r.learner.model for r in self.runs), self.objective):
+            if not model.training:
+                model.train()
         for m in range(micro_steps):
             parts = self.loss(*_joined([batches[m] for batches in read], self.runs[0].device), weights_K)
             parts.total.backward()
