@@ -9,7 +9,7 @@ use std::thread;
 use foldhash::fast::FixedState;
 
 use crate::error::Result;
-use crate::hash;
+use crate::hash::{self, prefetch};
 use crate::input::{Chunk, ChunkReader, Inputs};
 use crate::pretokenize::{Piece, Splitter, TextPolicy};
 use crate::progress::{Progress, Stage};
@@ -68,7 +68,7 @@ pub(crate) fn hash_packed(key: u128) -> u64 {
 /// How often each pre-token occurs. Memory grows with the number of distinct ones.
 #[derive(Debug, Clone)]
 pub struct WordCounts {
-    /// Open addressing, linear probing, at most half full; key 0 is a free slot.
+    /// Open addressing, linear probing, at most five eighths full; key 0 is a free slot.
     slots: Vec<(u128, u64)>,
     used: usize,
     long: HashMap<Box<[u8]>, u64, FixedState>,
@@ -102,8 +102,13 @@ impl WordCounts {
     }
 
     fn add_packed(&mut self, key: u128, count: u64) {
+        self.add_hashed(key, hash_packed(key) ^ self.seed, count);
+    }
+
+    #[inline]
+    fn add_hashed(&mut self, key: u128, hash: u64, count: u64) {
         let mask = self.slots.len() - 1;
-        let mut at = (hash_packed(key) ^ self.seed) as usize & mask;
+        let mut at = hash as usize & mask;
         loop {
             let slot = &mut self.slots[at];
             if slot.0 == key {
@@ -117,7 +122,7 @@ impl WordCounts {
             at = (at + 1) & mask;
         }
         self.used += 1;
-        if self.used * 2 > self.slots.len() {
+        if self.used * 8 > self.slots.len() * 5 {
             self.grow();
         }
     }
@@ -226,11 +231,72 @@ pub fn count_files(
 
 /// Counts the pre-tokens of one text.
 pub fn count_text(bytes: &[u8], splitter: &Splitter, policy: TextPolicy, counts: &mut WordCounts) -> Result<()> {
-    splitter.split_bytes(bytes, policy, |piece| {
+    let Ok(text) = simdutf8::basic::from_utf8(bytes) else {
+        return splitter.split_bytes(bytes, policy, |piece| {
+            if let Piece::Word(word) = piece {
+                counts.add(word);
+            }
+        });
+    };
+    let mut queue = Queue { counts, waiting: [(0, 0); QUEUE], len: 0 };
+    splitter.split(text, |piece| {
         if let Piece::Word(word) = piece {
-            counts.add(word);
+            queue.add(bytes, word);
         }
-    })
+    })?;
+    queue.flush();
+    Ok(())
+}
+
+/// Words that wait for their slots: look-ups in a table that is larger than the caches overlap.
+struct Queue<'c> {
+    counts: &'c mut WordCounts,
+    /// (key, hash)
+    waiting: [(u128, u64); QUEUE],
+    len: usize,
+}
+
+const QUEUE: usize = 32;
+
+/// All bits of the first so many bytes.
+const FIRST: [u128; 16] = {
+    let mut masks = [0; 16];
+    let mut n = 1;
+    while n < 16 {
+        masks[n] = u128::MAX >> (128 - 8 * n);
+        n += 1;
+    }
+    masks
+};
+
+impl Queue<'_> {
+    /// Counts a word, a part of `text`.
+    #[inline]
+    fn add(&mut self, text: &[u8], word: &[u8]) {
+        if word.len() > PACKED {
+            self.counts.add(word);
+            return;
+        }
+        // One load whatever the length, where the text goes on for so long.
+        let start = word.as_ptr() as usize - text.as_ptr() as usize;
+        let key = match text.get(start..).and_then(|rest| rest.first_chunk()) {
+            Some(bytes) => u128::from_le_bytes(*bytes) & FIRST[word.len()] | (word.len() as u128) << 120,
+            None => pack(word).unwrap_or_default(),
+        };
+        let hash = hash_packed(key) ^ self.counts.seed;
+        prefetch(&self.counts.slots, hash as usize & (self.counts.slots.len() - 1));
+        self.waiting[self.len] = (key, hash);
+        self.len += 1;
+        if self.len == QUEUE {
+            self.flush();
+        }
+    }
+
+    fn flush(&mut self) {
+        for &(key, hash) in &self.waiting[..std::mem::take(&mut self.len)] {
+            self.counts.add_hashed(key, hash, 1);
+        }
+    }
 }
 
 #[cfg(test)]

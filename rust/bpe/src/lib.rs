@@ -1,7 +1,7 @@
 //! Byte-level BPE: training, encoding and tokenizing of datasets, exact whatever the number of threads, the
 //! chunk sizes and the splits of the input.
 //!
-//! Floors: `error` < `pretokenize` < `input` < `words` < `count` < `ties` < `queue` < `merge` < `train` < `vocab` < `encode` < `corpus`; `atomic` <
+//! Floors: `error` < `scan` < `pretokenize` < `input` < `words` < `count` < `ties` < `queue` < `merge` < `train` < `vocab` < `encode` < `corpus`; `atomic` <
 //! `tokens` < `corpus`; `trainer` joins `count`, `train` and `vocab`; `formats` reads and writes a `vocab`;
 //! `naive` is the specification that tests hold all of it to.
 
@@ -18,6 +18,7 @@ pub mod naive;
 pub mod pretokenize;
 pub mod progress;
 mod queue;
+mod scan;
 mod ties;
 pub mod tokens;
 pub mod train;

@@ -8,6 +8,7 @@
 //! up per neighbour first: one look-up of a pair for each distinct neighbour, not for each occurrence.
 
 use crate::error::{Error, Result};
+use crate::hash::prefetch;
 use crate::progress::Progress;
 use crate::queue::Queue;
 use crate::ties::Ties;
@@ -294,17 +295,4 @@ impl<C: Cell> Merger<C> {
             }
         }
     }
-}
-
-/// Asks for the cache line of a place that will be read soon.
-#[inline(always)]
-fn prefetch<T>(slice: &[T], at: usize) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a prefetch reads nothing; any address will do.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(slice.as_ptr().wrapping_add(at).cast()) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (slice, at);
 }

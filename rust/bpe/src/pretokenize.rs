@@ -12,9 +12,11 @@ use std::borrow::Cow;
 use std::sync::{Arc, OnceLock};
 
 use aho_corasick::{AhoCorasick, MatchKind};
+use bytekiln_simd::Level;
 use regex_syntax::hir::{Class, HirKind};
 
 use crate::error::{Error, Result};
+use crate::scan;
 
 /// GPT-2's pattern, as OpenAI published it (contractions in tiktoken's shorter spelling).
 pub const GPT2: &str = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
@@ -109,6 +111,7 @@ pub struct Pattern {
     source: String,
     /// None where a hand-written scanner does the work.
     regex: Option<fancy_regex::Regex>,
+    level: Level,
 }
 
 impl Pattern {
@@ -131,7 +134,8 @@ impl Pattern {
             })
         };
         let regex = if kind == Kind::Gpt2 { None } else { Some(compile()?) };
-        Ok(Self { kind, source: source.into(), regex })
+        let level = Level::of_process().map_err(Error::Config)?;
+        Ok(Self { kind, source: source.into(), regex, level })
     }
 
     /// `gpt2`, `cl100k`, `o200k`, or the regular expression itself.
@@ -149,7 +153,7 @@ impl Pattern {
         if let Some(regex) = &self.regex {
             return regex_ends(regex, text, f);
         }
-        gpt2_ends(text.as_bytes(), f);
+        gpt2_ends(self.level, text.as_bytes(), f);
         Ok(())
     }
 
@@ -460,14 +464,9 @@ fn class_before(bytes: &[u8], at: usize) -> u8 {
 }
 
 /// The GPT-2 pattern by hand, over valid UTF-8: calls `f` with the end of each pre-token.
-fn gpt2_ends(b: &[u8], mut f: impl FnMut(usize)) {
+fn gpt2_ends(level: Level, b: &[u8], f: impl FnMut(usize)) {
     let table = classes();
-    let n = b.len();
-    let mut at = 0;
-    while at < n {
-        at = gpt2_end(table, b, at);
-        f(at);
-    }
+    scan::ends(level, b, |at| gpt2_end(table, b, at), f);
 }
 
 /// End of the pre-token that begins at `at < b.len()`. The alternatives stand in the order of the pattern.
@@ -607,6 +606,50 @@ mod tests {
         }
     }
 
+    /// Ends by the scalar scanner alone.
+    fn one_by_one(text: &str) -> Vec<usize> {
+        let (mut at, mut out) = (0, vec![]);
+        while at < text.len() {
+            at = gpt2_end(classes(), text.as_bytes(), at);
+            out.push(at);
+        }
+        out
+    }
+
+    fn by_blocks(level: Level, text: &str) -> Vec<usize> {
+        let mut out = vec![];
+        gpt2_ends(level, text.as_bytes(), |end| out.push(end));
+        out
+    }
+
+    fn levels() -> impl Iterator<Item = Level> {
+        Level::ALL.into_iter().filter(|level| level.is_here())
+    }
+
+    #[test]
+    fn blocks_equal_the_scalar_scanner_wherever_a_character_stands_in_them() {
+        let padding = "the quick brown fox, 12 of them, jumps over a lazy dog; and so on, it's said";
+        let contexts = |c: char| {
+            [format!("a{c}b {c}1{c} {c}{c}"), format!("\n{c} '{c}s  {c}'l{c}l"), format!("'v{c} {c}'re '{c}d")]
+        };
+        for shift in 0..66 {
+            for c in ('\0'..='\u{7f}').chain(['é', '\u{85}', '\u{a0}', '日', '🧑']) {
+                for context in contexts(c) {
+                    let text = format!("{}{context}{padding}", &padding[..shift]);
+                    for level in levels() {
+                        assert_eq!(by_blocks(level, &text), one_by_one(&text), "{level:?}: {text:?}");
+                    }
+                }
+            }
+        }
+        for c in (0..=0x10_ffffu32).filter_map(char::from_u32) {
+            let text = format!("{}{}{padding}", &padding[..40], contexts(c)[1]);
+            for level in levels() {
+                assert_eq!(by_blocks(level, &text), one_by_one(&text), "{level:?}: {c:?}");
+            }
+        }
+    }
+
     #[test]
     fn gaps_of_a_pattern_are_pieces() {
         let splitter = Splitter::new(Pattern::new("[a-z]+").unwrap().into(), &[]).unwrap();
@@ -643,6 +686,17 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        #[test]
+        fn blocks_equal_the_scalar_scanner(parts in prop::collection::vec(prop_oneof![
+            "[a-zA-Z]{1,9}", "'(s|d|m|t|ll|ve|re|l|v|r|x|')", " {1,3}", "[\t\n ]{1,4}", "[0-9]{1,5}", "[!-/]{1,4}", "[ '\n]{1,3}",
+            "[a-z]{40,90}", "[\n ]{40,70}", "[^a-z]{1,2}",
+        ], 0..60)) {
+            let text = parts.concat();
+            for level in levels() {
+                prop_assert_eq!(by_blocks(level, &text), one_by_one(&text), "{:?}", level);
+            }
+        }
 
         #[test]
         fn scanner_equals_the_pattern(text in tricky()) {

@@ -6,7 +6,7 @@
 //! Absolute errors are those of float32 itself, a few units in the last place of y. At the ends the limits hold:
 //! gelu(-∞) = -0 with slope 0, gelu(∞) = ∞ with slope 1.
 
-use crate::simd::{Job, Lanes, Level, MOST_LANES};
+use crate::simd::{self, Job, Lanes, Level, MOST_LANES};
 use crate::threads;
 
 /// Numbers of one job: 64 KiB, so that x, y and the derivative stay in a core's cache and waking a thread pays.
@@ -55,7 +55,7 @@ pub fn forward(level: Level, threads: usize, kind: Kind, x: &[f32], y: &mut [f32
         let range = range_of(index, x.len());
         // SAFETY: every index comes once.
         let y = unsafe { y.piece(index) };
-        level.run(Forward { kind, x: &x[range], y });
+        simd::run(level, Forward { kind, x: &x[range], y });
     });
 }
 
@@ -70,7 +70,7 @@ pub fn backward(level: Level, threads: usize, kind: Kind, g: &[f32], x: &[f32], 
         let range = range_of(index, x.len());
         // SAFETY: every index comes once.
         let dx = unsafe { dx.piece(index) };
-        level.run(Backward { kind, g: &g[range.clone()], x: &x[range], dx });
+        simd::run(level, Backward { kind, g: &g[range.clone()], x: &x[range], dx });
     });
 }
 
@@ -85,7 +85,7 @@ pub fn swiglu(level: Level, threads: usize, a: &[f32], b: &[f32], y: &mut [f32])
         let range = range_of(index, a.len());
         // SAFETY: every index comes once.
         let y = unsafe { y.piece(index) };
-        level.run(Swiglu { a: &a[range.clone()], b: &b[range], y });
+        simd::run(level, Swiglu { a: &a[range.clone()], b: &b[range], y });
     });
 }
 
@@ -100,7 +100,7 @@ pub fn swiglu_backward(level: Level, threads: usize, g: &[f32], a: &[f32], b: &[
         let range = range_of(index, a.len());
         // SAFETY: every index comes once.
         let (da, db) = unsafe { (da.piece(index), db.piece(index)) };
-        level.run(SwigluBackward { g: &g[range.clone()], a: &a[range.clone()], b: &b[range], da, db });
+        simd::run(level, SwigluBackward { g: &g[range.clone()], a: &a[range.clone()], b: &b[range], da, db });
     });
 }
 

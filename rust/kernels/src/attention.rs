@@ -11,7 +11,7 @@
 
 use std::cell::RefCell;
 
-use crate::simd::{Job, Lanes, Level};
+use crate::simd::{self, Job, Lanes, Level};
 use crate::threads;
 use crate::tile::{Left, ROWS, multiply};
 
@@ -201,7 +201,7 @@ pub fn forward(
     threads::share(threads, shape.batch * shape.kv_heads, |job| {
         let (b, g) = (job / shape.kv_heads, job % shape.kv_heads);
         SCRATCH.with_borrow_mut(|scratch| {
-            level.run(Forward { shape, sight, b, g, q, k, v, out, logs: &logs, scratch });
+            simd::run(level, Forward { shape, sight, b, g, q, k, v, out, logs: &logs, scratch });
         });
     });
 }
@@ -232,7 +232,7 @@ pub fn backward(
     threads::share(threads, shape.batch * shape.kv_heads, |job| {
         let (b, g) = (job / shape.kv_heads, job % shape.kv_heads);
         SCRATCH.with_borrow_mut(|scratch| {
-            level.run(Backward { shape, sight, b, g, dout, q, k, v, out, log_sums, dq, dk, dv, scratch });
+            simd::run(level, Backward { shape, sight, b, g, dout, q, k, v, out, log_sums, dq, dk, dv, scratch });
         });
     });
 }

@@ -1,6 +1,6 @@
 //! Vectors of floats, and the choice of instructions at run time.
 //!
-//! A kernel is a [`Job`], generic over [`Lanes`]; [`Level::run`] compiles it once a level, inside a function that may
+//! A kernel is a [`Job`], generic over [`Lanes`]; [`run`] compiles it once a level, inside a function that may
 //! use the level's instructions. For that everything a job calls is `#[inline(always)]`: code that is not inlined
 //! there would be compiled for the least processor.
 
@@ -16,83 +16,23 @@ use std::arch::x86_64::{
     _mm512_mask_blend_ps, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps,
     _mm512_setzero_si512, _mm512_slli_epi32, _mm512_storeu_ps, _mm512_sub_ps,
 };
-use std::env;
-use std::sync::OnceLock;
 
-/// The environment variable that forces a level: `scalar`, `avx2` or `avx512`.
-pub const VARIABLE: &str = "BYTEKILN_SIMD";
+pub use bytekiln_simd::{Level, VARIABLE};
+
 /// The widest vector of any level.
 pub(crate) const MOST_LANES: usize = 16;
 
-/// A set of instructions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Level {
-    /// Whatever the target has without asking: SSE2 on x86-64, NEON on `AArch64`.
-    Scalar,
-    /// AVX2 and FMA.
-    Avx2,
-    /// AVX-512 F.
-    Avx512,
-}
-
-impl Level {
-    /// All levels, the least first.
-    pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512];
-
-    /// As the environment spells it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Scalar => "scalar",
-            Self::Avx2 => "avx2",
-            Self::Avx512 => "avx512",
-        }
-    }
-
-    /// Whether this processor has the instructions.
-    pub fn is_here(self) -> bool {
-        match self {
-            Self::Scalar => true,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => is_x86_feature_detected!("avx512f") && Self::Avx2.is_here(),
-            #[cfg(not(target_arch = "x86_64"))]
-            _ => false,
-        }
-    }
-
-    /// The level of this process: the one that [`VARIABLE`] names, else the best that the processor has.
-    ///
-    /// # Errors
-    /// The variable names no level, or one that is not here; the text says so.
-    pub fn of_process() -> Result<Self, String> {
-        static LEVEL: OnceLock<Result<Level, String>> = OnceLock::new();
-        LEVEL.get_or_init(|| Self::from_name(env::var(VARIABLE).ok().as_deref())).clone()
-    }
-
-    fn from_name(name: Option<&str>) -> Result<Self, String> {
-        let here: Vec<Self> = Self::ALL.into_iter().filter(|level| level.is_here()).collect();
-        let Some(name) = name.filter(|name| !name.is_empty()) else {
-            return Ok(here.last().copied().unwrap_or(Self::Scalar));
-        };
-        here.iter().copied().find(|level| level.name() == name).ok_or_else(|| {
-            let names: Vec<&str> = here.iter().map(|level| level.name()).collect();
-            format!("{VARIABLE}: found {name}; expected what this processor has, of {}", names.join(", "))
-        })
-    }
-
-    /// Runs a job with this level's vectors.
-    pub(crate) fn run<J: Job>(self, job: J) -> J::Out {
-        assert!(self.is_here(), "{VARIABLE}: found {} on a processor without it", self.name());
-        match self {
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: the processor has AVX2 and FMA, as was just asserted.
-            Self::Avx2 => unsafe { on_avx2(job) },
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: the processor has AVX-512 F, as was just asserted.
-            Self::Avx512 => unsafe { on_avx512(job) },
-            _ => job.run(Portable(())),
-        }
+/// Runs a job with a level's vectors.
+pub(crate) fn run<J: Job>(level: Level, job: J) -> J::Out {
+    assert!(level.is_here(), "{VARIABLE}: found {} on a processor without it", level.name());
+    match level {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the processor has AVX2 and FMA, as was just asserted.
+        Level::Avx2 => unsafe { on_avx2(job) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the processor has AVX-512 F, as was just asserted.
+        Level::Avx512 => unsafe { on_avx512(job) },
+        _ => job.run(Portable(())),
     }
 }
 
@@ -117,7 +57,7 @@ fn on_avx512<J: Job>(job: J) -> J::Out {
 }
 
 /// Arithmetic on vectors of `WIDTH` floats. A value of such a type is the proof that the processor can do it: only
-/// [`Level::run`] makes one, after it has asked.
+/// [`run`] makes one, after it has asked.
 pub(crate) trait Lanes: Copy {
     /// A vector.
     type V: Copy;
@@ -457,17 +397,3 @@ intrinsics!(Avx512, __m512, 16,
     },
     sum_of_16 greatest_of_16
 );
-
-#[cfg(test)]
-mod tests {
-    use super::{Level, VARIABLE};
-
-    #[test]
-    fn a_level_is_found_by_its_name() {
-        assert_eq!(Level::from_name(Some("scalar")), Ok(Level::Scalar));
-        assert!(Level::from_name(None).unwrap().is_here());
-        assert_eq!(Level::from_name(Some("")), Level::from_name(None));
-        let error = Level::from_name(Some("mmx")).unwrap_err();
-        assert!(error.starts_with(&format!("{VARIABLE}: found mmx; expected ")) && error.contains("scalar"), "{error}");
-    }
-}
