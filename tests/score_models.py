@@ -49,7 +49,13 @@ def run_config(folder: Path, **values: Any) -> RunConfig:
 
 
 def saved(
-    folder: Path, seed: int = 0, made: TransformerLM | None = None, own: Tokenizer | None = None, **values: Any
+    folder: Path,
+    seed: int = 0,
+    made: TransformerLM | None = None,
+    own: Tokenizer | None = None,
+    *,
+    keeps_tokenizer: bool = True,
+    **values: Any,
 ) -> Path:
     """A run folder with one checkpoint."""
     own = own or tokenizer()
@@ -57,7 +63,14 @@ def saved(
     config = run_config(folder, **{"vocab_size": own.n_vocab, **values})
     save_checkpoint(
         folder / "checkpoints" / "checkpoint_best",
-        Checkpoint(3, config, made.state_dict(), {}, {"data": {"tokenizer": own.hash}}, own.to_json()),
+        Checkpoint(
+            3,
+            config,
+            made.state_dict(),
+            {},
+            {"data": {"tokenizer": own.hash}},
+            own.to_json() if keeps_tokenizer else None,
+        ),
     )
     (folder / "config.toml").write_text(config.to_toml(), "utf-8")
     return folder

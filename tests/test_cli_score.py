@@ -93,6 +93,37 @@ def test_two_models_by_a_paired_test(run: str, questions: str, tmp_path: Path, c
     assert "not distinguishable" in capsys.readouterr().out
 
 
+def test_a_given_tokenizer_is_for_each_model_that_has_none(
+    run: str, questions: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two runs on token files alone keep no tokenizer; a run that has its own goes by that."""
+    ours, theirs, strange = (tmp_path / f"{n}.json" for n in (280, 300, 270))
+    for path in (ours, theirs, strange):
+        tokenizer(int(path.stem)).save(path)
+    bare = [str(saved(tmp_path / f"bare{i}", i, keeps_tokenizer=False)) for i in (1, 2)]
+    wide = str(saved(tmp_path / "wide", 3, own=tokenizer(300)))
+
+    def hashes(*argv: str) -> tuple[str, str]:
+        assert cli_score.score([*argv, "--hellaswag", questions, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        return found["tokenizer_hash"], found["against"]["tokenizer_hash"]
+
+    small, large = tokenizer(280).hash, tokenizer(300).hash
+    assert hashes(bare[0], "--against", bare[1], "--tokenizer", str(ours)) == (small, small)
+    assert hashes(run, "--against", bare[1], "--tokenizer", str(ours)) == (small, small)
+    assert hashes(bare[0], "--against", wide, "--tokenizer", str(ours)) == (small, large)
+    assert hashes(wide, "--against", bare[0], "--tokenizer", str(ours)) == (large, small)
+    for first, second, given, words in (
+        (run, wide, strange, "270.json: found tokenizer hash .*; expected that of run and wide"),
+        (run, bare[0], strange, "270.json: found tokenizer hash .* with which .*bare1 was trained"),
+        (bare[0], bare[1], theirs, "300.json: found tokenizer hash"),
+    ):
+        with pytest.raises(MismatchError, match=words):
+            cli_score.score([first, "--against", second, "--tokenizer", str(given), "--hellaswag", questions])
+    with pytest.raises(ConfigError, match=r"bare2: found no tokenizer\.json in the run; expected --tokenizer FILE"):
+        cli_score.score([run, "--against", bare[1], "--hellaswag", questions])
+
+
 @pytest.mark.parametrize("kind", ["hellaswag", "data"])
 def test_an_interruption_is_taken_up_again(
     kind: str, run: str, questions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -218,7 +249,9 @@ def test_as_a_command(command, run: str, questions: str, tmp_path: Path) -> None
 def test_help_fits_a_screen_or_two(capsys) -> None:
     with pytest.raises(SystemExit):
         cli_score.score(["--help"])
-    lines = capsys.readouterr().out.splitlines()
+    shown = capsys.readouterr().out
+    assert "tokenizer of each model without one of its own" in shown
+    lines = shown.splitlines()
     assert len(lines) <= 60 and max(map(len, lines)) <= 110
 
 

@@ -11,17 +11,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bytekiln import cli_sweep
 from bytekiln.config import FIELDS, changed_mathematics
 from bytekiln.sweep.coordinate import run_sweep
+from bytekiln.sweep.process import stated_threads
 from bytekiln.sweep.results import read_results
 from lm_runs import ONE_THREAD, TINY, tokens
-from sweep_driver import Start, run_here
+from sweep_driver import Start, run_here, write_result
 from sweep_kills import make, outcome, start
 
 HERE = Path(__file__).parent
@@ -142,6 +144,82 @@ def test_missing_programs_and_packages_are_one_line(sweep, monkeypatch: pytest.M
     assert 'pip install "bytekiln[ray]"' in err
 
 
+def test_a_sweep_of_ones_own_by_the_name_of_a_preset_gets_none_of_its_files(sweep, here: Path) -> None:
+    """What follows is decided by where a sweep was loaded from, which its folder remembers."""
+    base = "[base]\nd_model = 16\nnum_heads = 2\ntrain_data = 'train.npy'\nval_data = 'val.npy'\n"
+    (here / "mine.toml").write_text(f'name = "lr-search-quick"\nshipped = "lr-search-quick"\naxes.lr = [1e-3]\n{base}')
+    sweep("mine.toml", "--folder", "mine")
+    sweep("mine")  # by its folder
+    assert (here / "mine/lr_sweep_results.json").exists() and not (here / "mine/lr_recommendation.json").exists()
+    sweep("lr-search-quick", *DATA, "--no-tensorboard", "--folder", "theirs")
+    told = here / "theirs/lr_recommendation.json"
+    assert told.exists()
+    told.unlink()
+    sweep("theirs")
+    assert told.exists()
+
+
+class Cluster:
+    """Ray, as far as a sweep asks for it; its tasks are done at once."""
+
+    def __init__(self, *cpus: int, gpus: int = 0) -> None:
+        self.cpus, self.gpus = cpus, gpus
+        self.asked: list[float] = []
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": float(sum(self.cpus)), "GPU": float(self.gpus)}
+
+    def nodes(self) -> list[dict[str, object]]:
+        alive = [{"Alive": True, "Resources": {"CPU": float(n)}} for n in self.cpus]
+        return [*alive, {"Alive": False, "Resources": {"CPU": 512.0}}]
+
+    def remote(self, num_cpus: float, **_: object) -> Callable[[object], object]:
+        self.asked.append(num_cpus)
+        return lambda task: SimpleNamespace(remote=lambda folder, threads: write_result(Path(folder)) or 0)
+
+    def wait(self, tasks: list[object], timeout: float) -> tuple[list[object], list[object]]:
+        return tasks, []
+
+    def get(self, task: int) -> int:
+        return task
+
+
+@pytest.mark.parametrize(
+    ("cluster", "jobs", "stated", "asked", "at_once"),
+    [
+        (Cluster(4, 4), 1, "", 4, 1),  # not this machine's cores: what the largest of theirs has
+        (Cluster(4, 4), 2, "", 4, 2),
+        (Cluster(4, 4), 3, "", 2, 3),  # with more threads the third would wait for room
+        (Cluster(4, 4), None, "", 1, 8),
+        (Cluster(4, 4), 1, "2", 2, 1),  # OMP_NUM_THREADS goes before
+        (Cluster(4, 4), None, "2", 2, 4),
+        (Cluster(16, gpus=4), None, "", 4, 4),
+        (Cluster(2), 16, "", 1, 16),
+    ],
+)
+def test_a_ray_task_asks_for_the_threads_of_its_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path,
+    cluster: Cluster, jobs: int | None, stated: str, asked: int, at_once: int,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "ray", cluster)
+    monkeypatch.setattr("bytekiln.sweep.coordinate.cores", lambda: 64)
+    monkeypatch.setenv("OMP_NUM_THREADS", stated)
+    argv = [
+        "tinystories-lr",
+        *DATA,
+        "--no-tensorboard",
+        "--lrs",
+        "3e-4",
+        "--ray",
+        *(["--jobs", str(jobs)] * bool(jobs)),
+    ]
+    assert cli_sweep.sweep(argv) == 0
+    assert cluster.asked[-1] == asked and f"{at_once} at once" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("code", "status", "follows"), [(0, 0, True), (3, 0, True), (1, 1, False)])
 def test_then_follows_unless_every_run_failed(sweep, here: Path, code: int, status: int, follows: bool) -> None:
     codes = dict.fromkeys(("lr=3e-4", "lr=4e-4"), code)
@@ -213,6 +291,7 @@ def test_seed_000_from_the_baseline_to_the_resume(here: Path) -> None:
 
 def test_adopting_needs_no_result_and_goes_on_after_a_kill(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bytekiln.sweep import adopt as module
+    from bytekiln.sweep import move
     from bytekiln.sweep.spec import changed, load_spec, trials_of
     from bytekiln.train import train
     from lm_runs import tiny
@@ -224,7 +303,7 @@ def test_adopting_needs_no_result_and_goes_on_after_a_kill(here: Path, monkeypat
     differ = {f: was for f, was, _ in changed_mathematics(config, preset, FIELDS) if f not in ("preset", "min_lr")}
     as_begun = functools.partial(changed, given={**differ, "max_steps": 6})
     with monkeypatch.context() as m:
-        m.setattr(module, "_remove_old", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(move, "_remove_old", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             module.adopt(Path("checkpoints/tinystories"), {"lr": 6e-4}, changes=as_begun)
     assert (here / "checkpoints/tinystories/checkpoint_final").is_dir(), "what was there goes last"
@@ -307,8 +386,8 @@ def test_on_a_local_ray_cluster(here: Path) -> None:
         base = {k: v for k, v in TINY.items() if k != "lr"} | {"train_data": "train.npy", "tensorboard": False}
         spec = changed(load_spec("tinystories-lr"), lrs=[1e-3, 1e9], given=base)
         begin = RayStart()
-        assert begin.jobs(1) == 2
-        results = run_sweep(trials_of(spec), here / "s", jobs=2, start=begin)
+        assert begin.jobs(1) == 2 and (begin.threads(1), begin.threads(2)) == (stated_threads() or 2, 1)
+        results = run_sweep(trials_of(spec), here / "s", jobs=2, start=begin, threads=begin.threads(2))
     finally:
         ray.shutdown()
     assert [r.status for r in results] == ["completed", "diverged"]

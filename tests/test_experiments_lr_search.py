@@ -101,7 +101,7 @@ def test_the_searches_are_as_published(
         assert {k: v for k, v in c.flat().items() if k in PUBLISHED} == {**PUBLISHED, "max_steps": steps}
     small = changed(spec, scale="cpu")
     assert str(small.folder) == f"{folder}-cpu" and len(trials_of(small)) == len(rates)
-    assert trials_of(small)[0].config.model.ffn == "moe" and catalogue.after(name) is not None
+    assert trials_of(small)[0].config.model.ffn == "moe" and catalogue.after(small) is not None
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])

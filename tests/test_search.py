@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -19,12 +20,13 @@ from bytekiln.checkpoint import load_checkpoint
 from bytekiln.config import load_config
 from bytekiln.errors import BytekilnError, ConfigError, FormatError, MismatchError, OutputExistsError
 from bytekiln.metrics import read_metrics
+from bytekiln.search import picture
 from bytekiln.search import runs as search_runs
 from bytekiln.search.files import check_same, read_state, recommendation, sentence, state_of, to_json, write_state
 from bytekiln.search.picture import draw_search
 from bytekiln.search.plan import Plan, Request, Seen, rungs_of
 from bytekiln.search.stages import Search
-from bytekiln.sweep.results import read_results
+from bytekiln.sweep.results import TrialResult, read_results
 from bytekiln.train import train
 from lm_runs import tiny, tokens
 
@@ -373,6 +375,37 @@ def test_pictures_of_searches_that_found_little(tmp_path: Path) -> None:
     for runner in (Planted(status=lambda lr, seed: "diverged"), Planted(curvature=0.0), Planted(10.0)):
         draw_search(searched(runner, widenings=1), tmp_path / "lr_search.png")
     draw_search(Search(plan(), Planted()).run("coarse"), tmp_path / "lr_search.png")
+
+
+@pytest.mark.parametrize(("points", "factor", "named"), [(13, 2.0, 7), (13, 1.5, 6), (5, 2.0, 5), (5, 1.02, 1)])
+def test_labels_of_rates_do_not_overlap(points: int, factor: float, named: int) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = searched(Planted(1.1e-2), points=points, factor=factor, rungs=(), centre=1.01e-2, budget=STEPS * 90)
+    figure = Figure(figsize=(10.4, 4.4), dpi=110, layout="constrained")
+    axes = figure.subplots(1, 2)[1]
+    picture._losses(axes, found)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    labels = [t for t in axes.get_xticklabels() if t.get_text()]
+    boxes = sorted((t.get_window_extent().x0, t.get_window_extent().x1) for t in labels)
+    assert all(right + 2 < left for (_, right), (left, _) in itertools.pairwise(boxes)), "at least two pixels apart"
+    assert len(labels) >= named
+    assert picture.short(found.recommended or 0.0) in {t.get_text() for t in labels}, "the one that matters is named"
+
+
+def test_the_board_is_told_where_runs_pause(tmp_path: Path) -> None:
+    told: list[TrialResult] = []
+
+    class Board:
+        def show(self, results: Sequence[TrialResult], folder: Path) -> None:
+            told.extend(results)
+
+    one = TrialResult("a", None, {}, 1e-3, "1e-3", 1e-4, 1, "running", max_steps=240)
+    search_runs.UpTo(Board(), 20).show([one], tmp_path)
+    search_runs.UpTo(Board(), 240).show([one], tmp_path)
+    assert [r.max_steps for r in told] == [20, 240]
 
 
 def test_a_damaged_state_is_refused_by_name(tmp_path: Path) -> None:

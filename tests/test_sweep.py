@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
 import json
 import os
 import signal
@@ -185,12 +187,50 @@ def test_best_is_the_best_loss_of_what_ended_well() -> None:
     assert found is not None and found.status == "early_stopped"
 
 
-def test_what_a_search_pruned_stays(tmp_path: Path) -> None:
+def test_what_a_search_pruned_stays_until_the_run_is_taken_up_again(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    one = TrialResult("a", None, {}, 1e-3, "1e-3", 1e-4, 1, "completed", pruned="the worse half at step 100")
-    update_results(path, [one])
-    update_results(path, [TrialResult("a", None, {}, 1e-3, "1e-3", 1e-4, 1, "running")])
-    assert read_results(path)[0].pruned == one.pruned
+    why = "the worse half at step 100"
+
+    def told(status: str, steps: int, pruned: str | None = None) -> TrialResult:
+        return TrialResult("a", None, {}, 1e-3, "1e-3", 1e-4, 1, status, steps=steps, pruned=pruned)
+
+    for status, steps, stays in (("interrupted", 100, True), ("running", 100, False), ("interrupted", 120, False),
+                                 ("completed", 200, False)):  # fmt: skip
+        update_results(path, [told("interrupted", 100, why)])
+        update_results(path, [told(status, steps)])
+        assert read_results(path)[0].pruned == (why if stays else None), (status, steps)
+
+
+def test_a_given_up_run_that_goes_on_has_no_reason_any_more(tmp_path: Path) -> None:
+    """Not even where it is stopped again before the first step."""
+    folder = tmp_path / "s"
+    run_sweep(trials(2), folder, start=Start({"seed=1": 130}))
+    (one, _) = read_results(folder / "results.json")
+    assert one.status == "interrupted"
+    update_results(folder / "results.json", [dataclasses.replace(one, pruned="0.3 above the best at step 2")])
+    run_sweep(trials(2)[1:], folder, start=Start())
+    assert [r.pruned for r in read_results(folder / "results.json") if r.name == one.name] != [None], "not taken up"
+    results = run_sweep(trials(2), folder, start=(start := Start({"seed=1": 130})))
+    assert start.started == ["seed=1"] and results[0].status == "interrupted" and results[0].pruned is None
+
+
+def test_a_run_that_still_saves_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sweep was killed; it holds its folder for minutes, and is never called failed."""
+    folder, clock = tmp_path / "s", time.monotonic
+    place = folder / "runs/seed=1"
+    place.mkdir(parents=True)
+    fd = os.open(place, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    saves = threading.Timer(1.5, os.close, [fd])
+    monkeypatch.setattr(time, "monotonic", lambda: 100 * clock())
+    said: list[str] = []
+    saves.start()
+    results = run_sweep(trials(2), folder, start=(start := Start()), say=said.append)
+    saves.join()
+    assert [r.status for r in results] == ["completed"] * 2 and start.started == ["seed=2", "seed=1"]
+    waits = [line for line in said if "waits" in line]
+    assert f"seed=1: waits for the process that still trains or saves in {place}" in waits[0]
+    assert 2 <= len(waits) <= 4 and "waits, for 1 min" in waits[1]
 
 
 def test_limits_may_rise_but_the_mathematics_may_not(tmp_path: Path) -> None:
@@ -365,7 +405,7 @@ def test_progress_follows_a_growing_file(tmp_path: Path, monkeypatch: pytest.Mon
     board = ProgressBoard(said.append, live=False)
     monkeypatch.setattr("bytekiln.sweep.progress.PLAIN_INTERVAL_S", 0.0)
     board.show([r], tmp_path)
-    assert said == ["a: step 3 of 9, loss 2.5000, validation 3.5000, 6.0 s left, 0 of 1 runs done"]
+    assert said == ["a: step 3 of 9, loss 2.5000, validation 3.5000, 6.0 s left, 0 of 1 runs done, ETA -"]
     assert plain_line(r, follower.seen, None, [r]).startswith("a: step 3 of 9")
     file.close()
 
@@ -384,6 +424,72 @@ def test_the_live_table_shows_runs_losses_and_time(tmp_path: Path, capsys: pytes
     shown = capsys.readouterr().out
     for words in ("0 of 60 runs done", "running", "50/100", "3.0000", "2.5000", "2.2500", "5.0 s", "and 20 more"):
         assert words in shown
+
+
+def test_the_end_of_the_whole_sweep_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two workers, one that begins its next run; of what an earlier sweep did nothing counts as pace."""
+    monkeypatch.setattr("bytekiln.sweep.progress.PLAIN_INTERVAL_S", 0.0)
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    files: dict[str, RowFile] = {}
+    born: dict[str, float] = {}
+
+    def run(name: str, status: str, steps: int = 0, code: int | None = None) -> TrialResult:
+        where = f"runs/{name}"
+        if status == "running" and name not in files:
+            (tmp_path / where).mkdir(parents=True)
+            files[name] = RowFile(tmp_path / where / "metrics.csv", Row, what="metrics")
+        if status == "running":
+            files[name].append(Row(steps, 10 * steps, now - born.setdefault(name, now), loss=3.0))
+        return TrialResult(name, None, {}, 1e-3, "1e-3", 1e-4, 1, status, run_dir=where, max_steps=100, steps=steps,
+                           exit_status=code)  # fmt: skip
+
+    said: list[str] = []
+    board = ProgressBoard(said.append, live=False)
+
+    def eta(*results: TrialResult) -> str:
+        board.show(results, tmp_path)
+        return said[-1].rpartition("ETA ")[2]
+
+    old = [run("old", "completed", 100), run("stopped", "interrupted", 90, 143), run("fell", "diverged", 3, 3)]
+    assert eta(*old, run("a", "running", 0), run("b", "running", 50), run("c", "pending")) == "-"
+    now += 10
+    assert eta(*old, run("a", "running", 10), run("b", "running", 60), run("c", "pending")) == "-"
+    now += 10  # 20 steps in 10 s; 80 + 30 + 100 remain
+    assert eta(*old, run("a", "running", 20), run("b", "running", 70), run("c", "pending")) == "1 min 45 s"
+    now += 20  # 70 steps in 30 s, and 160 remain: 69 s; but a alone needs longer
+    assert eta(*old, run("a", "running", 30), run("b", "completed", 100), run("c", "running", 10)) == "1 min 33 s"
+    now += 400  # what is long ago does not count: 80 steps in 400 s; of 30 + 50, c alone needs longer
+    assert eta(*old, run("a", "running", 70), run("b", "completed", 100), run("c", "running", 50)) == "8 min 20 s"
+    now += 1
+    assert eta(*old, *(run(n, "running", 100) for n in "ac"), run("b", "completed", 100)) == "0 ms"
+    assert said[-1].endswith("3 of 6 runs done, ETA 0 ms")
+
+    from rich.console import Console
+
+    from bytekiln.sweep.progress import table_of
+
+    for known, shown in ((None, "ETA -"), (125.0, "ETA 2 min 05 s")):
+        Console(width=100).print(table_of(old, {}, {}, known))
+        assert f"2 of 3 runs done, {shown}" in capsys.readouterr().out
+    for file in files.values():
+        file.close()
+
+
+def test_another_folder_on_the_same_board_has_a_pace_of_its_own(tmp_path: Path) -> None:
+    """A search shows its stages on one board; runs of two of them may have one name."""
+    board = ProgressBoard(lambda _: None, live=False)
+    for stage, steps in (("coarse", 30), ("transfer", 4)):
+        place = tmp_path / stage / "runs/a"
+        place.mkdir(parents=True)
+        file = RowFile(place / "metrics.csv", Row, what="metrics")
+        file.append(Row(steps, 10, 1.0, loss=3.0))
+        file.close()
+        r = TrialResult("a", None, {}, 1e-3, "1e-3", 1e-4, 1, "running", run_dir="runs/a", max_steps=100)
+        board.show([r], tmp_path / stage)
+        assert board._followers["a"].seen.step == steps
 
 
 def test_run_in_a_thread_leaves_signals_alone(tmp_path: Path) -> None:

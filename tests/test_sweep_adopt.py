@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bytekiln import cli
 from bytekiln.config import RunConfig, load_config
 from bytekiln.errors import ConfigError, FileError, FormatError, MismatchError
 from bytekiln.sweep.adopt import adopt
@@ -175,6 +176,31 @@ def test_an_adopted_run_outside_the_spec_stays_in_the_results(here: Path) -> Non
     spec = changed(load_spec("s.toml"), lrs=[2e-3])
     run_sweep(trials_of(spec), "s", start=Start())
     assert NAME in [r.name for r in read_results(here / "s/results.json")]
+
+
+@pytest.mark.parametrize(
+    ("mark", "words"),
+    [
+        ({"checkpoints": "c", "home": "r"}, "found no format"),
+        ({"format": "bytekiln-adoption", "version": 0}, "found bytekiln-adoption, version 0"),
+        ({"format": "bytekiln-adoption", "version": 1, "own": []}, "found no checkpoints"),
+        ([], "list indices"),
+        ("{", "Expecting"),
+    ],
+)
+def test_the_mark_of_another_version_is_refused_by_name(
+    here: Path, capsys: pytest.CaptureFixture[str], mark: object, words: str
+) -> None:
+    past_run(here)
+    place = here / "s/runs" / NAME
+    place.mkdir(parents=True)
+    (place / "adopting.json").write_text(mark if isinstance(mark, str) else json.dumps(mark))
+    before = all_files(here)
+    argv = ["adopt", "c", "--as", "lr=1e-3,batch_size=2", "--sweep", "s.toml"]
+    assert cli.run("lm-sweep", argv) == 2
+    err = capsys.readouterr().err
+    assert f"{NAME}/adopting.json: {words}" in err and "expected bytekiln-adoption, version 1" in err
+    assert err.count("\n") == 1 and all_files(here) == before
 
 
 @pytest.mark.parametrize("source", ["r", "c"])

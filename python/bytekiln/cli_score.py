@@ -51,7 +51,7 @@ def score(argv: list[str]) -> int:
 
     from bytekiln.score.runs import compared, score_benchmark, score_data
 
-    scorers = [_open(run, options) for run in (options.run, options.against) if run]
+    scorers = _open(options)
     if len({s.context_length for s in scorers}) > 1:  # a longer context would be an advantage of its own
         shorter = min(s.context_length for s in scorers)
         notice(
@@ -123,19 +123,28 @@ def _records(out: Path | None, label: str) -> Path | None:
     return None if out is None else out.with_name(f"{out.stem}.{label}.jsonl")
 
 
-def _open(run: str, options: argparse.Namespace) -> Scorer:
+def _open(options: argparse.Namespace) -> list[Scorer]:
+    """The models. With two of them --tokenizer is for whichever has none of its own, and must be of use to one."""
     from bytekiln.prepare import find_device
-    from bytekiln.score.scorer import open_scorer
+    from bytekiln.score.scorer import check_of_use, open_scorer
 
-    return open_scorer(
-        run,
-        tokenizer=options.tokenizer if run == options.run else None,
-        device=find_device(options.device),
-        notice=notice,
-        context_length=options.context_length,
-        batch_size=options.batch_size,
-        precision=options.precision,
-    )
+    scorers = [
+        open_scorer(
+            run,
+            tokenizer=options.tokenizer,
+            own_first=options.against is not None,
+            device=find_device(options.device),
+            notice=notice,
+            context_length=options.context_length,
+            batch_size=options.batch_size,
+            precision=options.precision,
+        )
+        for run in (options.run, options.against)
+        if run
+    ]
+    if options.tokenizer:
+        check_of_use(options.tokenizer, scorers)
+    return scorers
 
 
 def _own_validation(scorer: Scorer, run: str) -> list[str]:
@@ -241,7 +250,7 @@ def _parser() -> Parser:
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted evaluation of the same --out")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
-    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer; default: the run's own")
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer of each model without one of its own")
     parser.add_argument("--data-dtype", metavar="TYPE", help="of raw token files without manifest: uint16 …")
     parser.add_argument("--batch-size", default=32, help="sequences in a pass (32)", **whole)
     parser.add_argument("--precision", default="fp32", help="fp32 (default), bf16 or fp16")

@@ -83,10 +83,11 @@ def sweep(argv: list[str]) -> int:
         from bytekiln.sweep.ray import RayStart
 
         ray = start["start"] = RayStart()
-        jobs = options.jobs or ray.jobs(1)
+        jobs = options.jobs or ray.jobs()
+        start["threads"] = ray.threads(jobs)
     open_folder(spec, folder, overwrite=options.overwrite)
     notice(f"{len(trials)} run{'s' * (len(trials) != 1)} in {folder}, {jobs} at once")
-    after = catalogue.after(spec.name)
+    after = catalogue.after(spec)
     with whenever_it_ends(after, spec, folder, notice), analysed(folder, notice), ProgressBoard(notice) as board:
         results = run_sweep(
             trials, folder, jobs=jobs, retry=retry, results=spec.results_name, say=board.say, board=board,

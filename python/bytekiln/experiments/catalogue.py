@@ -1,6 +1,6 @@
 """Which experiments there are: pipelines by name, and what a sweep's end adds to its folder.
 
-In: a name. Out: functions, or none. Called by `cli_sweep`; imports no torch.
+In: a name, or a sweep. Out: functions, or none. Called by `cli_sweep`; imports no torch.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from collections.abc import Callable
 
 from bytekiln.experiments.exp9 import LONG, QUICK, SEARCH, exp9
 from bytekiln.experiments.lr_search import After, write_long, write_search
+from bytekiln.sweep.model import SweepSpec
 
 Pipeline = Callable[[list[str]], int]
 PIPELINES: dict[str, Pipeline] = {"exp9": exp9}
 AFTER: dict[str, After] = {QUICK: write_search, SEARCH: write_search, LONG: write_long}
+"""By `SweepSpec.shipped`."""
 
 
 def pipeline(name: str) -> Pipeline | None:
@@ -20,6 +22,9 @@ def pipeline(name: str) -> Pipeline | None:
     return PIPELINES.get(name.replace("_", "-"))
 
 
-def after(name: str) -> After | None:
-    """What writes the files that belong to the sweep of this name; called whenever it has ended."""
-    return AFTER.get(name)
+def after(spec: SweepSpec) -> After | None:
+    """What writes the files that belong to a sweep of ours; called whenever it has ended.
+
+    Ours is what was loaded from our presets, and its folder: a user's own sweep may have any name.
+    """
+    return AFTER.get(spec.shipped)

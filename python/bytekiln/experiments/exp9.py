@@ -93,7 +93,7 @@ class Plan:
             folder=str(self.long_folder), results="results.json", checkpoint_dir=str(self.long_folder / "checkpoints")
         )
         question = f"How good does {base['preset']} become with the best learning rate of {self.search_folder}?"
-        return SweepSpec(name=LONG, question=question, base=base, output=output)
+        return SweepSpec(name=LONG, shipped=LONG, question=question, base=base, output=output)
 
 
 def exp9(argv: list[str]) -> int:

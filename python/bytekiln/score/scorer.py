@@ -9,7 +9,7 @@ Shapes are suffixes of names: R rows, N targets, r and n those of a chunk, D mod
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-from bytekiln.characters import AnyTokenizer
+from bytekiln.characters import AnyTokenizer, load_any
 from bytekiln.checkpoint import SUMS, weights_of
 from bytekiln.config import RunConfig
-from bytekiln.errors import ConfigError, FormatError
+from bytekiln.errors import ConfigError, FormatError, MismatchError
 from bytekiln.model import TransformerLM
 from bytekiln.sample import check_continues, tokenizer_for
 
@@ -107,6 +107,7 @@ def open_scorer(
     run: str,
     *,
     tokenizer: str | None = None,
+    own_first: bool = False,
     device: torch.device | None = None,
     notice: Callable[[str], object] = lambda _: None,
     **how: Any,
@@ -116,6 +117,7 @@ def open_scorer(
     Args:
         run: its path.
         tokenizer: the run's own, where it knew none.
+        own_first: leave `tokenizer` aside where the run has its own; else that must be the same.
         device: where it is to work; None: the CPU.
         notice: told what should be known.
         how: `context_length`, `batch_size` and `precision` of `Scorer`.
@@ -131,6 +133,8 @@ def open_scorer(
     model.to(device or torch.device("cpu")).eval()
     trained_with = (checkpoint.state.get("data") or {}).get("tokenizer")
     own = None
+    if own_first and checkpoint.tokenizer_json:
+        tokenizer = None
     if tokenizer or checkpoint.tokenizer_json:
         own = tokenizer_for(model, tokenizer, checkpoint.tokenizer_json, run, trained_with=trained_with)
     path = checkpoint.path
@@ -146,6 +150,21 @@ def open_scorer(
         checkpoint.step,
         **how,
     )
+
+
+def check_of_use(tokenizer: str, scorers: Sequence[Scorer]) -> None:
+    """Refuse a tokenizer that was given and that no model speaks.
+
+    Raises:
+        FileError, FormatError: it cannot be read.
+        MismatchError: each model has another one of its own.
+    """
+    found = load_any(tokenizer).hash
+    if all(s.tokenizer_hash != found for s in scorers):
+        names = " and ".join(s.name for s in scorers)
+        raise MismatchError(
+            f"{tokenizer}: found tokenizer hash {found}; expected that of {names}, which have tokenizers of their own"
+        )
 
 
 def _name(path: Path) -> str:

@@ -67,7 +67,7 @@ def asked(options: argparse.Namespace) -> tuple[SweepSpec, Plan, Path]:
         return SweepSpec(name=source.resolve().name, base=base), plan, source
     spec = load_spec(options.source)
     name = spec.name.removesuffix("-sweep")
-    spec = spec.model_copy(update={"axes": {}, "seeds": (), "variant": {}, "kind": "grid", "samples": 0,
+    spec = spec.model_copy(update={"axes": {}, "seeds": (), "variant": {}, "kind": "grid", "samples": 0, "shipped": "",
                                    "baseline": "", "output": SweepOutput(), "variants_only": False})  # fmt: skip
     if options.dataset:
         spec = spec.model_copy(update={"base": {**spec.base, "dataset": options.dataset}})
@@ -151,7 +151,8 @@ def target_of(options: argparse.Namespace, base: SweepSpec) -> tuple[SweepSpec, 
     }
     given |= _pairs(options.transfer_set, "--transfer-set")
     spec = spec.model_copy(update={"axes": {}, "seeds": (), "variant": {}, "kind": "grid", "baseline": "",
-                                   "output": SweepOutput(), "variants_only": False, "name": "transfer"})  # fmt: skip
+                                   "output": SweepOutput(), "variants_only": False, "name": "transfer",
+                                   "shipped": ""})  # fmt: skip
     spec = changed(spec, given=given)
     config = SweepRunner(spec, Path(), PLACEHOLDER).config()
     check_base(config)

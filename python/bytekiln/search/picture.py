@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BLUE, RED, GREEN, GREY, INK = "#1f5fa8", "#c8502d", "#2f8a57", "#9aa3ad", "#22272e"
+APART = 1 / 8
+"""Share of the rates' axis that a label takes, its gap included."""
 ABOVE = 0.35
 """Losses so far above the best (nats a token, at least) are cut off in the picture of the fit."""
 
@@ -77,6 +80,23 @@ def _curves(axes: Axes, search: Search) -> None:
         axes.legend(frameon=False, fontsize=8, title="lr", title_fontsize=8)
 
 
+def labelled(rates: Sequence[float], apart: float, first: float | None = None) -> set[float]:
+    """Which of the rates get a label: `first` where it is among them, then from the lowest on what has room.
+
+    Args:
+        rates: rising. apart: how far two labels have to be from each other, in ln of the rate.
+        first: the rate that matters most.
+
+    >>> sorted(labelled([1.0, 2.0, 4.0, 8.0], 1.0, 2.0))
+    [2.0, 8.0]
+    """
+    found: set[float] = set()
+    for lr in sorted(rates, key=lambda lr: (lr != first, lr)):
+        if all(abs(math.log(lr / other)) >= apart for other in found):
+            found.add(lr)
+    return found
+
+
 def _losses(axes: Axes, search: Search) -> None:
     """Best validation loss of full runs against the rate, parabola, interval, recommendation."""
     points = search.full()
@@ -106,8 +126,10 @@ def _losses(axes: Axes, search: Search) -> None:
             search.recommended, color=GREEN, linewidth=1.4, label=f"{short(rounded(search.recommended))} {sure}".strip()
         )
     axes.set_ylim(best - 0.08 * max(min(top - best, ABOVE), 0.02), best + 1.15 * max(min(top - best, ABOVE), 0.02))
-    axes.set_xlim(min(lrs) / 1.6, max(lrs) * 1.6)
+    low, high = min(lrs) / 1.6, max(lrs) * 1.6
+    axes.set_xlim(low, high)
     ticks = sorted(set(lrs))
-    axes.set_xticks(ticks, labels=[short(lr) for lr in ticks], rotation=30 if len(ticks) > 4 else 0, fontsize=8)
+    named = labelled(ticks, APART * math.log(high / low), search.recommended)
+    axes.set_xticks(ticks, labels=[short(lr) if lr in named else "" for lr in ticks], fontsize=8)
     axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.legend(frameon=False, fontsize=8, loc="best")

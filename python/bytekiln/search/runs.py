@@ -49,6 +49,18 @@ class Paused(Process):
             )
 
 
+@dataclasses.dataclass(frozen=True)
+class UpTo:
+    """A board that is told of runs which pause at a step: as far as that they have to go."""
+
+    board: Board
+    step: int
+
+    def show(self, results: Sequence[TrialResult], folder: Path) -> None:
+        """As `Board`."""
+        self.board.show([dataclasses.replace(r, max_steps=min(r.max_steps, self.step)) for r in results], folder)
+
+
 class SweepRunner:
     """A `Runner` whose runs are trained by `run_sweep`."""
 
@@ -115,7 +127,7 @@ class SweepRunner:
             retry=self.retry,
             results=RESULTS,
             say=self.say if full else self._say_paused,
-            board=self.board,
+            board=self.board and UpTo(self.board, until),
             start=self.start(None if full else until),
         )
         self._tried |= {(stage, t.name) for t in trials}

@@ -5,9 +5,9 @@ whose state `search.files` writes down after every stage. Called by `cli_search`
 
 Stages: range test (`range_test`) → coarse grid, given up in steps (successive halving, Jamieson and Talwalkar 2016)
 → other seeds at the best rate and its neighbours → parabola (`rate_fit`) → the recommended rate at full length beside
-its neighbours. A run that is given up and one that goes on have the schedule of the whole length, so that what was
-trained is never trained again. The search is a function of its plan and of what the runner told: after any end it is
-simply run again, and the runner answers at once what is done.
+its neighbours (`verdict`). A run that is given up and one that goes on have the schedule of the whole length, so that
+what was trained is never trained again. The search is a function of its plan and of what the runner told: after any end
+it is simply run again, and the runner answers at once what is done.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from bytekiln.search.plan import (
     rounded,
 )
 from bytekiln.search.rate_fit import Fit, Point, fit_rates
+from bytekiln.search.verdict import beside, judged, mean
 from bytekiln.sweep.axes import short
 
 
@@ -314,73 +315,20 @@ class Search:
                 f"the run at {short(lr)} ended as {ended.status}; the best rate that ended well is given instead"
             )
             self.recommended, self.status = self.fit.best, "unconfirmed"
-            self.confirmed_loss = _mean(p.loss for p in self.full() if p.lr == self.fit.best)
+            self.confirmed_loss = mean(p.loss for p in self.full() if p.lr == self.fit.best)
             return
         self._repeat(lr)
-        mine = [p for p in self.full() if p.lr == lr]
-        self.confirmed_loss = _mean(p.loss for p in mine)
-        if self.fit.curvature > 0:
-            self.predicted_loss = _mean(self.fit.at(lr, p.seed) for p in mine)
         self.last_fit = fit_rates(self.full(), confidence=plan.confidence, span=(self.rates()[0], self.rates()[-1]))
-        self.status = "confirmed"
-        lower: list[tuple[float, float, int]] = []
-        for other in self._beside(lr):
-            more, common = self._difference(other, lr)
-            self.neighbours.append((other, self.confirmed_loss + more))
-            if common and more < 0:
-                lower.append((more, other, common))
-        self._hold_against(lr, lower)
-        if self.recommended != lr:
-            self.confirmed_loss = _mean(p.loss for p in self.full() if p.lr == self.recommended)
-        if len(self.neighbours) < 2:
-            self.status = "unconfirmed"
-            self._note(f"{short(self.recommended)} has no neighbour on one side that ended well")
-
-    def _hold_against(self, lr: float, lower: Iterable[tuple[float, float, int]]) -> None:
-        """Recommend the best of the neighbours that are better by more than chance.
-
-        Args:
-            lr: the fit's rate. lower: (mean difference, rate, seeds that both have) of neighbours of lower loss.
-        """
-        assert self.fit is not None
-        for less, other, common in sorted(lower):
-            by = f"by {-less:.4f} over {common} seed{'s' * (common > 1)}"
-            certain = self.fit.certain(less, common)
-            if certain:
-                self._note(
-                    f"{short(other)} was better at full length, {by}, more than chance; it is recommended instead of "
-                    f"{short(lr)}"
-                )
-                self.recommended, self.status = other, "unconfirmed"
-                return
-            if certain is None:
-                runs = "one seed" if len({p.seed for p in self.full()}) == 1 else "the runs"
-                self._note(
-                    f"{short(other)} was lower at full length, {by}; {runs} cannot tell that from chance, and "
-                    f"{short(lr)} stays recommended"
-                )
-                self.status = "unconfirmed"
-
-    def _beside(self, lr: float) -> list[float]:
-        """The nearest rates on either side that ended well at full length."""
-        others = sorted({p.lr for p in self.full() if p.lr != lr})
-        return [*[o for o in others if o < lr][-1:], *[o for o in others if o > lr][:1]]
+        found = judged(lr, self.full(), self.fit)
+        for note in found.notes:
+            self._note(note)
+        self.recommended, self.neighbours = found.recommended, found.neighbours
+        self.confirmed_loss, self.predicted_loss = found.confirmed_loss, found.predicted_loss
+        self.status = "confirmed" if found.confirmed else "unconfirmed"
 
     def _repeat(self, lr: float) -> None:
         """What steps are left go into the other seeds of the recommended rate and of those beside it."""
         for seed in self.plan.seeds:
-            for rate in (lr, *self._beside(lr)):
+            for rate in (lr, *beside(lr, self.full())):
                 if (rate, seed) not in self.runs and self._affords(self.plan.max_steps):
                     self._ask("confirm", [rate], seed, self.plan.max_steps)
-
-    def _difference(self, other: float, lr: float) -> tuple[float, int]:
-        """(mean loss of `other` above that of `lr`, by the seeds that both have; how many those are)."""
-        mine, theirs = ({p.seed: p.loss for p in self.full() if p.lr == rate} for rate in (lr, other))
-        common = [theirs[seed] - mine[seed] for seed in mine if seed in theirs]
-        assert self.fit is not None
-        return (_mean(common), len(common)) if common else (self.fit.at(other) - self.fit.at(lr), 0)
-
-
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return math.fsum(found) / len(found)

@@ -25,7 +25,7 @@ from bytekiln.sweep.spec import DATA_PATHS, SweepSpec, Trial, inlined, load_spec
 from bytekiln.sweep.table import to_toml
 
 TRIALS, SPEC, JOURNAL, RUNS = "trials.json", "sweep.toml", "journal.log", "runs"
-NEVER_COMPARED = ("name", "question", "questions", "baseline", "format", "version", "directory")
+NEVER_COMPARED = ("name", "question", "questions", "baseline", "format", "version", "directory", "shipped")
 """What of a spec changes no run."""
 LIMITS = ("max_steps", "max_time", "token_budget", "early_stopping_patience")
 """Where a run ends: with others, one that ended goes on."""

@@ -26,6 +26,7 @@ class SweepSpec(Section):
     """A sweep: what is asked, the base run, what differs."""
 
     name: str = setting("sweep", "what it is called")
+    shipped: str = setting("", "the preset of sweeps that it was loaded from; a sweep's folder remembers it")
     question: str = setting("", "what it asks, in one sentence; the report shows it")
     kind: Literal["grid", "list", "random"] = setting("grid", "how axes combine: all, side by side, or at random")
     axes: dict[str, Axis] = setting({}, "values by field")

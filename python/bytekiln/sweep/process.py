@@ -118,6 +118,12 @@ def environment(threads: int) -> dict[str, str]:
     return env
 
 
+def stated_threads() -> int:
+    """Threads of a run by OMP_NUM_THREADS, which goes before all else; 0: it says none."""
+    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(said) if said.isdecimal() else 0
+
+
 def cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,7 +1,7 @@
 """How a sweep stands while it runs: one live table on a terminal, now and then a plain line elsewhere.
 
-In: results, and the metrics files that the runs write. Out: run, status, step, losses, time left. Called by `sweep`
-through `cli_sweep`; rich is imported only on a terminal.
+In: results, and the metrics files that the runs write. Out: run, status, step, losses, time left of each run and of
+the whole. Called by `sweep` through `cli_sweep`; rich is imported only on a terminal.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 PLAIN_INTERVAL_S = 60.0
 """Without a terminal: at most one line a run in this time."""
+RECENT_S = 300.0
+"""The pace by which the end of the whole is told is that of so long, of all workers together."""
 MOST_ROWS = 40
 """Rows of the live table: those at work first."""
 
@@ -77,6 +80,38 @@ class Follower:
             return  # the header
 
 
+class Pace:
+    """Steps a second of all runs of a sweep together, of late; and when it will be done at this pace."""
+
+    def __init__(self) -> None:
+        """Nothing is known yet."""
+        self._steps: dict[str, int] = {}
+        """Of each run, when it was last looked at."""
+        self._taken = 0
+        self._marks: deque[tuple[float, int]] = deque()
+        """(time, steps taken since this process looks) whenever there were new ones."""
+
+    def look(self, steps: dict[str, int], now: float) -> None:
+        """Take in how far each run is; one that goes back to its checkpoint has taken no step."""
+        new = sum(max(step - self._steps.get(name, step), 0) for name, step in steps.items())
+        self._steps.update(steps)
+        if not new:
+            return
+        self._taken += new
+        self._marks.append((now, self._taken))
+        while len(self._marks) > 2 and self._marks[1][0] <= now - RECENT_S:
+            self._marks.popleft()
+
+    def seconds(self, steps: int) -> float | None:
+        """How long so many steps will take; None: not known yet."""
+        if not steps:
+            return 0.0
+        if len(self._marks) < 2:
+            return None
+        (began, before), (until, taken) = self._marks[0], self._marks[-1]
+        return steps * (until - began) / (taken - before)
+
+
 class ProgressBoard:
     """Shows a sweep; also the place where lines are said while the table is up."""
 
@@ -87,6 +122,8 @@ class ProgressBoard:
         self._followers: dict[str, Follower] = {}
         self._speed: dict[str, tuple[int, float, float]] = {}
         self._said: dict[str, float] = {}
+        self._pace = Pace()
+        self._folder: Path | None = None
         self._live: Live | None = None
         self._console: Console | None = None
 
@@ -111,17 +148,23 @@ class ProgressBoard:
 
     def show(self, results: Sequence[TrialResult], folder: Path) -> None:
         """As `sweep.Board`."""
+        if folder != self._folder:  # a search's next stage, with other runs, perhaps by the same names
+            self._folder, self._pace = folder, Pace()
+            for known in (self._followers, self._speed, self._said):
+                known.clear()
         running = [r for r in results if r.status == "running"]
         seen = {r.name: self._follow(r, folder) for r in running}
         left = {r.name: self.time_left(r, seen[r.name]) for r in running}
-        if self._live_wanted:
-            self._draw(results, seen, left)
-            return
         now = time.monotonic()
+        self._pace.look({r.name: seen[r.name].step if r.name in seen else r.steps for r in results}, now)
+        eta = self.eta(results, seen, left)
+        if self._live_wanted:
+            self._draw(results, seen, left, eta)
+            return
         for r in running:
             if now - self._said.setdefault(r.name, now) >= PLAIN_INTERVAL_S:
                 self._said[r.name] = now
-                self._print(plain_line(r, seen[r.name], left[r.name], results))
+                self._print(plain_line(r, seen[r.name], left[r.name], results, eta))
 
     def _follow(self, r: TrialResult, folder: Path) -> Seen:
         if r.name not in self._followers:
@@ -138,7 +181,22 @@ class ProgressBoard:
             steps, seconds = seen.step, seen.elapsed_s
         return (r.max_steps - seen.step) * seconds / steps if steps > 0 else None
 
-    def _draw(self, results: Sequence[TrialResult], seen: dict[str, Seen], left: dict[str, float | None]) -> None:
+    def eta(self, results: Sequence[TrialResult], seen: dict[str, Seen], left: dict[str, float | None]) -> float | None:
+        """Seconds until the whole sweep is done: the steps that remain, at the pace of late; None: not known yet.
+
+        Not before the longest of those at work, behind which the other workers find nothing to do.
+        """
+        remain = sum(r.max_steps - (seen[r.name].step if r.name in seen else r.steps) for r in results if to_come(r))
+        whole = self._pace.seconds(max(remain, 0))
+        return None if whole is None else max([whole, *(s for s in left.values() if s is not None)])
+
+    def _draw(
+        self,
+        results: Sequence[TrialResult],
+        seen: dict[str, Seen],
+        left: dict[str, float | None],
+        eta: float | None,
+    ) -> None:
         from rich.console import Console
         from rich.live import Live
 
@@ -146,18 +204,27 @@ class ProgressBoard:
             self._console = Console(stderr=True)
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
             self._live.start()
-        self._live.update(table_of(results, seen, left), refresh=True)
+        self._live.update(table_of(results, seen, left, eta), refresh=True)
 
 
-def table_of(results: Sequence[TrialResult], seen: dict[str, Seen], left: dict[str, float | None]) -> Table:
-    """The live table: runs at work, then those to come, then those that ended."""
+def to_come(r: TrialResult) -> bool:
+    """Whether a run has steps to take: it is at work, or open; one that was stopped in this sweep has its status."""
+    return r.status in ("running", "pending") or (r.status == "interrupted" and r.exit_status is None)
+
+
+def standing(results: Sequence[TrialResult], eta: float | None) -> str:
+    """How far the whole is, and when it will be done."""
+    done = sum(r.status in DONE for r in results)
+    return f"{done} of {len(results)} runs done, ETA {'-' if eta is None else human_time(eta)}"
+
+
+def table_of(
+    results: Sequence[TrialResult], seen: dict[str, Seen], left: dict[str, float | None], eta: float | None = None
+) -> Table:
+    """The live table: runs at work, then those to come, then those that ended; above it `standing`."""
     from rich.table import Table
 
-    done = sum(r.status in DONE for r in results)
-    waiting = [s for s in left.values() if s is not None]
-    title = f"{done} of {len(results)} runs done"
-    title += f", {human_time(max(waiting))} for those at work" if waiting else ""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=standing(results, eta), title_justify="left", box=None, pad_edge=False)
     for name, justify in (("run", "left"), ("status", "left"), ("step", "right"), ("loss", "right"), ("val", "right"),
                           ("best", "right"), ("left", "right")):  # fmt: skip
         table.add_column(name, justify="right" if justify == "right" else "left", no_wrap=True)
@@ -173,14 +240,15 @@ def table_of(results: Sequence[TrialResult], seen: dict[str, Seen], left: dict[s
     return table
 
 
-def plain_line(r: TrialResult, seen: Seen, left: float | None, results: Sequence[TrialResult]) -> str:
-    """One line of a log."""
-    done = sum(x.status in DONE for x in results)
+def plain_line(
+    r: TrialResult, seen: Seen, left: float | None, results: Sequence[TrialResult], eta: float | None = None
+) -> str:
+    """One line of a log: a run, and how far the whole is."""
     parts = [f"{r.name}: step {seen.step:,} of {r.max_steps:,}"]
     parts += [f"loss {number(seen.loss)}"] if seen.loss is not None else []
     parts += [f"validation {number(seen.val_loss)}"] if seen.val_loss is not None else []
     parts += [f"{human_time(left)} left"] if left is not None else []
-    return ", ".join([*parts, f"{done} of {len(results)} runs done"])
+    return ", ".join([*parts, standing(results, eta)])
 
 
 def number(value: float | None) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from bytekiln.errors import ConfigError, MissingExtraError
 from bytekiln.metrics import write_atomically
-from bytekiln.sweep.process import Process
+from bytekiln.sweep.process import Process, stated_threads
 
 SIGNAL = "signal"
 """File in a run's folder that holds the number of a signal to pass on."""
@@ -49,14 +49,32 @@ class RayStart:
                 ) from None
         self._gpus = float(self._ray.cluster_resources().get("GPU", 0))
 
-    def jobs(self, threads: int) -> int:
-        """Runs that the cluster has room for: one a GPU, or by its processors."""
-        processors = float(self._ray.cluster_resources().get("CPU", 1))
-        return max(int(self._gpus or processors // threads), 1)
+    def _processors(self) -> list[int]:
+        """Of each machine of the cluster: a task is on one of them."""
+        alive = [n["Resources"] for n in self._ray.nodes() if n["Alive"]]
+        return [int(resources.get("CPU", 0)) for resources in alive] or [1]
+
+    def jobs(self, threads: int = 0) -> int:
+        """Runs that the cluster has room for, with so many threads each; 0: those of OMP_NUM_THREADS, else one.
+
+        One a GPU, or by its processors.
+        """
+        each = threads or stated_threads() or 1
+        return max(int(self._gpus) or sum(has // each for has in self._processors()), 1)
+
+    def threads(self, jobs: int) -> int:
+        """Threads of a run where so many are at work at once: OMP_NUM_THREADS, else the cluster's processors divided.
+
+        As many as leave room for all of them; what is asked for must be there on one machine, or a run waits forever.
+        """
+        has = self._processors()
+        fitting = (n for n in range(max(has), 0, -1) if sum(each // n for each in has) >= jobs)
+        return stated_threads() or next(fitting, 1)
 
     def __call__(self, folder: Path, threads: int) -> RayRun:
-        """As `sweep.process.Start`."""
+        """As `sweep.process.Start`; a run of an earlier attempt with more threads than a machine has gets those."""
         (folder / SIGNAL).unlink(missing_ok=True)
+        threads = max(min(threads, max(self._processors())), 1)
         task = self._ray.remote(num_cpus=threads, num_gpus=1 if self._gpus else 0, max_retries=0)(train_there)
         return RayRun(self._ray, task.remote(str(folder), threads), folder)
 

@@ -69,7 +69,7 @@ class TrialResult:
     error: str | None = None
     """Of a failed run: the last line of its trouble."""
     pruned: str | None = None
-    """Why a search gave it up."""
+    """Why a search gave it up; null once it is taken up again."""
 
 
 OF_RUN = (
@@ -146,7 +146,7 @@ def update_results(path: Path, news: Iterable[TrialResult], order: Sequence[str]
 
     Args:
         path: the results file; where it is damaged it is made anew of `news`.
-        news: the runs; what a search wrote into `pruned` stays.
+        news: the runs; what a search wrote into `pruned` stays for as long as a run stands as it did then.
         order: names in the order of the file; others follow.
 
     Returns:
@@ -159,8 +159,9 @@ def update_results(path: Path, news: Iterable[TrialResult], order: Sequence[str]
             known = {}
         for r in news:
             before = known.get(r.name)
-            kept = before.pruned if before is not None and r.pruned is None else r.pruned
-            known[r.name] = dataclasses.replace(r, pruned=kept)
+            if before is not None and before.pruned and (r.status, r.steps) == (before.status, before.steps):
+                r = dataclasses.replace(r, pruned=r.pruned or before.pruned)
+            known[r.name] = r
         names = [n for n in order if n in known]
         names += [n for n in known if n not in set(names)]
         results = [known[n] for n in names]

@@ -45,7 +45,7 @@ def load_spec(source: str | Path) -> SweepSpec:
     name = str(source)
     if (stem := name.replace("_", "-")) in sweep_presets():
         text = (resources.files("bytekiln") / "presets" / "sweeps" / f"{stem}.toml").read_text("utf-8")
-        return read_spec(tomllib.loads(text), f"preset {stem}", stem, Path())
+        return read_spec(tomllib.loads(text), f"preset {stem}", stem, Path()).model_copy(update={"shipped": stem})
     if stem in presets():
         return SweepSpec(name=f"{stem}-sweep", base={"preset": stem})
     path = Path(name)
@@ -65,7 +65,8 @@ def load_spec(source: str | Path) -> SweepSpec:
         stated_in(path)  # a run's config, or refused in its words
         return SweepSpec(name=f"{path.stem}-sweep", base={"config": str(path.absolute())})
     stem = path.parent.resolve().name if path.name == "sweep.toml" else path.stem
-    return read_spec(found, str(path), stem, path.parent)
+    spec = read_spec(found, str(path), stem, path.parent)
+    return spec if path.name == "sweep.toml" else spec.model_copy(update={"shipped": ""})
 
 
 def read_spec(found: Mapping[str, Any], where: str, name: str, directory: Path) -> SweepSpec:
