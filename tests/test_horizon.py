@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from bytekiln import cli_lm, record
 from bytekiln import horizon as horizon_module
+from bytekiln.batch import Batch
 from bytekiln.config import UNLIMITED_STEPS, RunConfig
+from bytekiln.evaluate import Scores
 from bytekiln.horizon import SAVES_AT_THE_END, Horizon
+from bytekiln.learner import Gradients, Learner
+from bytekiln.metrics import read_metrics
+from bytekiln.prefetch import Prefetcher
 from bytekiln.ranks import Ranks
 from bytekiln.run_state import State
 from bytekiln.schedule import fraction, learning_rate
+from lm_runs import tiny
 
 CONFIG = RunConfig().with_(max_time=100.0, max_steps=UNLIMITED_STEPS, lr=1.0, min_lr=0.1)
 
@@ -53,3 +65,57 @@ def test_the_clock_goes_on_after_a_resume(clock: list[float]) -> None:
     assert not horizon.is_late()
     clock[0] += 40.0
     assert horizon.is_late()
+
+
+def test_an_interrupted_run_ends_its_decay_inside_the_limit(
+    tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes a second, an evaluation four, a checkpoint 0.4 s; SIGTERM in the middle of a step, and a long night.
+
+    What is lost is the abandoned half of a step and the checkpoint behind it; the rate ends where it ends unbroken.
+    """
+    gradients, evaluate, save = Learner.gradients, Learner.evaluate, record.save_checkpoint
+    stops: list[int] = []
+
+    def slow_step(self: Learner, batches: Prefetcher, step: int, first: int, micro_steps: int) -> Gradients:
+        clock[0] += 0.5
+        if step in stops:
+            stops.remove(step)
+            signal.raise_signal(signal.SIGTERM)
+        clock[0] += 0.5
+        return gradients(self, batches, step, first, micro_steps)
+
+    def slow_evaluation(self: Learner, batches: Iterable[Batch]) -> Scores:
+        clock[0] += 2.0  # of validation data, and again of training data
+        return evaluate(self, batches)
+
+    def slow_save(*args: Any) -> None:
+        clock[0] += 0.4
+        save(*args)
+
+    monkeypatch.setattr(Learner, "gradients", slow_step)
+    monkeypatch.setattr(Learner, "evaluate", slow_evaluation)
+    monkeypatch.setattr(record, "save_checkpoint", slow_save)
+    limits = {"max_time": 100, "max_steps": UNLIMITED_STEPS, "eval_interval": 20, "checkpoint_interval": 25}
+    (tmp_path / "c.toml").write_text(tiny(tmp_path, **limits).to_toml(), "utf-8")
+
+    def run(*argv: str) -> tuple[int, float]:
+        began = clock[0]
+        return cli_lm.train(list(argv)), clock[0] - began
+
+    status, unbroken_s = run(str(tmp_path / "c.toml"), "--out-dir", str(tmp_path / "unbroken"))
+    assert status == 0 and 90 < unbroken_s <= 100
+    stops.append(37)
+    status, first_s = run(str(tmp_path / "c.toml"))
+    assert status == 128 + signal.SIGTERM and 37 < first_s < 60
+    clock[0] += 30_000
+    status, second_s = run(str(tmp_path / "c.toml"), "--resume", "auto")
+    assert status == 0
+    assert 90 < first_s + second_s <= 100
+    broken, unbroken = (read_metrics(tmp_path / name / "metrics.csv") for name in ("run", "unbroken"))
+    assert [r.step for r in broken] == list(range(len(broken)))
+    assert len(unbroken) - 2 <= len(broken) <= len(unbroken)
+    assert broken[-1].elapsed_s <= 100 and broken[-1].val_loss is not None
+    rates = [r.lr for r in broken if r.lr is not None]
+    assert rates[2:] == sorted(rates[2:], reverse=True), "behind the warm-up it never rises, nor at the resume"
+    assert rates[-1] == pytest.approx(1e-3, rel=0.01), "the floor, a tenth"

@@ -8,13 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bytekiln.config import RunConfig
+from bytekiln.attention import Attend
+from bytekiln.batch import Batch
+from bytekiln.config import ModelConfig, RunConfig
 from bytekiln.data import Prefetcher, open_data
 from bytekiln.learner import Learner, Taken, micro_seed, read
+from bytekiln.model import TransformerLM
 from bytekiln.ranks import Ranks
-from lm_runs import tiny
+from fake_cuda import CUDA, fake_cuda
+from lm_runs import tiny, tokens
 
 CPU = torch.device("cpu")
 
@@ -176,3 +182,65 @@ def test_twenty_rates_are_one_compilation(tmp_path: Path) -> None:
     for i in range(20):
         take(learner, batches, i, lr=1e-3 * (i + 1))
     assert learner.recompiles == 0
+
+
+# --- on CUDA, as far as it goes without one ---
+
+ON_CUDA: list[tuple[dict[str, object], str]] = [
+    ({}, "_scaled_dot_product_flash_attention_backward"),
+    ({"document_mask": True, "attention": "sdpa"}, "_scaled_dot_product_efficient_attention_backward"),
+    ({"document_mask": True, "sliding_window": 32, "num_kv_heads": 1}, "flex_attention_backward"),
+    ({"optimizer": "muon", "normuon": True, "averaging": "ema", "skip_spikes": True}, "bmm"),
+    ({"loss_chunk": 100, "logit_softcap": 15.0, "z_loss": 1e-4, "tie_embeddings": True}, "scatter_add_"),
+    ({"ffn": "moe", "num_experts": 4, "load_balancing": "loss", "router_noise": 0.1}, "_grouped_mm"),
+    ({"ffn": "moe", "num_experts": 4, "load_balancing": "bias", "num_shared_experts": 1}, "_grouped_mm"),
+    ({"precision": "fp16", "optimizer": "lion", "dropout": 0.1}, "_foreach_mul_"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    ("values", "uses"), ON_CUDA, ids=lambda v: ",".join(map(str, v)) if isinstance(v, dict) else ""
+)
+def test_whole_steps_trace_on_cuda(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, object], uses: str
+) -> None:
+    """Forward, loss, backward, clipping and update without contents: nothing is on two devices, nothing waits."""
+    tokens(tmp_path / "train.npy", 4000, eot=7)
+    tokens(tmp_path / "val.npy", 200, seed=1, eot=7)
+    shape = {"d_model": 64, "context_length": 128, "batch_size": 4, "precision": "bf16", "windows": "packed"}
+    config = tiny(tmp_path, **{**shape, **values})
+    batch = open_data(config, None).train.batch(0, 0, 0, 4)
+    # A weight without contents cannot be drawn, nor moved once it is there: it is born on the device.
+    monkeypatch.setattr(TransformerLM, "initialise", lambda _: None)
+    monkeypatch.setattr("bytekiln.learner.make_model", born_on_cuda)
+    monkeypatch.setattr("bytekiln.attention._compiled_flex", lambda: flex_attention)  # Inductor asks a driver
+    batches = Prefetcher(Always(batch), 0)
+    with fake_cuda() as called:
+        learner = Learner(config, CUDA, Ranks())
+        for step in range(2):  # the second one with the state that the first one made
+            found = learner.gradients(batches, step, 0, 2)
+            for name, p in learner.model.named_parameters():
+                assert p.grad is not None and (p.grad.device, p.grad.shape) == (CUDA, p.shape), name
+            norm = learner.clipped_norm()
+            told = learner.update(found, norm, step=step, windows=(0, 8), lr=1e-3, share=0.1).told
+        weights, rest = learner.tensors()
+        assert {t.device for t in (told, *weights.values(), *rest.values())} == {CUDA}
+        with pytest.raises(DataDependentOutputException):
+            told.tolist()
+    assert called[uses], called
+
+
+def born_on_cuda(model: ModelConfig, _: torch.device, attend: Attend) -> TransformerLM:
+    with CUDA:
+        return TransformerLM(model, attend=attend)
+
+
+class Always:
+    """A source with one batch."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.only = batch
+
+    def batch(self, step: int, first: int, place: int, count: int) -> Batch:
+        return self.only

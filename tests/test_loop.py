@@ -520,6 +520,20 @@ learner.Learner.gradients = slow
 sys.exit(cli.main(["lm-train", sys.argv[1]]))
 """
 
+LONG_SAVE = LONG_STEP.replace(
+    "sys.exit",
+    """
+from bytekiln import record
+save = record.save_checkpoint
+def slow_save(folder, checkpoint):
+    if checkpoint.step == 3:
+        print("in the long save", flush=True)
+        torch.linalg.matrix_power(torch.ones(3000, 3000), 2**40 - 1)
+    save(folder, checkpoint)
+record.save_checkpoint = slow_save
+sys.exit""",
+)
+
 
 @pytest.mark.slow
 def test_a_step_longer_than_five_seconds_is_abandoned_and_its_start_saved(tmp_path: Path) -> None:
@@ -545,6 +559,45 @@ def test_a_step_longer_than_five_seconds_is_abandoned_and_its_start_saved(tmp_pa
     assert (result["status"], result["signal"], result["steps"]) == ("interrupted", int(signal.SIGTERM), 3)
     assert load_checkpoint(tmp_path / "run/checkpoints/checkpoint_3").step == 3
     assert train(tiny(tmp_path), resume="auto").status == "completed"
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("moment", ["step", "save"])
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, moment: str) -> None:
+    """In a step that answers to nothing; and while the first Ctrl-C's checkpoint is being written, which takes long."""
+    values = {"checkpoint_interval": 2, "eval_interval": 0, "max_steps": 20}
+    (tmp_path / "c.toml").write_text(tiny(tmp_path, **values).to_toml(), "utf-8")
+    driver = LONG_STEP if moment == "step" else LONG_SAVE
+    process = subprocess.Popen(
+        [sys.executable, "-c", driver, str(tmp_path / "c.toml")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **ONE_THREAD},
+    )
+    assert process.stdout is not None
+
+    def wait_for(words: str) -> None:
+        assert any(words in line for line in process.stdout), words
+
+    wait_for("in the long call")
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    if moment == "save":
+        wait_for("in the long save")
+    else:
+        time.sleep(0.3)
+    assert process.poll() is None
+    asked = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert time.monotonic() - asked < 1
+    assert process.returncode == 130, out
+    saved = tmp_path / "run/checkpoints"
+    last = max((p for p in saved.glob("checkpoint_[0-9]*")), key=lambda p: int(p.name.rpartition("_")[2]))
+    assert last.name == "checkpoint_2" and load_checkpoint(last).step == 2
+    assert train(tiny(tmp_path, **values), resume="auto").status == "completed"
+    assert [r.step for r in rows(tmp_path)] == list(range(21))
 
 
 def test_high_rows_survive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

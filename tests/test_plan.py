@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,10 +21,12 @@ from bytekiln.config import UNLIMITED_STEPS, RunConfig, from_flat, load_config
 from bytekiln.errors import ConfigError
 from bytekiln.footprint import Footprint, Simulation
 from bytekiln.hardware import PEAKS, Peak, measure, mfu, peak_flops
+from bytekiln.metrics import read_metrics
 from bytekiln.model import TransformerLM
 from bytekiln.optim import make_optimizer
 from bytekiln.plan import BATCHES_WITHOUT_VALIDATION, HELD, RESERVE, largest_batch, length_of, make_plan
-from lm_runs import tiny, tokens
+from conftest import Result
+from lm_runs import ONE_THREAD, tiny, tokens
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -395,6 +399,35 @@ def test_a_plan_for_a_gpu_that_is_not_here() -> None:
         make_plan(config, memory=10, gpu="Voodoo 2")
     with pytest.raises(ConfigError, match="--memory: found nothing"):
         make_plan(config, gpu="H100")
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"vocab_size": 2000, "d_model": 256, "num_heads": 4, "context_length": 128, "batch_size": 4, "max_steps": 24},
+        {"vocab_size": 100, "d_model": 96, "num_layers": 6, "num_heads": 6, "context_length": 64, "batch_size": 8,
+         "ffn": "gelu", "norm": "layer", "position": "learned", "max_steps": 48},
+    ],
+    ids=["wide", "deep"],
+)  # fmt: skip
+def test_a_step_takes_as_long_as_planned(
+    tmp_path: Path, command: Callable[..., Result], values: dict[str, object]
+) -> None:
+    """Within a factor of 1.5 either way. Whatever else runs in the meantime slows one of the two: three attempts."""
+    tokens(tmp_path / "train.npy", 20_000, manifest=False)
+    tokens(tmp_path / "val.npy", 2000, seed=1, manifest=False)
+    config = tiny(tmp_path, **values, eval_interval=0, num_eval_batches=1, checkpoint_interval=0)
+    (tmp_path / "c.toml").write_text(config.to_toml(), "utf-8")
+    found = []
+    for _ in range(3):
+        said = command("lm-plan", "c.toml", "--json", "--memory=1", env=ONE_THREAD).stdout
+        command("lm-train", "c.toml", "--overwrite", env=ONE_THREAD)
+        taken = [r.step_time_s for r in read_metrics(tmp_path / "run/metrics.csv") if r.step > 2]
+        found.append(json.loads(said)["step_time_s"] / statistics.median(taken))
+        if 1 / 1.5 < found[-1] < 1.5:
+            return
+    pytest.fail(f"planned over measured: {found}")
 
 
 # --- hardware ----------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from typing import Any, Self
 
 GRACE_S = 2.5
 """How long a call into C (a backward pass, say) may keep Python from noticing a signal before `late` acts instead."""
+AT_ONCE_S = 0.5
+"""How long a second Ctrl-C leaves the process to end by itself."""
 
 
 class Interrupted(BaseException):
@@ -28,7 +30,8 @@ class Signals:
 
     SIGHUP says that the terminal was closed. A second Ctrl-C raises KeyboardInterrupt wherever it comes. Python runs a
     handler only between two of its own instructions. If one call takes longer than `GRACE_S`, a thread that is woken by
-    the signal itself calls `late`, which saves what the call does not touch and ends the process.
+    the signal itself calls `late`, which saves what the call does not touch and ends the process. The same thread ends
+    it, with nothing saved, where a job that said `at_once` is still not over `AT_ONCE_S` after a second Ctrl-C.
     """
 
     def __init__(self) -> None:
@@ -38,6 +41,8 @@ class Signals:
         """Called in a thread when the main one does not answer; must not return to the job."""
         self.deferred = False
         """Never interrupt by yourself: several processes first agree where (they look at `number`)."""
+        self.at_once = False
+        """Whether a second Ctrl-C may end the process in the middle of anything: no other process depends on it."""
         self._holding = False
         self._before: dict[int, Any] = {}
         self._noticed = threading.Event()
@@ -84,15 +89,27 @@ class Signals:
             signal.raise_signal(self.number)
 
     def _watch(self, reader: int) -> None:
+        """In a thread, woken by the signals themselves: the main one may be deaf in a long call."""
+        came = 0
         try:
             while word := os.read(reader, 1):
-                if word[0] not in self._before or self._noticed.wait(GRACE_S):
+                number = word[0]
+                if number not in self._before:
                     continue
-                with self._turn:  # from here on the main thread waits, should it come back
-                    if not self._noticed.is_set() and not self._holding and self.late is not None:
-                        self.late(word[0])
+                came = 1 if self._noticed.is_set() and self.number is None else came + 1
+                if came == 1:
+                    threading.Thread(target=self._unnoticed, args=(number,), daemon=True).start()
+                elif number == signal.SIGINT and self.at_once and not _closes_within(reader, AT_ONCE_S):
+                    os._exit(128 + number)  # what is being written has another name until it is whole
         finally:
             os.close(reader)
+
+    def _unnoticed(self, number: int) -> None:
+        if self._noticed.wait(GRACE_S):
+            return
+        with self._turn:  # from here on the main thread waits, should it come back
+            if not self._noticed.is_set() and not self._holding and self.late is not None:
+                self.late(number)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._noticed.is_set() and self.number is not None:
@@ -139,6 +156,19 @@ class Signals:
                 self._turn.release()
         if self.number is not None and not outer and not self.deferred:
             raise Interrupted
+
+
+def _closes_within(reader: int, seconds: float) -> bool:
+    """Whether the other side of a pipe is closed in time, whatever is written to it until then."""
+    os.set_blocking(reader, False)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if not os.read(reader, 1):
+                return True
+        except BlockingIOError:
+            time.sleep(0.01)
+    return False
 
 
 def _write_nowhere() -> None:
