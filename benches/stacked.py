@@ -1,6 +1,7 @@
 """Four runs of 0.3 million parameters trained together, against the same four in turn, in one process.
 
     python benches/stacked.py [--threads 1 2] [--steps 60] [--shapes 12x64 8x64 …] [--runs 4] [--compile] [--json]
+    python benches/stacked.py --command [--rounds 3] [--steps 300] [--shapes 8x32 …] [--runs 4]
 
 The model is 3 layers × 96, 3 heads, 65 tokens, tied embeddings (nanoGPT's recipe for Shakespeare, narrower): 0.34
 million parameters; a shape is batch × context. A step is what a run does between two evaluations: windows, forward,
@@ -8,7 +9,11 @@ backward, clipping, AdamW, the guard, and the row in metrics.csv. Both contestan
 parts and take turns at every step, each thread count in a fresh process, so that what else the machine does hits both.
 Reported are the medians in ms for one step of all runs, on the wall and in CPU time of the process (which on one thread
 does not count what other programs took away), the ratio of each, and where the bar of 2 is met. The weights of both
-must be equal to the bit at the end. `--compile` gives both the compiler.
+must be equal to 1e-5 at the end. `--compile` gives both the compiler.
+
+`--command` measures what a user waits for: the whole of `lm-sweep` over four learning rates, start to end, with
+`--stack` and without (a process a run, one after the other), taking turns; throughput is steps of all runs over that
+time.
 """
 
 from __future__ import annotations
@@ -121,6 +126,34 @@ def measure(shape: str, threads: int, runs: int, steps: int, compiled: bool) -> 
     return out
 
 
+def commands(shape: str, runs: int, steps: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of the whole sweep, in turn and stacked."""
+    import numpy as np
+
+    batch, context = shape.split("x")
+    taken: dict[str, list[float]] = {"in turn": [], "stacked": []}
+    with tempfile.TemporaryDirectory() as name:
+        data = Path(name) / "train.npy"
+        np.save(data, np.random.default_rng(0).integers(0, VOCAB, 100_000).astype(np.uint16))
+        fields = {
+            "vocab-size": VOCAB, "num-layers": 3, "d-model": 96, "num-heads": 3, "batch-size": batch,
+            "context-length": context, "max-seq-len": 64, "max-steps": steps, "warmup-steps": 1,
+            "num-eval-batches": 1, "sample-tokens": 0, "compile": "false", "train-data": data,
+        }  # fmt: skip
+        line = [str(Path(sys.executable).parent / "lm-sweep"), "shakespeare-char-cpu"]
+        line += ["--lrs", " ".join(f"{1e-4 * 2**i:g}" for i in range(runs))]
+        line += [word for field, value in fields.items() for word in (f"--{field}", str(value))]
+        for i in range(rounds):
+            order = list(taken) if i % 2 == 0 else list(reversed(taken))
+            for kind in order:
+                folder = Path(name) / f"{kind}{i}"
+                began = time.perf_counter()
+                extra = ["--stack", str(runs)] if kind == "stacked" else []
+                subprocess.run([*line, *extra, "--folder", str(folder)], check=True, capture_output=True, cwd=name)
+                taken[kind].append(time.perf_counter() - began)
+    return taken
+
+
 def main() -> int:
     """0: measured; the table says where the bar is met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -129,11 +162,24 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=4)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--command", action="store_true", help="the whole of lm-sweep instead of single steps")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="one line a measurement instead of the table")
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.once:
         print(json.dumps(measure(options.shapes[0], options.threads[0], options.runs, options.steps, options.compile)))
+        return 0
+    if options.command:
+        print("| batch × context | steps | in turn, s (median / least) | stacked, s | ratio (median / least) | ≥ 2 |")
+        print("|---|---|---|---|---|---|")
+        for shape in options.shapes:
+            taken = commands(shape, options.runs, options.steps, options.rounds)
+            of = [(statistics.median(t), min(t)) for t in taken.values()]
+            ratio = of[0][0] / of[1][0]
+            cells = [f"{median:.1f} / {least:.1f}" for median, least in of]
+            cells += [f"{ratio:.2f} / {of[0][1] / of[1][1]:.2f}", "yes" if ratio >= BAR else "no"]
+            print("| " + " | ".join([shape, str(options.steps), *cells]) + " |", flush=True)
         return 0
     if not options.json:
         print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
