@@ -464,9 +464,9 @@ fn class_before(bytes: &[u8], at: usize) -> u8 {
 }
 
 /// The GPT-2 pattern by hand, over valid UTF-8: calls `f` with the end of each pre-token.
-fn gpt2_ends(level: Level, b: &[u8], f: impl FnMut(usize)) {
+fn gpt2_ends(level: Level, b: &[u8], mut f: impl FnMut(usize)) {
     let table = classes();
-    scan::ends(level, b, |at| gpt2_end(table, b, at), f);
+    scan::ends(level, b, |at| gpt2_end(table, b, at), |ends| ends.iter().for_each(|&end| f(end)));
 }
 
 /// End of the pre-token that begins at `at < b.len()`. The alternatives stand in the order of the pattern.

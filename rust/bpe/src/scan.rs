@@ -40,10 +40,14 @@ trait Lanes: Copy {
     fn equal(self, block: &[u8; BLOCK], byte: u8) -> u64;
 }
 
-/// Calls `f` with the end of each pre-token of `bytes`, in order.
+/// Ends that are collected before they are handed on: what is done with them is compiled once, in a loop of its own,
+/// and not once a level.
+const MANY: usize = 256;
+
+/// Calls `f` with the ends of the pre-tokens of `bytes`, in order, many at a time.
 ///
 /// `scalar(at)` is the end of the pre-token that begins at `at`: asked where a block says nothing.
-pub(crate) fn ends(level: Level, bytes: &[u8], scalar: impl Fn(usize) -> usize, f: impl FnMut(usize)) {
+pub(crate) fn ends(level: Level, bytes: &[u8], scalar: impl Fn(usize) -> usize, f: impl FnMut(&[usize])) {
     match level {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a level of the process is one that the processor has.
@@ -56,33 +60,40 @@ pub(crate) fn ends(level: Level, bytes: &[u8], scalar: impl Fn(usize) -> usize, 
 }
 
 #[inline(always)]
-fn ends_with(lanes: impl Lanes, bytes: &[u8], scalar: impl Fn(usize) -> usize, mut f: impl FnMut(usize)) {
-    let mut at = 0;
+fn ends_with(lanes: impl Lanes, bytes: &[u8], scalar: impl Fn(usize) -> usize, mut f: impl FnMut(&[usize])) {
+    let mut found = [0; MANY + BLOCK];
+    let (mut count, mut at) = (0, 0);
     while let Some(block) = bytes.get(at..).and_then(|rest| rest.first_chunk::<BLOCK>()) {
         let (mut borders, upto) = borders(lanes, block);
-        if borders == 0 {
-            // One long pre-token, or text that is not ASCII: past that before blocks are tried again.
-            let past = at + upto;
-            loop {
-                at = scalar(at);
-                f(at);
-                if at >= past {
-                    break;
-                }
-            }
-            continue;
-        }
-        let last = at + 63 - borders.leading_zeros() as usize;
+        let start = at;
         while borders != 0 {
-            f(at + borders.trailing_zeros() as usize);
+            at = start + borders.trailing_zeros() as usize;
+            found[count] = at;
+            count += 1;
             borders &= borders - 1;
         }
-        at = last;
+        // Nothing found: one long pre-token, or text that is not ASCII; past that before blocks are tried again.
+        let past = if at == start { start + upto } else { at };
+        while at < past {
+            at = scalar(at);
+            found[count] = at;
+            count += 1;
+        }
+        if count >= MANY {
+            f(&found[..count]);
+            count = 0;
+        }
     }
     while at < bytes.len() {
+        if count == found.len() {
+            f(&found);
+            count = 0;
+        }
         at = scalar(at);
-        f(at);
+        found[count] = at;
+        count += 1;
     }
+    f(&found[..count]);
 }
 
 /// Where pre-tokens begin in a block, its first byte, which begins one, left out; and the end of the block's part that
@@ -169,12 +180,12 @@ mod x86 {
     };
 
     #[target_feature(enable = "avx512f,avx512bw,avx2,bmi1,bmi2,lzcnt,popcnt")]
-    pub(super) fn ends_avx512(bytes: &[u8], scalar: impl Fn(usize) -> usize, f: impl FnMut(usize)) {
+    pub(super) fn ends_avx512(bytes: &[u8], scalar: impl Fn(usize) -> usize, f: impl FnMut(&[usize])) {
         ends_with(Avx512(()), bytes, scalar, f);
     }
 
     #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
-    pub(super) fn ends_avx2(bytes: &[u8], scalar: impl Fn(usize) -> usize, f: impl FnMut(usize)) {
+    pub(super) fn ends_avx2(bytes: &[u8], scalar: impl Fn(usize) -> usize, f: impl FnMut(&[usize])) {
         ends_with(Avx2(()), bytes, scalar, f);
     }
 
