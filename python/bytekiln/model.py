@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
@@ -179,7 +179,10 @@ class Attention(nn.Module):
 
 
 def _of_one(x_BxTxD: Tensor, *maps: nn.Linear) -> Sequence[Tensor]:
-    """What several linear maps make of one x. A module that stands in for a linear map is asked by itself."""
+    """What several linear maps make of one x. Modules that stand in for linear maps may know how (`together`)."""
+    together = getattr(maps[0], "together", None)
+    if together is not None:
+        return cast(Sequence[Tensor], together(x_BxTxD, maps))
     plain = all(type(m) is nn.Linear and m.bias is None for m in maps)
     if plain and kernels.activates(x_BxTxD) and not torch.is_autocast_enabled("cpu"):
         return kernels.products(x_BxTxD, [m.weight for m in maps])

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor, nn
 
+from bytekiln import kernels
 from bytekiln.loss import chunked_cross_entropy, positions_at_once
 from bytekiln.model import LayerNorm, RMSNorm
 from bytekiln.objective import Objective
@@ -55,6 +56,25 @@ class _Product(torch.autograd.Function):
         return by_x, torch.bmm(d_KxNxE.mT, x_KxNxD), d_KxNxE.sum(1) if ctx.biased else None
 
 
+class _Products(torch.autograd.Function):
+    """x Wᵀ of several W for each run, as `kernels.products`: gradients by x add up inside the products."""
+
+    @staticmethod
+    def forward(ctx: Any, x_KxNxD: Tensor, *w_KxExD: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN401 - torch's
+        """See the class."""
+        ctx.save_for_backward(x_KxNxD, *w_KxExD)
+        return tuple(torch.bmm(x_KxNxD, w.mT) for w in w_KxExD)
+
+    @staticmethod
+    def backward(ctx: Any, *d_KxNxE: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        """By x and each W."""
+        x_KxNxD, *w_KxExD = ctx.saved_tensors
+        by_x = torch.bmm(d_KxNxE[0], w_KxExD[0])
+        for d, w in zip(d_KxNxE[1:], w_KxExD[1:], strict=True):
+            by_x = torch.baddbmm(by_x, d, w)
+        return by_x, *(torch.bmm(d.mT, x_KxNxD) for d in d_KxNxE)
+
+
 class StackedLinear(nn.Module):
     """`nn.Linear` of K runs."""
 
@@ -65,8 +85,18 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rows of x (K·B × … × D) by the matrix of their run."""
-        y_KxNxE: Tensor = _Product.apply(x.reshape(len(self.weight), -1, x.shape[-1]), self.weight, self.bias)
+        y_KxNxE: Tensor = _Product.apply(self._by_run(x), self.weight, self.bias)
         return y_KxNxE.view(*x.shape[:-1], -1)
+
+    def together(self, x: Tensor, maps: Sequence[StackedLinear]) -> list[Tensor]:
+        """Several of them, this one first, of one x: where a single run's maps go one way, so do these."""
+        if not kernels.activates(x) or any(m.bias is not None for m in maps):
+            return [m(x) for m in maps]
+        ys_KxNxE = _Products.apply(self._by_run(x), *(m.weight for m in maps))
+        return [y.view(*x.shape[:-1], -1) for y in ys_KxNxE]
+
+    def _by_run(self, x: Tensor) -> Tensor:
+        return x.reshape(len(self.weight), -1, x.shape[-1])
 
 
 class StackedEmbedding(nn.Module):
