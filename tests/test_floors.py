@@ -32,7 +32,7 @@ FLOORS = [
     ["fields"],
     ["config", "tokenizer"],
     ["__init__", "stack.rules", "sweep.axes"],
-    ["atomic", "search.plan", "search.verdict", "sweep.model", "sweep.table"],
+    ["atomic", "batch_search", "search.plan", "search.verdict", "sweep.model", "sweep.table"],
     ["characters", "bpe_flags", "score.records", "search.stages", "search.transfer", "sweep.spec"],
     ["characters_file", "metrics", "inspection", "hardware", "accounting", "schedule", "ranks", "guard", "bundle"],
     ["kernels", "sweep.locks", "sweep.results"],

@@ -276,6 +276,23 @@ def test_no_real_target_at_all(chunk: int) -> None:
     assert float(total.detach()) == float(nll) == float(x.grad.abs().sum()) == float(head.grad.abs().sum()) == 0
 
 
+def test_a_simulation_leaves_chunks_out_and_keeps_their_place() -> None:
+    x, head, targets = problem(2, 9, 4, 11)
+    kinds: dict[str, Any] = {"softcap": 0.0, "z_loss": 0.0}
+    whole = with_gradients(chunked_cross_entropy(x, head, targets, **kinds, chunk=2), x, head)
+
+    def spans(positions: int, chunk: int) -> Any:
+        assert (positions, chunk) == (18, 2)
+        yield from ((0, 2), (2, 16), (16, 18))
+
+    with Watch() as watch:
+        found = with_gradients(chunked_cross_entropy(x, head, targets, **kinds, chunk=2, simulated=spans), x, head)
+    assert watch.calls["exp_"] == 2
+    places = [0, 1, 16, 17]
+    by_x, expected = (found[2].flatten(0, 1), whole[2].flatten(0, 1))
+    assert by_x.shape == expected.shape and torch.equal(by_x[places], expected[places])
+
+
 def test_huge_logits_neither_overflow_nor_vanish() -> None:
     x, head, targets = problem(2, 8, 6, 20, dtype=torch.float32)
     with torch.no_grad():

@@ -210,6 +210,36 @@ def test_chunked_loss_never_holds_the_logits() -> None:
     assert footprint(**values, loss_chunk=64).loss < logits
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"loss_chunk": 64},
+        {"loss_chunk": 63},
+        {"loss_chunk": 100, "precision": "bf16"},
+        {"loss_chunk": 171, "tie_embeddings": True, "grad_accum_steps": 3},
+        {"loss_chunk": 100, "z_loss": 1e-4, "logit_softcap": 15.0},
+        {"vocab_size": 50_257},
+    ],
+)
+def test_some_chunks_of_the_loss_tell_of_all(values: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory, bytes moved and operations are to the last one those of a trace of every chunk (of whole granules)."""
+    values = {"vocab_size": 5000, "context_length": 64, "batch_size": 16, "d_model": 32, **values}
+    few = footprint(**values)
+    monkeypatch.setattr("bytekiln.footprint.CHUNKS_TRACED", 10**9)
+    assert footprint(**values) == few
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_a_trace_without_the_update_is_the_same(accumulated: int) -> None:
+    """What clipping and update need is traced once and added to every further batch."""
+    values = {**SMALL, "d_model": 96, "d_ff": 600, "optimizer": "muon", "grad_accum_steps": accumulated}
+    first, then = (Simulation(from_flat(values), CPU) for _ in range(2))
+    then.step(7)
+    for batch in (1, 40):
+        assert first.step(batch) == then.step(batch)
+        first = Simulation(from_flat(values), CPU)
+
+
 def test_half_precision_keeps_smaller_activations() -> None:
     # GELU: in float32 SwiGLU keeps a tensor less than torch's does (kernels.py), which hides a part of the difference
     values = {"d_model": 64, "d_ff": 1024, "batch_size": 16, "num_layers": 4, "ffn": "gelu"}
@@ -280,6 +310,21 @@ def test_the_search_finds_the_last_batch_below_the_budget(
     assert found == 0 or max(floor, fixed + slope * found) <= budget
     assert found == 1 << 20 or max(floor, fixed + slope * (found + 1)) > budget
     assert len(calls) <= 45 and len(set(calls)) == len(calls)
+
+
+def test_a_large_model_is_traced_no_oftener_than_it_must_be() -> None:
+    """One more window needs no trace where the line already says that it is too much."""
+    calls: list[int] = []
+
+    def total(batch: int) -> int:
+        calls.append(batch)
+        return max(30, 20 + 4 * batch)
+
+    assert largest_batch(total, 80, {0: 12, 1: total(1)}) == 15
+    assert calls == [1, 3, 51, 15]
+    calls.clear()
+    assert largest_batch(total, 80, {0: 12, 1: total(1)}, 1000) == 15  # so uneven a line proves nothing
+    assert calls == [1, 3, 51, 15, 16]
 
 
 def test_length_of_a_run() -> None:

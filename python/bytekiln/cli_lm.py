@@ -16,7 +16,7 @@ from bytekiln.config import SECTION_OF, RunConfig, load_config, presets, stated_
 from bytekiln.console import Parser, notice
 from bytekiln.errors import ConfigError, FileError
 from bytekiln.result import Result
-from bytekiln.run_flags import add_run_flags, given_fields, spell_switches
+from bytekiln.run_flags import add_run_flags, given_fields, spell_switches, take_shape_of_weights
 from bytekiln.sampling import SAMPLING_FLAGS, sampling_flags, write_samples
 
 TRAIN_EXAMPLES = (
@@ -25,8 +25,6 @@ TRAIN_EXAMPLES = (
     "lm-train runs/lr1e-3                       goes on where the run was interrupted",
     "lm-train runs/lr1e-3/config.toml --seed 7  repeats the run in a new folder",
 )
-DEFAULT_CONTEXT = 512
-"""Window of a run that starts from weights and names no preset; fewer where they know fewer positions."""
 STATUS = {"completed": 0, "early_stopped": 0, "evaluated": 0, "diverged": 3}
 
 
@@ -36,6 +34,7 @@ def train(argv: list[str]) -> int:
     parser = _train_parser(everything="--help-all" in argv)
     options = parser.parse_args(spell_switches(argv))
     given = given_fields(options)
+    said = tuple(given)
     if options.source and options.config:
         raise ConfigError(f"lm-train: found two configurations, {options.source} and {options.config}; expected one")
     source, resume = options.source or options.config, options.resume
@@ -45,15 +44,9 @@ def train(argv: list[str]) -> int:
         if resume:
             raise ConfigError(f"lm-train: found two checkpoints, {source} and --resume {resume}; expected one")
         source, path, resume = None, None, source
+    _one_thing_to_do(options)
     if options.generate:
         return write_samples(_run_to_sample(path, source, resume, given), options, str(given.get("device", "auto")))
-    if options.pause_at < 0:
-        raise ConfigError(f"--pause-at: found {options.pause_at}; expected a step, or 0 for no pause")
-    for flag in ("eval_only", "show_batch"):
-        if options.pause_at and getattr(options, flag, False):
-            raise ConfigError(
-                f"--pause-at: found it with --{flag.replace('_', '-')}, which trains nothing; expected one"
-            )
     for name in SAMPLING_FLAGS:
         if getattr(options, name) != parser.get_default(name):
             raise ConfigError(f"--{name.replace('_', '-')}: found it without --generate; expected both, or lm-sample")
@@ -66,13 +59,13 @@ def train(argv: list[str]) -> int:
             resume = source  # goes on elsewhere, from this run's newest checkpoint
         resume = resume or "auto"
         given.setdefault("out_dir", source)
-    elif path is not None and resume:
-        given = {**stated_in(path), **given}
-    elif path is not None and path.name == "config.toml" and _is_run(path.parent):
+    elif path is not None and not resume and path.name == "config.toml" and _is_run(path.parent):
         _into_a_new_folder(path, given)
     resumed = _place_of_run(source, resume, given)
+    if resumed is not None and path is not None and path.is_file():
+        given = stated_in(path, given)
     if resumed is None and source is None and given.get("init_from"):
-        _shape_of_the_weights(given)
+        take_shape_of_weights(given)
     config = resumed or load_config(source, given, say=notice)
     if source and config.output.preset:
         given["preset"] = config.output.preset
@@ -92,6 +85,7 @@ def train(argv: list[str]) -> int:
         overwrite=options.overwrite,
         eval_only=options.eval_only,
         given=given,
+        said=said,
         changes=changes,
         began=began,
         pause_at=options.pause_at,
@@ -104,6 +98,17 @@ def train(argv: list[str]) -> int:
     if result.status == "interrupted":
         return 128 + (result.signal or 2)
     return STATUS[result.status]
+
+
+def _one_thing_to_do(options: argparse.Namespace) -> None:
+    """Refuse what would have to be left out."""
+    instead = [f"--{n.replace('_', '-')}" for n in ("eval_only", "show_batch", "generate") if getattr(options, n)]
+    if len(instead) > 1:
+        raise ConfigError(f"lm-train: found {' and '.join(instead)}; expected one of them")
+    if options.pause_at < 0:
+        raise ConfigError(f"--pause-at: found {options.pause_at}; expected a step, or 0 for no pause")
+    if options.pause_at and instead:
+        raise ConfigError(f"--pause-at: found it with {instead[0]}, which trains nothing; expected one")
 
 
 def _summary(result: Result) -> Iterator[str]:
@@ -126,19 +131,24 @@ def _summary(result: Result) -> Iterator[str]:
 
 
 def _show_batch(config: RunConfig, resume: str | None, given: dict[str, Any], changes: list[str]) -> int:
-    """Print the first batch that the run would train on, and train nothing."""
+    """Print the first batch that the run would train on, or go on with, and train nothing."""
     from bytekiln.data import load_tokenizer, open_data
     from bytekiln.preview import show_batch
+    from bytekiln.run_state import State
 
+    at = State()
     if resume:
         from bytekiln.prepare import find_checkpoint
 
-        config, _ = find_checkpoint(config, resume, given, notice, changes)
+        config, checkpoint = find_checkpoint(config, resume, given, notice, changes)
+        if checkpoint is not None:
+            at = State.from_json(checkpoint.state, checkpoint.where)
+            notice(f"{checkpoint.path}: step {at.step}; this is the batch of the step behind it")
     tokenizer = load_tokenizer(config.data)
     data = open_data(config, tokenizer)
     for line in data.notices:
         notice(line)
-    print(show_batch(data.train.batch(0, 0, 0, config.training.batch_size), tokenizer))
+    print(show_batch(data.train.batch(at.step, at.windows, 0, config.training.batch_size), tokenizer))
     return 0
 
 
@@ -175,17 +185,6 @@ def _place_of_run(source: str | None, resume: str | None, given: dict[str, Any])
     place = load_config(source, {k: v for k, v in given.items() if SECTION_OF[k] == "output"}, say=notice)
     there = place.output.checkpoints
     return place if resume != "auto" or (there.is_dir() and any(there.glob("checkpoint_*"))) else None
-
-
-def _shape_of_the_weights(given: dict[str, Any]) -> None:
-    """Where no preset says a shape, it is that of the weights to start from; given fields win."""
-    from bytekiln.convert import config_of
-
-    implied = config_of(str(given["init_from"]))
-    if "context_length" not in given and "max_seq_len" not in given:
-        given["context_length"] = min(DEFAULT_CONTEXT, int(implied["max_seq_len"]))
-    for name, value in implied.items():
-        given.setdefault(name, value)
 
 
 def _run_to_sample(path: Path | None, source: str | None, resume: str | None, given: dict[str, Any]) -> str:
@@ -240,7 +239,7 @@ def _train_parser(*, everything: bool) -> Parser:
     parser.add_argument(
         "--eval-only", action="store_true", help="no training: evaluate the run, or the weights of --init-from"
     )
-    parser.add_argument("--show-batch", action="store_true", help="no training: print the first batch and its targets")
+    parser.add_argument("--show-batch", action="store_true", help="no training: print the next batch and its targets")
     parser.add_argument(
         "--generate", action="store_true", help="no training: generate text from the run, flags as lm-sample"
     )

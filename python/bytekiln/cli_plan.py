@@ -1,7 +1,8 @@
 """`lm-plan`: what a run will need, before it runs. Argument list in, exit status out.
 
-Called by `cli`, which turns errors into one line. It reads no data: the vocabulary's size comes from the config, the
-tokenizer, or the manifest beside the token file. torch is imported once there is something to compute.
+Called by `cli`, which turns errors into one line. The vocabulary's size comes from the config, the tokenizer, the
+weights to start from, or the manifest beside the token file; data that need not be here is not asked for. torch is
+imported once there is something to compute.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bytekiln.config import FIELDS, RunConfig, load_config, presets
 from bytekiln.console import Parser, human_bytes, human_count, human_time, notice, table
 from bytekiln.errors import ConfigError
-from bytekiln.run_flags import add_run_flags, given_fields, spell_switches
+from bytekiln.run_flags import add_run_flags, given_fields, spell_switches, take_shape_of_weights
 
 if TYPE_CHECKING:
     from bytekiln.plan import Plan
+    from bytekiln.tokenfile import TokenFile
 
 PLAN_EXAMPLES = (
     "lm-plan tinystories --batch-size 64",
@@ -39,7 +42,10 @@ def plan(argv: list[str]) -> int:
     if options.source and options.config:
         raise ConfigError(f"lm-plan: found two configurations, {options.source} and {options.config}; expected one")
     memory = None if options.memory is None else parse_bytes(options.memory)
-    config = with_vocabulary(load_config(options.source or options.config, given_fields(options), say=notice))
+    source, given = options.source or options.config, given_fields(options)
+    if source is None and given.get("init_from"):
+        take_shape_of_weights(given)
+    config = with_vocabulary(load_config(source, given, say=notice))
 
     from bytekiln.plan import make_plan
 
@@ -71,42 +77,49 @@ def parse_bytes(text: str) -> int:
 
 
 def with_vocabulary(config: RunConfig) -> RunConfig:
-    """The run with the vocabulary that `train` would find, a mask token included, without reading data.
+    """The run with the vocabulary that `train` would find, a mask token included.
+
+    Ids are read only where a manifest says that some may be beyond the vocabulary: `train`, which reads them all, would
+    refuse those.
 
     Raises:
         ConfigError: nothing tells its size.
-        FileError, FormatError: what should tell it cannot be read.
+        FileError, FormatError, MismatchError: as `data.open_data`, but for files that are not here.
     """
-    stated = config.model.vocab_size
-    known, has_mask = 0, False
-    if config.data.tokenizer or config.data.vocab_path:
-        from bytekiln.data import MASK_TOKENS, load_tokenizer
+    from bytekiln.data import load_tokenizer, vocabulary_of
 
-        tokenizer = load_tokenizer(config.data)
-        if tokenizer is not None:
-            known = tokenizer.n_vocab
-            has_mask = any(name in tokenizer.special_tokens for name in MASK_TOKENS)
-    elif config.data.train_data and not stated:
-        known = _of_manifest(config)
-    size = stated or known
-    if not size:
+    tokenizer = load_tokenizer(config.data)
+    stated = bool(config.model.vocab_size)
+    files = _token_files(config, need=not stated and tokenizer is None)
+    if not stated and tokenizer is None and not any(f.vocab_size for f in files):
         raise ConfigError(
             "vocab_size: unknown; expected --vocab-size N, --tokenizer FILE, or --train-data FILE with its manifest"
         )
-    if size < known:
-        raise ConfigError(f"vocab_size: found {size}; expected at least {known}, the size of the tokenizer")
-    masked = config.training.objective == "mlm" or config.data.token_corruption > 0
-    if masked and known and not has_mask:
-        size = max(size, known + 1)
+    if tokenizer is None and not files:
+        return config
+    known, size, _ = vocabulary_of(config, tokenizer, files, [])
+    for f in files:
+        if f.manifest is not None and _greatest_id(f) >= known:
+            f.check(known)
     return config.with_(vocab_size=size)
 
 
-def _of_manifest(config: RunConfig) -> int:
+def _token_files(config: RunConfig, *, need: bool) -> list[TokenFile]:
+    """The token files that the run names and that are here; the first must be where we `need` its manifest."""
     from bytekiln.data import train_paths
     from bytekiln.tokenfile import TokenFile
 
-    first = train_paths(config.data.train_data)[0]
-    return TokenFile.open(first, dtype=config.data.data_dtype or None).vocab_size or 0
+    d = config.data
+    training = train_paths(d.train_data) if d.train_data else []
+    paths = [*training, *([d.val_data] if d.val_data else [])]
+    here = [p for p in paths if Path(p).exists() or (need and p in training[:1])]
+    return [TokenFile.open(p, dtype=d.data_dtype or None) for p in here]
+
+
+def _greatest_id(file: TokenFile) -> int:
+    """As the manifest says or, from an older one, what it may be."""
+    found = (file.manifest or {}).get("max_id")
+    return found if isinstance(found, int) else (file.vocab_size or 0) - 1
 
 
 def show(made: Plan) -> str:

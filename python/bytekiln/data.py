@@ -38,6 +38,7 @@ __all__ = [
     "open_data",
     "to_device",
     "train_paths",
+    "vocabulary_of",
 ]
 
 MASK_TOKENS = ("<mask>", "[MASK]", "<|mask|>")
@@ -93,7 +94,7 @@ def open_data(config: RunConfig, tokenizer: AnyTokenizer | None) -> Data:
     files = [*training, *([validation] if validation else [])]
     notices = [f.notice for f in files if f.notice]
     tokenizer_hash = _one_tokenizer(files, tokenizer, d)
-    known, vocab_size, mask_id = _vocabulary(config, tokenizer, files, notices)
+    known, vocab_size, mask_id = vocabulary_of(config, tokenizer, files, notices)
     for f in files:
         f.check(known)
     eot = tokenizer.eot_id if tokenizer is not None else None
@@ -166,7 +167,7 @@ def _one_tokenizer(files: Sequence[TokenFile], tokenizer: AnyTokenizer | None, c
     return next(iter(hashes.values()), None)
 
 
-def _vocabulary(
+def vocabulary_of(
     config: RunConfig, tokenizer: AnyTokenizer | None, files: Sequence[TokenFile], notices: list[str]
 ) -> tuple[int, int, int | None]:
     """(ids that the data may have, size of the model's vocabulary, id of the mask token where one is needed).

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from bytekiln.attention import Attend
 from bytekiln.averaging import make_averaging
 from bytekiln.config import RunConfig
+from bytekiln.loss import every_chunk
 from bytekiln.model import Features, KVCache, TransformerLM
 from bytekiln.objective import Objective
 from bytekiln.optim import clip_gradients, make_optimizer
@@ -33,6 +34,9 @@ PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "scaled_dot_product"
 """Operations whose time is that of their products; what they read and write is not counted as moved."""
 LOOKUPS = ("embedding", "index", "index_select", "gather")
 """Operations that read as much of their first argument as they give out."""
+CHUNKS_TRACED = 4
+"""Chunks of a loss that are traced where it has many: the first and the next, which tells what one moves, and the last
+two, where the peak is: all gradients before them are there, and the last may be a smaller one."""
 
 
 class Footprint(NamedTuple):
@@ -107,6 +111,27 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.most, self.peak = dict(self.now), self.live
         self.moved = self.calls = self.largest = 0
 
+    def few_chunks(self, positions: int, chunk: int) -> Iterator[tuple[int, int]]:
+        """The pieces of a loss (`loss.Spans`) at whose end this holds what it would hold after every chunk.
+
+        A vocabulary of 50,000 makes a chunk of some 160 positions: a large batch has millions, all alike.
+        """
+        chunks = -(-positions // chunk)
+        left_out = chunks - CHUNKS_TRACED
+        if left_out < 2:  # a piece longer than a chunk is what is left out
+            yield from every_chunk(positions, chunk)
+            return
+        yield 0, chunk
+        moved, calls = self.moved, self.calls
+        yield chunk, 2 * chunk
+        moved += (self.moved - moved) * (1 + left_out)
+        calls += (self.calls - calls) * (1 + left_out)
+        rest = (2 + left_out) * chunk
+        yield 2 * chunk, rest
+        self.moved, self.calls = moved, calls
+        yield rest, rest + chunk
+        yield rest + chunk, positions
+
     def _even_share(self, element: Tensor) -> int:
         """What the host would read: only the experts' loads are ever read, and here every expert gets the same."""
         experts = element.untyped_storage().nbytes() // element.element_size()
@@ -179,7 +204,9 @@ class Simulation:
         with self._fake, self._storages, torch.device(device):
             self._model = _Hollow(config.model, attend=attend)
             self._model.storages = self._storages
-            self._objective = Objective(self._model, config)
+            self._of_update: dict[str, int] | None = None
+            """What clipping and update add to what stands before them: the same for every batch."""
+            self._objective = Objective(self._model, config, self._storages.few_chunks)
             self._storages.kind = "activations"
             self._optimizer = make_optimizer(self._model, config.optimizer)
             self._averaging = make_averaging(self._model, config.optimizer)
@@ -201,27 +228,37 @@ class Simulation:
     def step(self, batch_size: int) -> Footprint:
         """Trace a step of micro-steps of `batch_size` windows.
 
-        More than two micro-steps need no more than two: gradients stand from the first one on.
+        Of several micro-steps the last is traced: gradients stand from the first one on.
         """
         s, c = self._storages, self.config
         with self._fake, s, torch.device(self.device):
             s.forget_peaks()
             self._model.train()
             s.work = batch_size * c.model.context_length * c.model.expert_top_k
-            micro_steps = min(c.training.grad_accum_steps, 2)
-            for _ in range(micro_steps):
-                s.kind = "activations"
-                ids_BxT = torch.zeros(batch_size, c.model.context_length, dtype=torch.int64)
-                targets_BxT = torch.zeros_like(ids_BxT)
-                documents_BxT = torch.zeros_like(ids_BxT, dtype=torch.int32) if _has_documents(c) else None
-                loss = self._objective(ids_BxT, targets_BxT, documents_BxT)
-                (loss.total / ids_BxT.numel()).backward()
-                del loss
-            moved, calls = s.moved // micro_steps, s.calls // micro_steps
+            if c.training.grad_accum_steps > 1:
+                s.kind = "gradients"
+                for p in self._model.parameters():
+                    p.grad = torch.empty_like(p)
+                s.moved = s.calls = 0
             s.kind = "activations"
-            clip_gradients(self._optimizer.parameters, c.optimizer.grad_clip)
-            self._update()
-        return Footprint(**{**s.most, "total": s.peak, "largest": s.largest, "moved": moved, "calls": calls})
+            ids_BxT = torch.zeros(batch_size, c.model.context_length, dtype=torch.int64)
+            targets_BxT = torch.zeros_like(ids_BxT)
+            documents_BxT = torch.zeros_like(ids_BxT, dtype=torch.int32) if _has_documents(c) else None
+            loss = self._objective(ids_BxT, targets_BxT, documents_BxT)
+            (loss.total / ids_BxT.numel()).backward()
+            del loss
+            found = Footprint(**{**s.most, "total": s.peak, "largest": s.largest, "moved": s.moved, "calls": s.calls})
+            now = {**s.now, "total": s.live}
+            if self._of_update is None:
+                s.forget_peaks()
+                s.kind = "activations"
+                clip_gradients(self._optimizer.parameters, c.optimizer.grad_clip)
+                self._update()
+                most = {**s.most, "total": s.peak, "largest": s.largest}
+                self._of_update = {name: n - now.get(name, 0) for name, n in most.items()}
+            self._optimizer.zero_grad()
+        more = self._of_update
+        return Footprint(*(max(n, now.get(name, 0) + more.get(name, 0)) for name, n in found._asdict().items()))
 
     def _update(self) -> None:
         take = torch.ones((), dtype=torch.bool)

@@ -11,7 +11,7 @@ Shapes are suffixes of names: N positions of the batch (B·T), n positions of a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +27,9 @@ CHUNK_BYTES = 32 * 2**20
 PLAIN_BELOW = 2**17
 """Fewer logits than this take the plain path: so few cost less than the further operations of a chunk (one thread,
 AVX2: 12 × 64 with V = 65 0.9 ms against 1.2 ms, with V = 256 alike; from there on the chunked path is the faster)."""
+Spans = Callable[[int, int], Iterator[tuple[int, int]]]
+"""(positions, chunk) → from where to where each piece goes, in order and without a gap. A piece longer than a chunk
+stands for many of them in a simulation of memory: it gets room for its gradient and is not computed."""
 
 
 def summed_cross_entropy(logits_BxTxV: Tensor, targets_BxT: Tensor) -> Tensor:
@@ -53,7 +56,14 @@ def plain_cross_entropy(
 
 
 def chunked_cross_entropy(
-    x_BxTxD: Tensor, head_VxD: Tensor, targets_BxT: Tensor, *, softcap: float, z_loss: float, chunk: int
+    x_BxTxD: Tensor,
+    head_VxD: Tensor,
+    targets_BxT: Tensor,
+    *,
+    softcap: float,
+    z_loss: float,
+    chunk: int,
+    simulated: Spans | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Linear head, soft-cap and cross-entropy in one, some positions at a time.
 
@@ -71,6 +81,7 @@ def chunked_cross_entropy(
         softcap: c, 0 for none.
         z_loss: weight of the second sum.
         chunk: positions whose logits exist at once; 0: all, by the plain path.
+        simulated: the pieces to trace where there is nothing to compute (`footprint`).
 
     Returns:
         total (0-D, differentiable), and the first sum alone (0-D, detached): what is reported.
@@ -80,7 +91,7 @@ def chunked_cross_entropy(
     low = _product_type(x_BxTxD)
     x_NxD, targets_N = x_BxTxD.flatten(0, 1), targets_BxT.flatten()
     if torch.is_grad_enabled():
-        total, nll = _FusedCrossEntropy.apply(x_NxD, head_VxD, targets_N, softcap, z_loss, chunk, low)
+        total, nll = _FusedCrossEntropy.apply(x_NxD, head_VxD, targets_N, softcap, z_loss, chunk, low, simulated)
         return total, nll
     total, nll, _, _ = _sums(x_NxD, head_VxD, targets_N, softcap, z_loss, chunk, low, (False, False))
     return total, nll
@@ -142,9 +153,17 @@ def _product_type(x_BxTxD: Tensor) -> torch.dtype:
     return x_BxTxD.dtype
 
 
-def _chunks(x_NxD: Tensor, targets_N: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for start in range(0, x_NxD.shape[0], chunk):
-        yield x_NxD[start : start + chunk], targets_N[start : start + chunk]
+def every_chunk(positions: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """The `Spans` of whatever is computed."""
+    for start in range(0, positions, chunk):
+        yield start, start + chunk
+
+
+def _chunks(
+    x_NxD: Tensor, targets_N: Tensor, chunk: int, spans: Spans = every_chunk
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for start, end in spans(x_NxD.shape[0], chunk):
+        yield x_NxD[start:end], targets_N[start:end]
 
 
 def _logits(x_nxD: Tensor, head_VxD: Tensor, softcap: float) -> Tensor:
@@ -163,6 +182,7 @@ def _sums(
     chunk: int,
     low: torch.dtype,
     wanted: tuple[bool, bool],
+    simulated: Spans | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(total, nll, d total / d x, d total / d head), the gradients where `wanted`.
 
@@ -178,7 +198,10 @@ def _sums(
     total = nll
     by_x: list[Tensor] = []
     by_head_VxD = torch.zeros_like(head_VxD, dtype=exact) if wanted[1] else None
-    for x_nxD, targets_n in _chunks(x_NxD, targets_N, chunk):
+    for x_nxD, targets_n in _chunks(x_NxD, targets_N, chunk, simulated or every_chunk):
+        if simulated is not None and len(targets_n) > chunk:
+            by_x += [torch.empty_like(x_nxD, dtype=low)] * wanted[0]
+            continue
         real_nx1 = (targets_n != IGNORED)[:, None]  # a mask, never indices: those would wait for the device
         hit_nx1 = targets_n.clamp(min=0)[:, None]
         x_low_nxD = x_nxD.to(low)
@@ -216,8 +239,8 @@ def _sums(
 class _FusedCrossEntropy(torch.autograd.Function):
     """Loss and gradient in the forward pass, where a chunk's logits exist; the backward pass only scales them.
 
-    (total, nll) = apply(x_NxD, head_VxD, targets_N, softcap, z_loss, chunk, low). Costs N·D and V·D numbers kept
-    between the passes, and spares the second product with the head that recomputing the logits would take.
+    (total, nll) = apply(x_NxD, head_VxD, targets_N, softcap, z_loss, chunk, low, simulated). Costs N·D and V·D numbers
+    kept between the passes, and spares the second product with the head that recomputing the logits would take.
     """
 
     @staticmethod
@@ -230,10 +253,13 @@ class _FusedCrossEntropy(torch.autograd.Function):
         z_loss: float,
         chunk: int,
         low: torch.dtype,
+        simulated: Spans | None,
     ) -> tuple[Tensor, Tensor]:
         """Arguments of `_sums`, but for what torch knows: which gradients are wanted."""
         wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        total, nll, by_x_NxD, by_head_VxD = _sums(x_NxD, head_VxD, targets_N, softcap, z_loss, chunk, low, wanted)
+        total, nll, by_x_NxD, by_head_VxD = _sums(
+            x_NxD, head_VxD, targets_N, softcap, z_loss, chunk, low, wanted, simulated
+        )
         ctx.save_for_backward(by_x_NxD, by_head_VxD)
         ctx.types = x_NxD.dtype, head_VxD.dtype
         ctx.mark_non_differentiable(nll)
@@ -246,7 +272,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
             None if g is None else (g.to(by_total.dtype) * by_total).to(dtype)
             for g, dtype in zip(ctx.saved_tensors, ctx.types, strict=True)
         )
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None)
 
 
 def expected_initial_loss(config: ModelConfig) -> float | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bytekiln.config import RunConfig
-from bytekiln.loss import IGNORED, chunked_cross_entropy, chunked_scores, positions_at_once
+from bytekiln.loss import IGNORED, Spans, chunked_cross_entropy, chunked_scores, positions_at_once
 from bytekiln.model import TransformerLM
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,10 +34,11 @@ class Loss(NamedTuple):
 class Objective(nn.Module):
     """The model together with all that the config says about its loss."""
 
-    def __init__(self, model: TransformerLM, config: RunConfig) -> None:
+    def __init__(self, model: TransformerLM, config: RunConfig, simulated: Spans | None = None) -> None:
         """Args:
         model: whose parameters this module shares.
         config: the run, its `precision` settled: fp32, bf16 or fp16.
+        simulated: of the loss's chunks those to trace, where nothing is computed (`footprint`).
         """
         super().__init__()
         assert config.training.precision in AUTOCAST, "precision auto is settled before anything is built"
@@ -45,6 +46,7 @@ class Objective(nn.Module):
         self.low = AUTOCAST[config.training.precision]
         self.softcap, self.z_loss = config.model.logit_softcap, config.training.z_loss
         self.loss_chunk = config.training.loss_chunk
+        self.simulated = simulated
         balanced = config.model.ffn == "moe" and config.model.load_balancing == "loss"
         self.balance_weight = config.model.load_balancing_weight if balanced else 0.0
 
@@ -66,6 +68,7 @@ class Objective(nn.Module):
                 softcap=self.softcap,
                 z_loss=self.z_loss,
                 chunk=positions_at_once(self.loss_chunk, x_BxTxD, head_VxD.shape[0]),
+                simulated=self.simulated,
             )
         if self.balance_weight:
             # A mean over tokens already; times the targets, because the loop divides by them.

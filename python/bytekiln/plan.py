@@ -8,7 +8,6 @@ and from the published utilisation of the trainer on a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,10 +20,12 @@ from bytekiln.accounting import (
     parameter_count,
     parameters_by_part,
 )
+from bytekiln.batch_search import largest_batch
 from bytekiln.config import RunConfig, stages_of
 from bytekiln.errors import BytekilnError, ConfigError
 from bytekiln.footprint import Footprint, Simulation
 from bytekiln.hardware import device_name, measure, memory_bytes, peak_flops
+from bytekiln.loss import CHUNK_BYTES
 from bytekiln.prepare import attention_of, find_device, resolved
 from bytekiln.tokenfile import TokenFile
 
@@ -43,10 +44,8 @@ COMPILED = 0.8
 """Time of a compiled step over that of an eager one on a CPU (measured)."""
 CALL_COSTS = 5.0
 """What an operation of the model costs over one in a bare loop: module, autograd and its backward's bookkeeping."""
-STRAIGHT_GUESSES = 7
-"""So many peaks the search knows before it goes by halves."""
-BIGGEST_BATCH = 1 << 20
-"""Where the search for the largest batch ends."""
+UNEVEN = 4 * CHUNK_BYTES
+"""Bytes by which a peak may lie beside a straight line: chunks of a loss are as even as the batch lets them be."""
 BATCHES_WITHOUT_VALIDATION = 100
 """What an evaluation of everything reads where there is no validation data, as in `train`."""
 _ROUNDING = 1e-9
@@ -185,6 +184,7 @@ def make_plan(config: RunConfig, memory: int | None = None, gpu: str | None = No
                 0: RESERVE.get(kind, 0) + footprint.weights + footprint.optimizer,
                 t.batch_size: _process(footprint, kind),
             },
+            UNEVEN,
         )
         if largest
         else None,
@@ -266,37 +266,6 @@ def length_of(config: RunConfig, micro_step_s: float = 0.0, evaluation_s: float 
         return Length(math.ceil(steps - _ROUNDING * steps), round(tokens), ends_by)
     whole = max(math.floor(steps + _ROUNDING * steps), 1)  # a step is begun only if there is time for it, but the first
     return Length(whole, round(whole * tokens / steps) if steps else round(each["token_budget"]), ends_by)
-
-
-def largest_batch(total: Callable[[int], int], budget: int, known: Mapping[int, int]) -> int:
-    """The largest batch whose peak is within `budget`; 0 where one window is too much.
-
-    Args:
-        total: peak of a batch; it never falls as the batch grows, and is nearly a straight line.
-        budget: bytes.
-        known: peaks to begin with, at least that of no window (or a lower bound) and of one batch.
-
-    >>> largest_batch(lambda b: max(700, 100 + 30 * b), 1000, {0: 100, 1: 700})
-    30
-    >>> largest_batch(lambda b: 100 + 30 * b, 120, {0: 100, 8: 340})
-    0
-    """
-    seen = dict(known)
-    if seen.get(0, 0) > budget:
-        return 0
-    low, high = 0, BIGGEST_BATCH + 1  # low fits, high does not
-    guess = max(seen)
-    while high - low > 1:
-        if guess not in seen:
-            seen[guess] = total(guess)
-        low, high = (guess, high) if seen[guess] <= budget else (low, guess)
-        # On along the line through the two measurements nearest to the budget; where that does not lead there soon,
-        # because the peak has moved to another moment of the step, by halves.
-        (b0, m0), (b1, m1) = sorted(seen.items(), key=lambda p: abs(p[1] - budget))[:2]
-        straight = m1 != m0 and len(seen) <= STRAIGHT_GUESSES
-        guess = math.floor(b0 + (budget - m0) * (b1 - b0) / (m1 - m0)) if straight else (low + high) // 2
-        guess = min(max(guess, low + 1), high - 1)
-    return low
 
 
 def micro_step_time(

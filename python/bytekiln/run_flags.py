@@ -14,6 +14,8 @@ from bytekiln.config import ALIASES, FIELDS, SECTIONS, SWITCHES, extra_of
 from bytekiln.console import Parser
 
 HIDDEN_FIELDS = ("preset",)
+CONTEXT_OF_WEIGHTS = 512
+"""Window of a run that starts from weights and names no preset; fewer where they know fewer positions."""
 ON, OFF = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 SWITCH_FIELDS = [n for n, f in FIELDS.items() if f.annotation is bool or "bool" in str(f.annotation)]
 """Fields that take --x, --no-x and --x=true|false."""
@@ -112,3 +114,18 @@ def spell_switches(argv: Iterable[str]) -> list[str]:
         else:
             out.append(arg)
     return [*out, f"{pending}=true"] if pending else out
+
+
+def take_shape_of_weights(given: dict[str, Any]) -> None:
+    """Fill in the shape of the weights that `init_from` names; given fields win. For a run without a preset or config.
+
+    Raises:
+        FileError, FormatError: as `convert.config_of`, which is imported here only: it loads torch.
+    """
+    from bytekiln.convert import config_of
+
+    implied = config_of(str(given["init_from"]))
+    if "context_length" not in given and "max_seq_len" not in given:
+        given["context_length"] = min(CONTEXT_OF_WEIGHTS, int(implied["max_seq_len"]))
+    for name, value in implied.items():
+        given.setdefault(name, value)
