@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
@@ -16,14 +17,14 @@ import pytest
 import torch
 
 from bytekiln import loop, prepare
-from bytekiln.checkpoint import load_checkpoint
+from bytekiln.checkpoint import load_checkpoint, save_checkpoint
 from bytekiln.config import from_flat
-from bytekiln.errors import ConfigError, FileError, MismatchError, OutputExistsError
+from bytekiln.errors import ConfigError, FileError, FormatError, MismatchError, OutputExistsError
 from bytekiln.metrics import read_metrics
 from bytekiln.objective import Objective
 from bytekiln.runfolder import locked
 from bytekiln.train import train
-from lm_runs import ONE_THREAD, VOCAB, tiny
+from lm_runs import ONE_THREAD, TIMES, VOCAB, tiny
 
 
 def files(folder: Path) -> dict[Path, bytes]:
@@ -91,15 +92,96 @@ def test_going_back_removes_what_is_newer(tmp_path: Path, monkeypatch: pytest.Mo
     assert [r.step for r in read_metrics(tmp_path / "run/metrics.csv")] == list(range(7))
 
 
-def test_checkpoint_ahead_of_the_metrics_is_refused(tmp_path: Path) -> None:
-    train(tiny(tmp_path))
+def rows_but_times(run: Path) -> list[dict[str, object]]:
+    return [{k: v for k, v in vars(r).items() if k not in TIMES} for r in read_metrics(run / "metrics.csv")]
+
+
+def killed_and_whole(folder: Path) -> Path:
+    """The metrics of a run that stands at step 4, beside a whole one of 6 steps."""
+    values = {"decay_steps": 6}
+    train(tiny(folder / "whole", **values))
+    train(tiny(folder, **values, max_steps=4))
+    return folder / "run/metrics.csv"
+
+
+def test_a_row_that_a_crash_tore_comes_back_from_the_checkpoint(tmp_path: Path) -> None:
+    metrics, said = killed_and_whole(tmp_path), list[str]()
+    whole = metrics.read_text()
+    metrics.write_text(whole[: whole.rindex(",") - 9])
+    assert train(tiny(tmp_path), resume="auto", given={"max_steps": 6}, notice=said.append).status == "completed"
+    assert rows_but_times(tmp_path / "run") == rows_but_times(tmp_path / "whole/run")
+    assert metrics.read_text().startswith(whole), "to the last digit, times included"
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("left", "found"), [(4, "rows up to step 2"), (1, "no rows"), (0, "no rows"), (None, "no rows")]
+)
+def test_rows_that_were_lost_stop_no_run(tmp_path: Path, left: int | None, found: str) -> None:
+    metrics, said = killed_and_whole(tmp_path), list[str]()
+    if left is None:
+        metrics.unlink()
+    else:
+        metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:left]))
+    assert train(tiny(tmp_path), resume="auto", given={"max_steps": 6}, notice=said.append).status == "completed"
+    assert [line for line in said if f"metrics.csv: found {found}; expected them up to step 4" in line] == said != []
+    weights = [f / "run/checkpoints/checkpoint_final/model.safetensors" for f in (tmp_path, tmp_path / "whole")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    kept = list(range((left or 1) - 1))
+    assert [r.step for r in read_metrics(metrics)] == [*kept, 4, 5, 6]
+
+
+def test_metrics_that_are_none_name_the_way_out(tmp_path: Path) -> None:
+    train(tiny(tmp_path, max_steps=2))
     metrics = tmp_path / "run/metrics.csv"
-    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:4]))
+    metrics.write_text(metrics.read_text().replace("\n1,", "\none,"))
     before = files(tmp_path)
-    with pytest.raises(MismatchError, match=r"metrics\.csv: found rows up to step 2"):
-        train(tiny(tmp_path), resume="auto")
+    with pytest.raises(
+        FormatError, match=r"metrics\.csv: line 3: found .* \(restore it, or move it away: the run then"
+    ):
+        train(tiny(tmp_path), resume="auto", given={"max_steps": 3})
     assert files(tmp_path) == before
-    assert train(from_flat({}), resume=tmp_path / "run/checkpoints/checkpoint_2").steps == 6
+    metrics.rename(tmp_path / "away.csv")
+    assert train(tiny(tmp_path), resume="auto", given={"max_steps": 3}).steps == 3
+
+
+def test_what_dead_writers_left_goes_and_nothing_else(tmp_path: Path) -> None:
+    train(tiny(tmp_path, max_steps=2))
+    run = tmp_path / "run"
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    child.wait()
+    dead, alive = child.pid, os.getppid()
+    (run / "samples").mkdir(exist_ok=True)
+    left = [f".{n}.{dead}.tmp" for n in ("metrics.csv", "tokenizer.json", "config.toml", "result.json", "layers.csv")]
+    left += [f"samples/.step_2.json.{dead}.tmp", f".metrics.csv.{os.getpid()}.tmp", f".metrics.csv.{10**30}.tmp"]
+    kept = [f".metrics.csv.{alive}.tmp", f".notes.csv.{dead}.tmp", ".metrics.csv.mine.tmp"]
+    for name in (*left, *kept):
+        (run / name).write_text("half")
+    train(tiny(tmp_path), resume="auto", given={"max_steps": 3})
+    assert [n for n in left if (run / n).exists()] == []
+    assert [n for n in kept if (run / n).exists()] == kept
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "words"),
+    [
+        (
+            "last_row",
+            {"step": 2, "tokens": 1, "elapsed_s": 1.0, "perplexity": 1.0},
+            "last_row: found perplexity; expected",
+        ),
+        ("owed", [1, 2], "owed: found \\[1, 2\\]; expected a row"),
+        ("last_row", {"step": 2}, "last_row: found .*; expected a row"),
+        ("last_row", {"step": 2, "tokens": 1, "elapsed_s": 1.0, "loss": "low"}, "last_row: found .*; expected a row"),
+    ],
+)
+def test_a_state_that_is_none_names_its_file(tmp_path: Path, name: str, row: object, words: str) -> None:
+    train(tiny(tmp_path, max_steps=2))
+    path = tmp_path / "run/checkpoints/checkpoint_2"
+    saved = load_checkpoint(path)
+    save_checkpoint(path, dataclasses.replace(saved, state={**saved.state, name: row}))
+    with pytest.raises(FormatError, match=f"checkpoint_2/state.json: {words}"):
+        train(tiny(tmp_path), resume=path)
 
 
 def test_second_process_in_a_run_folder_is_refused(tmp_path: Path) -> None:

@@ -51,6 +51,11 @@ class Checkpoint:
     path: Path | None = None
     """Where it was read from."""
 
+    @property
+    def where(self) -> str:
+        """The file that `state` is from, for the words of an error."""
+        return str(self.path / "state.json") if self.path is not None else f"checkpoint at step {self.step}"
+
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write the folder `path`; a reader, and a crash, sees the old one or the new one.

@@ -22,8 +22,10 @@ from bytekiln.fields import (
     SECTIONS,
     OutputConfig,
     RunConfig,
+    alone,
     extra_of,
     from_flat,
+    refuse_idle,
     unsaid,
 )
 from bytekiln.model_config import ModelConfig
@@ -44,6 +46,7 @@ __all__ = [
     "Section",
     "TrainingConfig",
     "Value",
+    "alone",
     "canonical",
     "changed_mathematics",
     "extra_of",
@@ -51,6 +54,7 @@ __all__ = [
     "load_config",
     "presets",
     "read_table",
+    "refuse_idle",
     "stages_of",
     "stated_in",
 ]
@@ -97,8 +101,9 @@ def load_config(
         source: preset, TOML or JSON file, or run folder; None: the preset `default`. `train_X.py` means preset X.
         given: values that win over the source, any spelling. `lr` or `min_lr_ratio` without `min_lr` frees a pinned
             `min_lr`; `run_name` or `save_dir` without `out_dir` frees a pinned `out_dir`; `max_time` or
-            `token_budget` without `max_steps` frees a pinned `max_steps`, `windows` a pinned `sampling`, and a value
-            frees what a run's stored config has derived from it.
+            `token_budget` without `max_steps` frees a pinned `max_steps`, `windows` a pinned `sampling`, what says how
+            the rate falls (`DECAY`) a pinned `decay_lr`, and a value frees what a run's stored config has derived
+            from it.
         say: told in one line when a name was understood as another.
 
     Raises:
@@ -109,20 +114,34 @@ def load_config(
     explicit = _flatten(given or {}, "command line" if given else "values")
     if set(FIELDS) - {"min_lr"} <= set(base):  # a run's; what a preset or a file of the user's says was meant
         _free_derived(base, explicit)
-    if {"lr", "min_lr_ratio"} & set(explicit) and "min_lr" not in explicit:
-        base.pop("min_lr", None)
-    if {"run_name", "save_dir"} & set(explicit) and "out_dir" not in explicit:
-        base.pop("out_dir", None)
-    if any(str(explicit.get(n, 0)) != "0" for n in ("max_time", "token_budget")) and "max_steps" not in explicit:
-        base["max_steps"] = UNLIMITED_STEPS
-    if str(explicit.get("windows", "stream")) != "stream" and "sampling" not in explicit:
-        base.pop("sampling", None)
-    for name in unsaid(explicit):
+    yielding = _yields(explicit)
+    for name in yielding:
         base.pop(name, None)
+    if "max_steps" in yielding:
+        base["max_steps"] = UNLIMITED_STEPS
     merged: dict[str, object] = {**base, **explicit}
     if preset:
         merged["preset"] = preset
     return from_flat(merged)
+
+
+DECAY = ("schedule", "min_lr", "min_lr_ratio", "decay_steps", "decay_fraction")
+"""Fields that say how the rate falls: one of them, given, switches on a decay that a preset has switched off."""
+_NO_DECAY = {"schedule": ("constant",), "decay_steps": ("0",)}
+_OFF = ("0", "0.0")
+
+
+def _yields(explicit: Mapping[str, object]) -> list[str]:
+    """What a preset or a file pins and an explicit value frees, unless it is given beside it."""
+    said = {name: str(value) for name, value in explicit.items()}
+    frees = {
+        "min_lr": bool({"lr", "min_lr_ratio"} & set(said)),
+        "out_dir": bool({"run_name", "save_dir"} & set(said)),
+        "max_steps": any(said.get(n, "0") not in _OFF for n in ("max_time", "token_budget")),
+        "sampling": said.get("windows", "stream") != "stream",
+        "decay_lr": any(n in said and said[n] not in _NO_DECAY.get(n, ()) for n in DECAY),
+    }
+    return [*(name for name, freed in frees.items() if freed and name not in said), *unsaid(explicit)]
 
 
 DERIVED = {"num_heads": "num_kv_heads", "context_length": "max_seq_len", "d_model": "d_ff", "ffn": "d_ff"}
@@ -149,9 +168,12 @@ def changed_mathematics(
             yield name, before.get(name), after.get(name)
 
 
-def stated_in(path: Path) -> dict[str, object]:
-    """What a config file says, by field; nothing is completed."""
-    return _flatten(read_table(path), str(path))
+def stated_in(path: Path, given: Mapping[str, object] | None = None) -> dict[str, object]:
+    """What a config file says, by field, with `given` on top as `load_config` lays it; nothing is completed."""
+    explicit = _flatten(given or {}, "command line")
+    yielding = _yields(explicit)
+    base = {name: value for name, value in _flatten(read_table(path), str(path)).items() if name not in yielding}
+    return {**base, **explicit}
 
 
 def _read_source(source: str | Path | None, say: Callable[[str], object]) -> tuple[dict[str, object], str]:
@@ -199,7 +221,7 @@ def read_table(path: Path) -> dict[str, Any]:
 
 def _flatten(table: Mapping[str, object], where: str) -> dict[str, object]:
     out: dict[str, object] = {}
-    for key, value in _leaves(table):
+    for key, value in _leaves(table, where):
         switch = SWITCHES.get(key.replace("-", "_"))
         if switch is not None:
             on = str(value).lower() in ("true", "1", "yes", "on")
@@ -213,10 +235,12 @@ def _flatten(table: Mapping[str, object], where: str) -> dict[str, object]:
     return out
 
 
-def _leaves(table: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+def _leaves(table: Mapping[str, object], where: str) -> Iterator[tuple[str, object]]:
     for key, value in table.items():
         if isinstance(value, Mapping) and key in SECTIONS:
             yield from value.items()
+        elif key in SECTIONS and key not in FIELDS:  # `optimizer` is both
+            raise ConfigError(f"{where}: {key}: found {value!r}; expected a table, since it is a section of fields")
         else:
             yield key, value
 

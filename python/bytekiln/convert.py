@@ -34,7 +34,9 @@ NOTICED = {"causal", "logit_softcap", "sliding_window", "expert_top_k"}
 """Fields that change the function and fit the weights still; a difference is said in a line."""
 
 
-def load_initial(path: str, config: ModelConfig, notice: Notice = lambda _: None) -> dict[str, Tensor]:
+def load_initial(
+    path: str, config: ModelConfig, notice: Notice = lambda _: None, say: Notice = lambda _: None
+) -> dict[str, Tensor]:
     """Weights for a new `TransformerLM(config)`: `--init-from`.
 
     Args:
@@ -42,6 +44,7 @@ def load_initial(path: str, config: ModelConfig, notice: Notice = lambda _: None
             `config.json` and `model.safetensors` (or shards and their index) of GPT-2 or Llama.
         config: the model that takes them; `vocab_size` is set.
         notice: told, in a line each, what differs and fits still.
+        say: told which checkpoint of a run it is.
 
     Returns:
         A whole state dict, fp32 on the CPU. Rows of padding (`pad_vocab`) are the mean of the real ones: so their
@@ -51,7 +54,7 @@ def load_initial(path: str, config: ModelConfig, notice: Notice = lambda _: None
         MismatchError: names the first field of `config` that disagrees with the weights.
         FileError, FormatError: nothing there, malformed, of another kind, or a pickle.
     """
-    theirs, read = _source(Path(path), notice)
+    theirs, read = _source(Path(path), notice, say)
     _compare(config, theirs, path, notice)
     state = read()
     return _fitted(state, config, theirs, path)
@@ -91,7 +94,9 @@ def export(
     return to_huggingface(state, config), described_so
 
 
-def _source(path: Path, notice: Notice) -> tuple[ModelConfig, Callable[[], dict[str, Tensor]]]:
+def _source(
+    path: Path, notice: Notice, say: Notice = lambda _: None
+) -> tuple[ModelConfig, Callable[[], dict[str, Tensor]]]:
     """The shape of the weights at `path`, and how to read them."""
     if path.is_file():
         raise FormatError(
@@ -105,6 +110,7 @@ def _source(path: Path, notice: Notice) -> tuple[ModelConfig, Callable[[], dict[
     if path.is_dir() and any(path.glob("*.safetensors")) and not is_checkpoint(path):
         raise FileError(f"{path / 'config.json'}: no such file; expected it beside the weights")
     checkpoint = _own_weights(path, notice)
+    say(f"Weights: {checkpoint.path}, step {checkpoint.step}")
     return checkpoint.config.model, lambda: checkpoint.model
 
 

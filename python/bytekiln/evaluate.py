@@ -1,4 +1,4 @@
-"""Loss and accuracy on data, deterministic: dropout off, each target counted once. Called by `train`.
+"""Loss and accuracy on data, deterministic: dropout off, each target counted once. Called by `learner`.
 
 In: the objective and batches, of validation or of training data. Out: `Scores`, means over all real targets.
 `HarnessLM`, by which lm-evaluation-harness drives a model, is found here too; `harness` has it.

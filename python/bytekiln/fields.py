@@ -7,7 +7,7 @@ module to import them from. The sections are in `model_config` and `training_con
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -145,6 +145,64 @@ def unsaid(said: Mapping[str, object]) -> list[str]:
     return [other for one, other in pairs if one in said and other not in said and str(said[one]) not in ("0", "0.0")]
 
 
+ABOVE_0: tuple[Value, ...] = ()
+DECAYS = (("decay_lr", (True,)), ("schedule", ("linear", "cosine", "trapezoid", "inverse_sqrt")))
+NEEDS: dict[str, tuple[tuple[str, tuple[Value, ...]], ...]] = {
+    "beta1": (("optimizer", ("adamw", "lion", "muon")),),
+    "beta2": (("optimizer", ("adamw", "lion", "muon")),),
+    "eps": (("optimizer", ("adamw", "muon")),),
+    "momentum": (("optimizer", ("muon", "sgd")),),
+    "nesterov": (("optimizer", ("muon", "sgd")),),
+    "ns_steps": (("optimizer", ("muon",)),),
+    "ns_coefficients": (("optimizer", ("muon",)),),
+    "muon_scale": (("optimizer", ("muon",)),),
+    "normuon": (("optimizer", ("muon",)),),
+    "normuon_beta2": (("optimizer", ("muon",)), ("normuon", (True,))),
+    "decay_embeddings": (("weight_decay", ABOVE_0),),
+    "cautious_weight_decay": (("weight_decay", ABOVE_0),),
+    "head_lr_scale": (("tie_embeddings", (False,)),),
+    "schedule": DECAYS[:1],
+    "min_lr": DECAYS,
+    "min_lr_ratio": DECAYS,
+    "decay_steps": (*DECAYS, ("progress", ("steps",))),
+    "decay_fraction": (DECAYS[0], ("schedule", ("trapezoid",))),
+    "ema_decay": (("averaging", ("ema",)),),
+    "tail_fraction": (("averaging", ("tail",)),),
+    "mlm_share": (("objective", ("mlm",)),),
+    "max_time_counts": (("max_time", ABOVE_0),),
+    "early_stopping_min_delta": (("early_stopping_patience", ABOVE_0),),
+    "spike_sigma": (("skip_spikes", (True,)),),
+    "wandb_project": (("wandb", (True,)),),
+    "wandb_mode": (("wandb", (True,)),),
+}
+"""Fields that nothing reads unless others have one of these values. Those of the model are refused by `ModelConfig`."""
+
+
+def refuse_idle(config: RunConfig, said: Iterable[str], before: RunConfig | None = None) -> None:
+    """Refuse a field that was said on purpose and that nothing in the run reads.
+
+    A field's default, and on a resume the value that the run had `before`, ask for nothing.
+
+    Raises:
+        ConfigError: names what would switch it on.
+    """
+    values: dict[str, Value] = {**config.flat(), "progress": config.progress}
+    had = before.flat() if before is not None else {}
+    for name in (n for n in said if n in NEEDS):
+        value = values.get(name)
+        if value is None or value in (FIELDS[name].default, had.get(name)) or (name, value) == ("schedule", "constant"):
+            continue
+        for other, wanted in NEEDS[name]:
+            found = values[other]
+            if found not in wanted if wanted else not found:
+                choices = [_plain(v) for v in wanted]
+                would = " or ".join([", ".join(choices[:-1]), choices[-1]] if choices[1:] else choices)
+                raise ConfigError(
+                    f"{name}: found {_plain(value)} with {other} {_plain(found)}; expected {other} "
+                    f"{f'= {would}' if wanted else 'above 0'}, without which nothing reads it"
+                )
+
+
 SECTIONS: dict[str, type[Section]] = {
     "model": ModelConfig,
     "data": DataConfig,
@@ -163,6 +221,26 @@ def extra_of(name: str, key: str) -> Any:  # noqa: ANN401 - heterogeneous by nat
     return extra[key]
 
 
+def alone(name: str, value: object) -> Value | None:
+    """A field's value as the field holds it, whatever the others are.
+
+    >>> alone("d_model", "65"), alone("schedule", "wsd")
+    (65, 'trapezoid')
+
+    Raises:
+        ConfigError: the field takes no such value.
+    """
+    section = SECTIONS[SECTION_OF[name]]
+    checks = dict.fromkeys(section.__pydantic_decorators__.model_validators, model_validator(mode="after")(_as_it_is))
+    bare = type(section.__name__, (section,), {"__module__": __name__, **checks})
+    held: Value | None = getattr(bare(**{name: value}), name)
+    return held
+
+
+def _as_it_is(section: Section) -> Section:
+    return section
+
+
 def from_flat(values: Mapping[str, object]) -> RunConfig:
     """A run from field names without sections.
 
@@ -176,6 +254,10 @@ def from_flat(values: Mapping[str, object]) -> RunConfig:
             raise ConfigError(f"config: unknown field {name}" + (f"; did you mean {meant}?" if meant else ""))
         by_section[SECTION_OF[name]][name] = value
     return RunConfig(**by_section)
+
+
+def _plain(value: Value) -> str:
+    return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else _toml(value)
 
 
 def _toml(value: Value) -> str:

@@ -1,6 +1,7 @@
 """Whether a step's update is taken, decided on the device: nothing here waits for it.
 
-In: loss and gradient norm of a step as 0-D tensors. Out: a 0-D bool tensor that the optimizer obeys. Called by `step`.
+In: loss and gradient norm of a step as 0-D tensors. Out: a 0-D bool tensor that the optimizer obeys. Called by
+`learner`.
 
 A host that looked at every loss before it updates would stop the device at every step. So the decision is a tensor, and
 the first fatal step switches all later ones off: whenever the host looks, it finds the weights from before that step.

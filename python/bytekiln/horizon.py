@@ -1,7 +1,7 @@
 """How far a run is, and when it is over: by steps, tokens, seconds, or patience.
 
 In: the steps that were launched, and what evaluations and checkpoints took. Out: the place of the next step in the
-schedule, and the reason to stop. Called by `train`.
+schedule, and the reason to stop. Called by `loop`.
 
 Counted are launched steps, whose numbers may still be on the device; a reason to stop is the same in all processes.
 """

@@ -1,7 +1,7 @@
 """What gradients, weights and activations look like layer by layer: `layers.csv`, warnings, bars on the console.
 
 In: a model behind its backward pass, and a micro-batch. Out: rows (docs/formats.md), sentences for the user, text.
-Called by `train` every `stats_interval` steps; a run without them never comes here. All numbers of one call cross
+Called by `loop` every `stats_interval` steps; a run without them never comes here. All numbers of one call cross
 from the device to the host together. The additional forward is eager, without gradients and in evaluation mode: it
 draws nothing from any random generator, and a compiled step keeps its graph.
 """

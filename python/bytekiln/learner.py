@@ -1,7 +1,7 @@
 """Everything of a run that is a tensor, and the step that moves it. Nothing in a step waits for the device.
 
 In: a config, batches, the number of a step. Out: a `Taken`, whose numbers stay on the device until `read` fetches those
-of several steps at once; and all tensors by name, for checkpoints. Called by `train`.
+of several steps at once; and all tensors by name, for checkpoints. Called by `loop`.
 
 Everything random is a pure function of (seed, step, micro-step): the windows, and the dropout masks, because torch's
 generator is seeded anew for every micro-step. So neither the number of processes nor a resume changes them.
@@ -259,8 +259,8 @@ class Learner:
 def _seed(device: torch.device, seed: int) -> None:
     """Seed the generators that a pass on this device draws from.
 
-    `torch.manual_seed` also seeds devices that are not there, and keeps a picture of the stack for each: 0.5 ms, a tenth
-    of a small step.
+    `torch.manual_seed` also seeds devices that are not there, and keeps a picture of the stack for each: 0.5 ms, a
+    tenth of a small step.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":

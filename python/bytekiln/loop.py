@@ -350,7 +350,8 @@ class Run:
         row = self.validation.of(Row(self.s.step, self.s.tokens, 0.0), self.s)
         for line in lines_of(row, logged=False):
             self.say(line)
-        return self.result("evaluated", f"the weights of step {self.s.step}")
+        whose = f"step {self.s.step}" if self.s.step else self.config.training.init_from or "step 0"
+        return self.result("evaluated", f"the weights of {whose}")
 
     # --- what outlives the process --------------------------------------------------------------------------
 
@@ -369,11 +370,11 @@ class Run:
         With `eval_only` nothing will be written, and only the weights and the step matter.
 
         Raises:
-            MismatchError: it was trained on other data, or the metrics do not reach to it.
-            FormatError: its tensors do not fit the model.
+            MismatchError: it was trained on other data.
+            FormatError: its tensors do not fit the model, its state is none, or the metrics are no metrics file.
         """
         where = f"checkpoint at step {checkpoint.step}"
-        self.s = State.from_json(checkpoint.state, where)
+        self.s = State.from_json(checkpoint.state, checkpoint.where)
         if eval_only:
             self.learner.load_weights(checkpoint.model, where)
             return
@@ -395,7 +396,7 @@ class Run:
         self.learner.load(checkpoint.model, checkpoint.training, where, anew)
         self.horizon.resume(self.s)
         self.limits = limits(checkpoint.config)
-        self.earlier_rows = rows_to_keep(checkpoint, self.config.output, self.s.last_row_kept)
+        self.earlier_rows = rows_to_keep(checkpoint, self.config.output, self.s, self.notice)
         other = self._other_measure(checkpoint)
         if other:
             self.notice(f"{other}; what was best and patience begin anew")

@@ -111,7 +111,7 @@ class RowFile(Generic[R]):
         source = source or path
         self.kept: list[R] = []
         """The rows that stayed."""
-        if keep_until >= 0 and source.exists():
+        if keep_until >= 0 and source.exists() and source.stat().st_size:
             self.kept = [r for r in read_rows(source, kind, what) if r.step <= keep_until]
             lines += [_line(astuple(r)) for r in self.kept]
         write_atomically(path, "".join(lines).encode())
@@ -150,9 +150,11 @@ class RowFile(Generic[R]):
 class MetricsFile(RowFile[Row]):
     """`metrics.csv`, open for appending."""
 
-    def __init__(self, path: Path, keep_until: int = -1, source: Path | None = None) -> None:
-        """As `RowFile`."""
+    def __init__(self, path: Path, keep_until: int = -1, source: Path | None = None, last: Row | None = None) -> None:
+        """As `RowFile`; `last` is put behind the rows that stayed where they do not reach to it."""
         super().__init__(path, Row, keep_until, source, what="a run's metrics")
+        if last is not None and all(row.step < last.step for row in self.kept[-1:]):
+            self.append(last)
         self.kept = []  # a long run's rows are many, and nobody asks for them here
 
 

@@ -27,8 +27,10 @@ from bytekiln.config import (
     RunConfig,
     TrainingConfig,
     Value,
+    alone,
     canonical,
     changed_mathematics,
+    extra_of,
 )
 from bytekiln.convert import load_initial
 from bytekiln.data import train_paths
@@ -126,7 +128,12 @@ def find_checkpoint(
         allowed |= {*DataConfig.model_fields, *OptimizerConfig.model_fields, *TrainingConfig.model_fields}
     if "progress" in allowed and {"max_time", "token_budget"} & set(values) and "max_steps" not in values:
         values["max_steps"] = UNLIMITED_STEPS
-    wanted = stored.with_(**values)  # type: ignore[arg-type]
+    where = f"with which the run in {path} was started"
+    try:
+        wanted = stored.with_(**values)  # type: ignore[arg-type]
+    except ConfigError:
+        _refuse_changes(stored, values, allowed, where)  # the change itself, not what it does not go together with
+        raise
     names: Iterable[str] = values
     if given is None:  # what the config says that is not merely every field's default
         defaults, said = RunConfig().flat(), config.flat()
@@ -139,8 +146,7 @@ def find_checkpoint(
     for name, was, now in changed_mathematics(stored, wanted if given is not None else config, names):
         if name not in allowed:
             raise MismatchError(
-                f"{name}: found {now}; expected {was}, with which the run in {path} was started "
-                f"(--allow-change {name} goes on with the new value)"
+                f"{name}: found {now}; expected {was}, {where} (--allow-change {name} goes on with the new value)"
             )
         if not eval_only:
             notice(f"{name}: changes from {was} to {now} at step {checkpoint.step}, as allowed")
@@ -155,6 +161,14 @@ def find_checkpoint(
         if limit != before and stored.optimizer.decay_lr and wanted.progress == MEASURE[name]:
             notice(f"{name} changes from {before:g} to {limit:g}; the decay now ends there too")
     return wanted, checkpoint
+
+
+def _refuse_changes(stored: RunConfig, values: Mapping[str, object], allowed: Collection[str], where: str) -> None:
+    before = stored.flat()
+    for name, value in values.items():
+        now = alone(name, value)
+        if extra_of(name, "math") and name not in allowed and now != before.get(name):
+            raise MismatchError(f"{name}: found {now}; expected {before.get(name)}, {where}")
 
 
 def allowed_changes(changes: Collection[str]) -> set[str]:
@@ -304,7 +318,7 @@ def attention_of(config: RunConfig, device: torch.device) -> Attend:
 def initial_weights(config: RunConfig, say: Say) -> dict[str, Tensor]:
     """The weights that `init_from` names."""
     say(f"Starting from the weights of {config.training.init_from}")
-    return load_initial(config.training.init_from, config.model, say)
+    return load_initial(config.training.init_from, config.model, say, say)
 
 
 def compiled(loss: nn.Module, batch: Batch, notice: Say) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
 """The processes of one run: alone, or several that `torchrun` started.
 
 In: torchrun's environment variables. Out: sums and agreements over all processes, and a model that is copied (DDP) or
-sharded (FSDP2) among them. Called by `step` and `train`; with one process everything here is the identity.
+sharded (FSDP2) among them. Called by `learner` and `loop`; with one process everything here is the identity.
 """
 
 from __future__ import annotations

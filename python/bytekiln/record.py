@@ -1,6 +1,6 @@
 """The files of a run while it goes on: rows, layers, curves for others, samples, checkpoints, the result.
 
-In: rows, tensors, ends. Out: the run folder (docs/formats.md). Called by `train`, in the first process only.
+In: rows, tensors, ends. Out: the run folder (docs/formats.md). Called by `loop`, in the first process only.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Record:
         write_atomically(folder / "config.toml", config.to_toml().encode())
         if tokenizer_json is not None:
             write_atomically(folder / "tokenizer.json", tokenizer_json.encode())
-        self.metrics = MetricsFile(config.output.metrics, kept, earlier_rows)
+        last = state.last_row if earlier_rows is not None else None  # if torn in the file, whole in the checkpoint
+        self.metrics = MetricsFile(config.output.metrics, kept, earlier_rows, last)
         self.layers: LayerStats | None = None
         if config.training.stats_interval:
             elsewhere = earlier_rows is not None and earlier_rows.resolve() != config.output.metrics.resolve()

@@ -1,4 +1,4 @@
-"""Where a run stands: the counters and memories that a checkpoint holds beside tensors. Made by `train`; no torch.
+"""Where a run stands: the counters and memories that a checkpoint holds beside tensors. Made by `loop`; no torch.
 
 In: what `state.json` says. Out: the same again.
 """
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bytekiln.errors import FormatError
-from bytekiln.metrics import Row
+from bytekiln.metrics import COLUMNS, Row
 
 
 @dataclasses.dataclass
@@ -63,7 +63,7 @@ class State:
         """What `to_json` gave.
 
         Raises:
-            FormatError: a value is missing; the message begins with `where`.
+            FormatError: a value is missing, or a row is none; the message begins with `where`.
         """
         names = [f.name for f in dataclasses.fields(cls)]
         missing = [n for n in names if n not in stored]
@@ -71,5 +71,18 @@ class State:
             raise FormatError(f"{where}: found no {missing[0]}; expected the state of a run")
         values = {n: stored[n] for n in names}
         for name in ("owed", "last_row"):
-            values[name] = Row(**values[name]) if values[name] else None
+            values[name] = _row(values[name], f"{where}: {name}")
         return cls(**values)
+
+
+def _row(stored: object, where: str) -> Row | None:
+    if stored is None:
+        return None
+    if not isinstance(stored, Mapping):
+        raise FormatError(f"{where}: found {stored!r}; expected a row of metrics.csv, or null")
+    if unknown := [k for k in stored if k not in COLUMNS]:
+        raise FormatError(f"{where}: found {unknown[0]}; expected columns of metrics.csv: {', '.join(COLUMNS)}")
+    try:
+        return Row(**stored)
+    except TypeError:  # one of the three that every row has is missing, or a text stands for a number
+        raise FormatError(f"{where}: found {dict(stored)!r}; expected a row of metrics.csv") from None

@@ -7,15 +7,17 @@ this program wrote.
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from bytekiln.checkpoint import Checkpoint, checkpoints_in, is_checkpoint, remove_all, remove_old
 from bytekiln.config import OutputConfig
-from bytekiln.errors import BytekilnError, ConfigError, FileError, MismatchError, OutputExistsError
+from bytekiln.errors import BytekilnError, ConfigError, FileError, FormatError, OutputExistsError
 from bytekiln.metrics import read_metrics
+from bytekiln.run_state import State
 from bytekiln.samples_file import remove_samples
 
 OWN_FILES = (
@@ -82,8 +84,32 @@ def prepare_folder(output: OutputConfig, overwrite: bool, *, resuming: bool) -> 
             remove_all(output.checkpoints)
             remove_samples(folder)
         remove_old(output.checkpoints, 0)
+        _remove_unfinished(output)
     except OSError as exc:
         raise _in_our_words(exc, folder) from None
+
+
+def _remove_unfinished(output: OutputConfig) -> None:
+    """Remove the temporary files of `write_atomically` whose writers are dead.
+
+    One with our own number is of a process before us; one whose number another process has now stays.
+    """
+    places = [(output.folder, name) for name in OWN_FILES] + [(output.metrics.parent, output.metrics.name)]
+    found = [path for folder, name in places for path in folder.glob(f".{glob.escape(name)}.*.tmp")]
+    for path in [*found, *(output.folder / "samples").glob(".step_*.json.*.tmp")]:
+        number = path.name.split(".")[-2]
+        if number.isdecimal() and (int(number) == os.getpid() or not _is_alive(int(number))):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True  # someone else's
+    return True
 
 
 @contextmanager
@@ -110,29 +136,38 @@ def locked(output: OutputConfig) -> Iterator[None]:
         yield
 
 
-def rows_to_keep(checkpoint: Checkpoint, output: OutputConfig, last: int) -> Path | None:
-    """The metrics file whose rows up to step `last` a resumed run goes on from; None where a new folder finds none.
+def rows_to_keep(
+    checkpoint: Checkpoint, output: OutputConfig, state: State, notice: Callable[[str], object]
+) -> Path | None:
+    """The metrics file whose rows a resumed run goes on from; None where a new folder finds none.
+
+    No row is needed to go on: where the run's own file was lost or cut short, `notice` is told which rows are gone.
 
     Raises:
-        MismatchError: the run's own file does not reach to that step.
+        FormatError: the run's own file is no metrics file, or a line in it is none.
     """
-    stored = checkpoint.config.output
+    stored, last = checkpoint.config.output, state.last_row_kept
     own = lies_in(checkpoint, output)
     beside = checkpoint.path.resolve().parent.parent / "metrics.csv" if checkpoint.path else stored.metrics
     for path in (output.metrics,) if own else (beside, stored.metrics):
         try:
             rows = read_metrics(path)
-        except BytekilnError:
+        except FormatError as exc:
+            if own and path.stat().st_size:
+                raise FormatError(
+                    f"{exc} (restore it, or move it away: the run then goes on without its rows)"
+                ) from None
+            rows = []
+        except FileError:
             if own and path.exists():
                 raise
             rows = []
         reached = rows[-1].step if rows else -1
-        if reached >= last:
+        if own and reached < last - (state.last_row is not None):  # the checkpoint has the last one (`Record`)
+            found = f"rows up to step {reached}" if rows else "no rows"
+            notice(f"{path}: found {found}; expected them up to step {last}; the run goes on without those between")
+        if own or reached >= last:
             return path
-        if own:
-            raise MismatchError(
-                f"{path}: found rows up to step {reached}; expected them up to step {last}, that of {checkpoint.path}"
-            )
     return None
 
 

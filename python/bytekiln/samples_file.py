@@ -1,6 +1,6 @@
 """What a run writes when it is asked the same things again: `samples/step_{step}.json` (docs/formats.md).
 
-In: the model and the prompts of the config. Out: a file. Called by `train` at the end and every `sample_interval`.
+In: the model and the prompts of the config. Out: a file. Called by `record` at the end and every `sample_interval`.
 The same weights give the same file: every prompt has its own generator, and the global one is not touched.
 """
 

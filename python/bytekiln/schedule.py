@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of progress. Called by `train`; `report` draws what it gave."""
+"""The learning rate as a pure function of progress. Called by `loop` and `horizon`; `report` draws what it gave."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from bytekiln.console import nearest
 from bytekiln.errors import ConfigError
@@ -20,8 +21,16 @@ Value = str | int | float | bool
 """What a field can hold in a file or a flag."""
 
 
+def _number(value: object) -> object:
+    """Python's true and false are numbers; a file's are not."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("a_switch", "Input should be a number, not true or false")
+    return value
+
+
 def _whole(value: object) -> object:
     """Let `1e5` and `40_000.0` be integers, as people write them."""
+    value = _number(value)
     if isinstance(value, str) and any(c in value for c in ".eE"):
         with suppress(ValueError):
             value = float(value)
@@ -35,7 +44,7 @@ def seconds(value: object) -> object:
     (5400.0, 5400.0, 45.0, 'soon')
     """
     if not isinstance(value, str):
-        return value
+        return _number(value)
     total, rest = 0.0, value.strip().lower()
     for letter, unit in (("h", 3600.0), ("m", 60.0), ("s", 1.0)):
         head, found, tail = rest.partition(letter)
@@ -53,7 +62,7 @@ def seconds(value: object) -> object:
 
 
 Int = Annotated[int, BeforeValidator(_whole)]
-Float = Annotated[float, Field(allow_inf_nan=False)]
+Float = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Seconds = Annotated[float, BeforeValidator(seconds), Field(allow_inf_nan=False)]
 
 

@@ -1,6 +1,6 @@
 """A run's curves for TensorBoard and Weights & Biases: adapters that can fail without harm.
 
-In: the config, rows of the metrics, the final model's folder. Out: their files and their servers. Called by `train`,
+In: the config, rows of the metrics, the final model's folder. Out: their files and their servers. Called by `record`,
 in one process only. Neither package is loaded before a run asks for it; where one is missing, or fails later (network,
 disk), there is one notice and training goes on. No torch: TensorBoard's own writer does.
 """

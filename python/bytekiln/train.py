@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bytekiln import _core
 from bytekiln.characters import AnyTokenizer, from_json_any
-from bytekiln.config import RunConfig
+from bytekiln.config import RunConfig, refuse_idle
 from bytekiln.data import load_tokenizer, open_data
 from bytekiln.errors import ConfigError
 from bytekiln.loop import Run
@@ -40,6 +40,7 @@ def train(
     overwrite: bool = False,
     eval_only: bool = False,
     given: Mapping[str, object] | None = None,
+    said: Collection[str] = (),
     changes: Collection[str] = (),
     began: float | None = None,
     pause_at: int = 0,
@@ -57,6 +58,7 @@ def train(
         eval_only: evaluate the checkpoint, or the weights of `init_from`, and write nothing.
         given: on a resume, the fields that the caller set on purpose; the others come from the checkpoint. Those
             that change the mathematics must equal the run's; `max_steps` may rise.
+        said: fields that stand on the command line; one that nothing would read is refused.
         changes: fields that may change the mathematics all the same.
         began: `time.perf_counter()` at which `max_time` began to count; None: now.
         pause_at: end at this step as interrupted, behind its evaluation if one is due and a checkpoint; the schedule is
@@ -78,6 +80,8 @@ def train(
         checkpoint = None
         if resume is not None:
             config, checkpoint = find_checkpoint(config, str(resume), given, notice, changes, eval_only)
+        if not eval_only:
+            refuse_idle(config, said, checkpoint.config if checkpoint is not None else None)
         device = find_device(config.training.device, ranks.local_rank)
         if device.type == "cpu":
             keep_freed_memory()
@@ -126,6 +130,8 @@ def train(
         elif 0 < pause_at < run.s.step:
             notice(f"--pause-at {pause_at}: the run is at step {run.s.step} already, and pauses there")
         if eval_only:
+            if checkpoint is not None:
+                say(f"Evaluating {checkpoint.path}, step {checkpoint.step}")
             return run.evaluate_only()
         with locked(config.output) if ranks.first else nullcontext():
             if (status := run.how_it_ended()) is not None:

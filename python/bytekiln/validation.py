@@ -1,6 +1,6 @@
 """What an evaluation adds to a row: losses on validation data, and on as much of the training data.
 
-In: a learner, data, a row. Out: the row with its losses. Called by `train`.
+In: a learner, data, a row. Out: the row with its losses. Called by `loop`.
 """
 
 from __future__ import annotations
