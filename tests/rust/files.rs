@@ -175,6 +175,26 @@ fn every_format_brings_the_vocabulary_back() {
 }
 
 #[test]
+fn a_tokenizer_json_is_written_as_serde_json_would() {
+    let every = (0..=255u8).map(|b| (vec![b, b'"', b, b'\\'], 9)).collect();
+    let merges = train(&every, 700, TieBreak::Lexicographic, &Progress::default()).unwrap();
+    let none =
+        train(&[(b"a".to_vec(), 1)].into_iter().collect(), 9, TieBreak::Lexicographic, &Progress::default()).unwrap();
+    let tricky = ["\"vocab\": {}".into(), "\"merges\": []".into()];
+    for vocab in [
+        Vocab::from_training(merges, &tricky, "gpt2").unwrap(),
+        Vocab::from_training(none, &[], "\"merges\": \\[\\]").unwrap(),
+    ] {
+        let text = formats::to_json(&vocab).unwrap();
+        let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(text, serde_json::to_string_pretty(&value).unwrap() + "\n");
+        let back = formats::from_json(&text).unwrap();
+        assert_eq!((back.merges(), back.specials()), (vocab.merges(), vocab.specials()));
+        assert!((0..vocab.len() as u32).all(|id| back.token(id) == vocab.token(id)));
+    }
+}
+
+#[test]
 fn malformed_tokenizers_are_named() {
     let good = formats::to_json(encoder("gpt2").vocab()).unwrap();
     let cases = [

@@ -337,13 +337,6 @@ pub fn to_json(vocab: &Vocab) -> Result<String> {
     if vocab.merges().windows(2).any(|w| w[0].rank >= w[1].rank) {
         return Err(Error::Config("several merges of this vocabulary share a priority, which a tokenizer.json cannot say; expected format tiktoken".into()));
     }
-    let alphabet = Alphabet::new();
-    let mut entries = Map::new();
-    for (bytes, id) in ordinary_tokens(vocab) {
-        entries.insert(alphabet.text(bytes), id.into());
-    }
-    let text = |id: TokenId| alphabet.text(vocab.token(id).unwrap_or_default());
-    let merges: Vec<Value> = vocab.merges().iter().map(|m| json!([text(m.pair.0), text(m.pair.1)])).collect();
     let added: Vec<Value> = vocab
         .specials()
         .iter()
@@ -372,12 +365,53 @@ pub fn to_json(vocab: &Vocab) -> Result<String> {
         "model": {
             "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
             "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
-            "ignore_merges": vocab.ignore_merges(), "vocab": entries, "merges": merges,
+            "ignore_merges": vocab.ignore_merges(), "vocab": {}, "merges": [],
         },
     });
     let mut text = serde_json::to_string_pretty(&value).map_err(|e| Error::format("tokenizer.json", e.to_string()))?;
     text.push('\n');
-    Ok(text)
+    Ok(with_tokens(&text, vocab))
+}
+
+/// Puts vocabulary and merges into a `tokenizer.json` that has none, as `serde_json` would write them: as values of its
+/// own they took longer than learning to merge.
+fn with_tokens(text: &str, vocab: &Vocab) -> String {
+    let (head, rest) = text.split_once("\"vocab\": {}").unwrap_or((text, ""));
+    let (middle, tail) = rest.split_once("\"merges\": []").unwrap_or((rest, ""));
+    let quoted = Alphabet::new().chars.map(|c| match c {
+        '"' | '\\' => format!("\\{c}"),
+        _ => c.to_string(), // the alphabet has no control characters
+    });
+    let mut out = String::with_capacity(text.len() + 100 * vocab.len());
+    let quote = |out: &mut String, id: TokenId| {
+        out.push('"');
+        out.extend(vocab.token(id).unwrap_or_default().iter().map(|&byte| quoted[byte as usize].as_str()));
+        out.push('"');
+    };
+    out.push_str(head);
+    out.push_str("\"vocab\": {");
+    let mut comma = "";
+    for (_, id) in ordinary_tokens(vocab) {
+        out.extend([comma, "\n      "]);
+        quote(&mut out, id);
+        out.extend([": ", &id.to_string()]);
+        comma = ",";
+    }
+    out.push_str(if comma.is_empty() { "}" } else { "\n    }" });
+    out.push_str(middle);
+    out.push_str("\"merges\": [");
+    comma = "";
+    for merge in vocab.merges() {
+        out.extend([comma, "\n      [\n        "]);
+        quote(&mut out, merge.pair.0);
+        out.push_str(",\n        ");
+        quote(&mut out, merge.pair.1);
+        out.push_str("\n      ]");
+        comma = ",";
+    }
+    out.push_str(if comma.is_empty() { "]" } else { "\n    ]" });
+    out.push_str(tail);
+    out
 }
 
 fn to_vocab_and_merges(vocab: &Vocab) -> Result<(String, String)> {
