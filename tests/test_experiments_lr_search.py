@@ -18,6 +18,8 @@ from bytekiln.config import load_config
 from bytekiln.experiments import catalogue
 from bytekiln.experiments.figures import metrics_of, search_figure
 from bytekiln.experiments.lr_search import drawn_of, model_name, recommendation, result_file, result_of, write_search
+from bytekiln.report.groups import best_group, grouped
+from bytekiln.report.runs import Run
 from bytekiln.schedule import Progress, learning_rate
 from bytekiln.sweep.results import TrialResult
 from bytekiln.sweep.spec import changed, load_spec, trials_of
@@ -236,6 +238,49 @@ def test_a_run_that_did_not_end_well_never_wins(status: str) -> None:
     alone = advised(lost)
     assert alone["best_learning_rate"] is None and alone["best_result"] is None
     assert "1e-2 " + status in alone["recommendation"]
+
+
+def seeded(lr: float, *losses: float | None) -> list[TrialResult]:
+    """A rate with seeds 42, 43 …; None: that one diverged after it had seen 0.5."""
+    return [
+        dataclasses.replace(
+            trial(lr, "diverged" if loss is None else "completed", best_val_loss=0.5 if loss is None else loss),
+            name=f"lr={lr:g},seed={seed}", seed=seed, changes={"lr": lr, "seed": seed},
+        )
+        for seed, loss in enumerate(losses, start=42)
+    ]  # fmt: skip
+
+
+def test_a_rate_with_a_seed_that_diverged_is_not_recommended() -> None:
+    told = advised(*seeded(3e-4, 2.55, 2.55), *seeded(1e-3, 2.50, None), *seeded(1e-4, 2.7, 2.7))
+    assert told["best_learning_rate"] == told["best_result"]["learning_rate"] == 3e-4
+    assert "2.5500 in the mean of 2 seeds (2.5500 and 2.5500)" in told["recommendation"]
+    assert "Out of the running: 1e-3 with seed 43 (diverged)." in told["recommendation"]
+    assert "rate tried" not in told["recommendation"]
+    none = advised(*seeded(1e-3, 2.50, None), *seeded(3e-4, None, 2.6))
+    assert none["best_learning_rate"] is None and none["best_result"] is None
+    assert "no rate has ended with one for every seed (1e-3 completed, 1e-3 diverged" in none["recommendation"]
+
+
+def test_the_mean_over_seeds_decides_not_the_luckiest_run() -> None:
+    told = advised(*seeded(3e-4, 2.60, 2.62), *seeded(1e-3, 2.50, 2.95))
+    assert told["best_learning_rate"] == 3e-4 and "is the lowest" in told["recommendation"]
+    edge = advised(*seeded(3e-4, 2.80, 2.82), *seeded(1e-3, 2.50, 2.95))
+    assert edge["best_learning_rate"] == 1e-3 and edge["best_result"]["best_val_loss"] == 2.5
+    assert "It is the highest rate tried; a higher one may be better." in edge["recommendation"]
+
+
+def test_the_best_line_of_a_sweep_ranks_as_the_report_does() -> None:
+    runs = [*seeded(3e-4, 2.60, 2.62), *seeded(1e-3, 2.50, 2.95), *seeded(3e-3, 2.1, None)]
+    assert "\nbest: lr=0.0003, validation loss 2.6100, the mean of 2 seeds" in cli_sweep.summary(runs)
+    nothing: dict[str, Any] = {f.name: None for f in dataclasses.fields(Run)}
+    known = [{"name": r.name, "status": r.status, "result": vars(r), "config": r.changes, "changes": {}} for r in runs]
+    best = best_group(grouped([Run(**{**nothing, "resolved": True, **told}) for told in known]))
+    assert best is not None and best.mean == pytest.approx(2.61)
+    assert "best: none; of no setting has every seed" in cli_sweep.summary(seeded(3e-3, 2.1, None))
+    assert "best: lr=3e-4, validation loss 2.6000 at step 4" in cli_sweep.summary(
+        [dataclasses.replace(seeded(3e-4, 2.60)[0], name="lr=3e-4")]
+    )
 
 
 def test_names_of_files_are_exact() -> None:

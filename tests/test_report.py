@@ -192,6 +192,69 @@ def test_an_optimum_below_rates_that_diverged(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("status", ["diverged", "failed"])
+def test_the_mean_of_survivors_is_in_no_fit(rates: Path, tmp_path: Path, status: str) -> None:
+    """Of a rate beyond the optimum one seed is lost; the other, by luck, has the lowest loss of all."""
+    shutil.copytree(rates, folder := tmp_path / "rates")
+    runs = {f"lr=8e-3,seed={seed}": (None, {"lr": 8e-3, "seed": seed}, 2.5) for seed in (1, 2)}
+    write_sweep(tmp_path / "more", runs)
+    entries = [json.loads((f / "results.json").read_text()) for f in (folder, tmp_path / "more")]
+    for entry in entries[1]:
+        shutil.copytree(tmp_path / "more/runs" / entry["name"], place := folder / "runs" / entry["name"])
+        if entry["seed"] == 2:
+            entry["status"] = status
+            write_result(place, status)
+    (folder / "results.json").write_text(json.dumps(entries[0] + entries[1]))
+    (before,), (series,) = read_report([rates]).rates, (report := read_report([folder])).rates
+    assert series.fit == before.fit and series.means == before.means and series.partial == [8e-3]
+    assert len(series.points) == len(before.points) + 1, "what was measured is still shown"
+    assert "Left out of the fit, since not every seed ended well: 8e-3." in page(report)
+
+
+def test_no_rate_of_which_every_seed_ended_well(tmp_path: Path) -> None:
+    runs = {
+        f"lr={lr},seed={seed}": (None, {"lr": lr, "seed": seed}, 3.0 if seed == 1 else -1)
+        for lr in (1e-3, 2e-3, 4e-3)
+        for seed in (1, 2)
+    }
+    report = read_report([write_sweep(tmp_path / "s", runs)])
+    (series,) = report.rates
+    assert series.fit is None and series.means == [] and len(series.points) == 3
+    assert series.said.startswith("fewer than three learning rates whose runs all ended well: no fit.")
+    assert "rates" in page(report) and list(pictures(report))
+
+
+@pytest.mark.parametrize("status", ["failed", "pending", "running"])
+def test_a_result_of_an_earlier_attempt_is_not_the_run_s(tmp_path: Path, status: str) -> None:
+    folder = write_sweep(tmp_path / "s", {"a": (None, {"seed": 1}, 3.0), "b": (None, {"seed": 2}, 2.0)})
+    entries = json.loads((folder / "results.json").read_text())
+    entries[1] |= {"status": status, "best_val_loss": None, "error": "out of memory" if status == "failed" else None}
+    (folder / "results.json").write_text(json.dumps(entries))
+    report = read_report([folder])
+    assert [r.status for r in report.runs] == ["completed", status] and not report.runs[1].counts
+    assert "result.json says completed, the sweep otherwise: left out" in report.runs[1].notes
+    assert "b " not in report.answer.split(".")[0]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_short_result_does_not_win_a_long_sweep(tmp_path: Path, told: bool) -> None:
+    """Of 60 steps where 900 are asked for now: by the results file, or by the run's own plan alone."""
+    folder = write_sweep(tmp_path / "s", {"a": (None, {"seed": 1}, 3.0), "b": (None, {"seed": 2}, 2.0)})
+    for name, steps in (("a", 900), ("b", 60)):
+        place = folder / "runs" / name
+        write_result(place, steps=steps, max_steps=steps, best_val_loss=3.0 if name == "a" else 2.0)
+        (place / "trial.toml").write_text("[training]\nmax_steps = 900\n")
+    entries = json.loads((folder / "results.json").read_text())
+    for entry in entries:
+        entry |= {"max_steps": 900}
+    entries[1]["status"] = "interrupted"
+    (folder / "results.json").write_text(json.dumps(entries) if told else "nonsense")
+    report = read_report([folder])
+    runs = {r.name: r for r in report.runs}
+    assert runs["a"].counts and runs["a"].status == "completed"
+    assert runs["b"].status == ("interrupted" if told else "unfinished") and not runs["b"].counts
+
+
 def test_no_fit_where_rates_are_few(tmp_path: Path) -> None:
     for lr in (1e-3, 2e-3):
         write_run(tmp_path / f"{lr}", 3.0, lr=lr)

@@ -244,6 +244,15 @@ def test_a_model_that_sees_both_sides_is_refused() -> None:
         Scorer(model(causal=False), tokenizer(), "both")
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_row_has_no_special_tokens_in_it_however_many_rows_there_are(tmp_path: Path, count: int) -> None:
+    judge, text = scorer(), "the kiln <|endoftext|> and the clay"
+    (tmp_path / "v.jsonl").write_text(f"{json.dumps({'text': text})}\n" * count, "utf-8")
+    row = [*tokenizer().encode(text), tokenizer().eot_id]
+    assert tokenizer().eot_id not in row[:-1]
+    assert open_stream(judge, str(tmp_path / "v.jsonl")).ids.tolist() == row * count
+
+
 def test_files_that_cannot_be_scored(tmp_path: Path) -> None:
     judge = scorer()
     (tmp_path / "empty.txt").touch()

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,13 +19,13 @@ import torch
 from bytekiln import cli_search
 from bytekiln.checkpoint import load_checkpoint
 from bytekiln.config import load_config
-from bytekiln.errors import BytekilnError, ConfigError, FormatError, MismatchError, OutputExistsError
+from bytekiln.errors import BytekilnError, ConfigError, FileError, FormatError, MismatchError, OutputExistsError
 from bytekiln.metrics import read_metrics
 from bytekiln.search import picture
 from bytekiln.search import runs as search_runs
 from bytekiln.search.files import check_same, read_state, recommendation, sentence, state_of, to_json, write_state
 from bytekiln.search.picture import draw_search
-from bytekiln.search.plan import Plan, Request, Seen, rungs_of
+from bytekiln.search.plan import Plan, Request, Seen, against, rungs_of, untried
 from bytekiln.search.stages import Search
 from bytekiln.sweep.results import TrialResult, read_results
 from bytekiln.train import train
@@ -209,6 +210,76 @@ def test_an_early_order_that_turns_brings_a_rate_back() -> None:
     assert all(not r.given_up for r in found.runs.values() if r.status == "completed")
 
 
+# --- seeds that are lost ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["diverged", "failed"])
+@pytest.mark.parametrize("budget", [0.0, 1e9])
+def test_a_rate_that_one_seed_has_lost_is_not_recommended(end: str, budget: float) -> None:
+    runner = Planted(6e-3, noise=0.002, status=lambda lr, seed: end if lr >= 4e-3 and seed == 2 else "completed")
+    found = searched(runner, budget=budget)
+    assert found.status == "unconfirmed" and found.recommended == 2.5e-3, "the best rate that stood both seeds"
+    assert {p.seed for p in found.full() if p.lr == 2.5e-3} == {1, 2}
+    assert found.confirmed_loss == pytest.approx(np.mean([p.loss for p in found.full() if p.lr == 2.5e-3]))
+    assert f"5e-3 is not ranked: the run with seed 2 ended as {end}" in found.notes
+    assert "5e-3 is not ranked" in sentence(found) and not any("widened to higher rates" in n for n in found.notes)
+    about = recommendation(found, [], 0.0)
+    assert about["best_learning_rate"] == about["best_result"]["learning_rate"] == 2.5e-3
+    assert about["fit"]["best"] == 2.5e-3 and 5e-3 not in about["fit"]["used"]
+
+
+def test_lower_rates_are_run_to_the_end_where_all_have_lost_a_seed() -> None:
+    found = searched(Planted(6e-3, status=lambda lr, seed: "diverged" if lr > 1e-3 and seed == 2 else "completed"))
+    assert found.status == "unconfirmed" and found.recommended == 6.25e-4 and found.steps <= found.plan.limit
+    assert any("6.25e-4 is run to the end" in n for n in found.notes)
+
+
+def test_where_no_rate_has_stood_every_seed_none_is_recommended() -> None:
+    found = searched(Planted(6e-3, status=lambda lr, seed: "failed" if seed == 2 else "completed"))
+    assert (found.status, found.recommended, found.confirmed_loss) == ("unconfirmed", None, None)
+    said = "No learning rate can be recommended: no rate ended well with every seed: "
+    assert sentence(found).startswith(said) and "5e-3 is not ranked: the run with seed 2 ended" in sentence(found)
+    about = recommendation(found, [], 0.0)
+    assert about["best_learning_rate"] is None and about["best_result"] is None and about["status"] == "unconfirmed"
+
+
+def test_a_recommended_rate_that_loses_a_repeat_gives_way() -> None:
+    grid = {round(1e-2 * 2.0**i, 6) for i in range(-4, 5)}
+    runner = Planted(1.3e-2, status=lambda lr, s: "diverged" if s == 2 and round(lr, 6) not in grid else "completed")
+    found = searched(runner, budget=1e9)
+    assert found.status == "unconfirmed" and found.recommended in grid
+    assert any("0.013 is not recommended: the run with seed 2 ended as diverged" in n for n in found.notes)
+    assert 0.013 not in {lr for lr, _ in found.neighbours}
+
+
+def test_a_rate_above_one_that_diverged_has_to_stand_the_same_seed() -> None:
+    seen = [Seen("coarse", lr, 1, "completed", STEPS, ((STEPS, 2.0),)) for lr in (1e-3, 2e-3, 4e-3)]
+    seen.append(Seen("seeds", 2e-3, 2, "diverged", 5))
+    assert [against(lr, seen) for lr in (1e-3, 2e-3, 4e-3)] == [
+        "", "the run with seed 2 ended as diverged", "seed 2, with which 2e-3 diverged, is not run there",
+    ]  # fmt: skip
+    assert untried(1e-3, seen) == "1e-3 is not run with seed 2, with which 2e-3 ended as diverged"
+    seen.append(Seen("seeds", 4e-3, 2, "completed", STEPS, ((STEPS, 2.0),)))
+    assert not against(4e-3, seen) and not untried(1e-3, seen)
+
+
+def test_notes_that_no_longer_hold_are_dropped() -> None:
+    dropped = kept = 0
+    for optimum in np.geomspace(5e-3, 2e-2, 8):
+        for repeats in range(4):
+            said: list[str] = []
+            budget = (4.5 + repeats) * STEPS
+            found = Search(plan(budget=budget), Planted(float(optimum)), say=said.append).run()
+            ended = {(p.lr, p.seed) for p in found.full()}
+            for note in found.notes:
+                if note.startswith("seed 2 is not run at "):
+                    kept += 1
+                    rates = note.removeprefix("seed 2 is not run at ").partition(":")[0].split(", ")
+                    assert all((float(lr), 2) not in ended for lr in rates)
+            dropped += sum(n.startswith("seed 2 is not run at ") and n not in found.notes for n in said)
+    assert dropped and kept
+
+
 # --- what it asks for -------------------------------------------------------------------------------------------
 
 
@@ -372,7 +443,8 @@ def test_the_files_hold_what_was_found_and_are_always_json(tmp_path: Path) -> No
 
 
 def test_pictures_of_searches_that_found_little(tmp_path: Path) -> None:
-    for runner in (Planted(status=lambda lr, seed: "diverged"), Planted(curvature=0.0), Planted(10.0)):
+    lost = Planted(status=lambda lr, seed: "failed" if seed == 2 else "completed")
+    for runner in (Planted(status=lambda lr, seed: "diverged"), Planted(curvature=0.0), Planted(10.0), lost):
         draw_search(searched(runner, widenings=1), tmp_path / "lr_search.png")
     draw_search(Search(plan(), Planted()).run("coarse"), tmp_path / "lr_search.png")
 
@@ -597,6 +669,92 @@ def test_a_run_that_is_stopped_from_outside_goes_on_before_it_is_judged(
     assert lost["status"] == "failed" and "3 times: SIGTERM" in lost["why"]
     in_process.stopped = {}
     assert cli_search.search([*flags, "--folder", "again"]) == 0, "and it goes on once nobody stops it"
+
+
+@pytest.fixture
+def finished(in_process: type[InProcess], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    """The folder of a search that is over."""
+    assert cli_search.search(FLAGS) == 0
+    capsys.readouterr()
+    return tmp_path / "tiny-search"
+
+
+def told_by(folder: Path) -> dict[str, Any]:
+    about: dict[str, Any] = json.loads((folder / "lr_recommendation.json").read_text())
+    about.pop("search_time_minutes")
+    return about
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "no beginning", "torn"])
+def test_damaged_metrics_never_change_the_recommendation_in_silence(
+    finished: Path, in_process: type[InProcess], damage: str
+) -> None:
+    before, state, begun = told_by(finished), (finished / "search.json").read_bytes(), len(in_process.started)
+    best = before["best_result"]
+    runs = [p for stage in ("coarse", "seeds", "confirm") for p in (finished / stage).glob("runs/*/metrics.csv")]
+    whole = {p: p.read_text().splitlines(keepends=True) for p in runs}
+
+    def damaged(path: Path) -> None:
+        if damage == "gone":
+            path.unlink()
+            return
+        head, *rows = whole[path]
+        kept = {"cut": rows[:1], "no beginning": rows[-3:], "torn": ["1,2,3\n", *rows]}[damage]
+        path.write_text("".join([head, *kept]))
+
+    for path in runs:  # what was repeated needs its best loss alone, and has it in its result
+        if path.parents[2].name != "coarse":
+            damaged(path)
+    assert cli_search.search([finished.name]) == 0 and told_by(finished) == before
+    for path in runs:
+        path.write_text("".join(whole[path]))
+    coarse = max((p for p in runs if p.parents[2].name == "coarse"), key=lambda p: len(whole[p]))
+    state = (finished / "search.json").read_bytes()
+    damaged(coarse)
+    with pytest.raises(
+        FormatError, match=r"metrics\.csv: .*without the loss at step 2; expected 24 steps, as the run's"
+    ):
+        cli_search.search([finished.name])
+    assert (finished / "search.json").read_bytes() == state and told_by(finished) == before
+    assert len(in_process.started) == begun and best
+    shutil.rmtree(coarse.parent)  # the way out that the message names
+    assert cli_search.search([finished.name, "--retry", "failed"]) == 0
+    assert len(in_process.started) > begun and told_by(finished)["best_learning_rate"] == best["learning_rate"]
+
+
+def test_a_lost_state_is_made_anew_and_keeps_the_runs(
+    finished: Path, in_process: type[InProcess], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, begun = told_by(finished), len(in_process.started)
+    (finished / "search.json").unlink()
+    with pytest.raises(
+        FileError, match=r"no search\.json; expected a search \(lm-sweep search PRESET\|CONFIG --folder"
+    ):
+        cli_search.search([finished.name])
+    for flags, message in [
+        (["--centre", "0.02"], r"found runs with lr 7\.5e-3, .* and no search\.json; expected 5e-3"),
+        (["--max-steps", "30"], "found runs with max_steps 24 and no"),
+        (["--d-model", "32"], "found runs with d_model 16 and no"),
+        (["--seed", "7"], "found runs with seed 42 and no"),
+    ]:
+        with pytest.raises(MismatchError, match=message):
+            cli_search.search([*FLAGS, *flags])
+    assert cli_search.search([*FLAGS, "--dry-run"]) == 0 and not (finished / "search.json").exists()
+    assert cli_search.search(FLAGS) == 0
+    assert "search.json was lost: it is made anew" in capsys.readouterr().err
+    assert told_by(finished) == before and len(in_process.started) == begun, "nothing is trained twice"
+    assert cli_search.search([finished.name]) == 0 and told_by(finished) == before
+
+
+def test_a_lost_state_does_not_keep_overwrite_from_beginning_anew(finished: Path, in_process: type[InProcess]) -> None:
+    for lost in (lambda p: p.unlink(), lambda p: p.write_text("{")):
+        lost(finished / "search.json")
+        (finished / "letter.txt").write_text("mine")
+        begun = len(in_process.started)
+        assert cli_search.search([*FLAGS, "--d-model", "8", "--until", "coarse", "--overwrite"]) == 0
+        assert len(in_process.started) >= begun + 5 and (finished / "letter.txt").read_text() == "mine"
+        state = read_state(finished)
+        assert state is not None and state["stage"] == "coarse"
 
 
 @pytest.mark.slow

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -47,7 +49,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def past_run(here: Path, **fields: object) -> RunConfig:
-    """A run as `lm-train` leaves it, every choice made in its config; its tensors are not there."""
+    """A run as `lm-train` leaves it, every choice made in its config; its tensors are mere bytes."""
     given = {**SHAPE, "lr": 1e-3, "batch_size": 2, "vocab_size": 61, "precision": "fp32", "out_dir": str(here / "r")}
     config = load_config(None, {**given, "checkpoint_dir": str(here / "c"), **fields}, say=lambda _: None)
     last = config.training.max_steps
@@ -55,8 +57,10 @@ def past_run(here: Path, **fields: object) -> RunConfig:
         place = config.output.checkpoints / name
         place.mkdir(parents=True)
         (place / "state.json").write_text(json.dumps({"step": step, "val_loss": 2.0, "best_val_loss": 2.0}))
-        (place / "checksums.json").write_text(json.dumps({"sha256": {}}))
+        (place / "model.safetensors").write_bytes(b"tensors of step %d" % step)
         (place / "config.toml").write_text(config.to_toml())
+        sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in place.iterdir()}
+        (place / "checksums.json").write_text(json.dumps({"sha256": sums}))
     write_result(here / "r", steps=last, max_steps=last)
     (here / "r/config.toml").write_text(config.to_toml())
     (here / "r/metrics.csv").write_text("step\n")
@@ -223,3 +227,54 @@ def test_killed_while_it_removes_it_is_finished_by_the_same_command(
     assert read_results(path) == [entry] and entry.why == "all steps done", "the run's own result"
     assert not (here / "r").exists() and not [p for p in (here / "c").rglob("*") if p.is_file()]
     assert NAME not in [r.name for r in begin(Start()) if r.status != "completed"]
+
+
+@pytest.mark.parametrize("last", ["store_trials", "update_results", "arrived"])
+def test_killed_at_its_very_end_it_is_finished_by_the_same_command(
+    here: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    past_run(here)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(f"bytekiln.sweep.adopt.{last}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            adopt(here / "c", AS, sweep="s.toml")
+    assert not (here / "c").exists(), "all is in its new place; only the sweep's lists do not know it"
+    process = subprocess.Popen(["true"])
+    process.wait()
+    left = here / f"s/.results.json.{process.pid}.tmp"
+    left.touch()
+    entry, path = adopt(here / "c", AS, sweep="s.toml")
+    assert read_results(path) == [entry] and entry.status == "completed" and not left.exists()
+    assert stored_trial(Path("s"), NAME).changes == {"lr": 1e-3, "batch_size": 2}
+    assert not (here / "s/runs" / NAME / "adopting.json").exists()
+
+
+@pytest.mark.parametrize("checkpoint", ["checkpoint_4", "checkpoint_final"])
+@pytest.mark.parametrize(
+    ("file", "damage", "words"),
+    [
+        ("model.safetensors", None, "no such file"),
+        ("model.safetensors", "other tensors", "found other bytes than were written"),
+        ("state.json", '{"step": 5}', "found other bytes than were written"),
+        ("checksums.json", None, "no such file"),
+        ("checksums.json", "{}", "found no checksums"),
+    ],
+)
+def test_a_damaged_run_is_refused_by_its_file_before_anything_moves(
+    here: Path, checkpoint: str, file: str, damage: str | None, words: str
+) -> None:
+    past_run(here)
+    path = here / "c" / checkpoint / file
+    path.unlink() if damage is None else path.write_text(damage)
+    before = {k: v for k, v in all_files(here).items() if k[:2] in ("r/", "c/")}
+    with pytest.raises(FormatError, match=f"{checkpoint}/{file}: {words}.*expected a whole checkpoint"):
+        adopt(here / "c", AS, sweep="s.toml")
+    assert {k: v for k, v in all_files(here).items() if k[:2] in ("r/", "c/")} == before
+    assert not (here / "s/runs" / NAME).exists() and not (here / "checkpoints").exists()
+    shutil.rmtree(here / "c" / checkpoint)
+    status = adopt(here / "c", AS, sweep="s.toml")[0].status
+    assert status == ("interrupted" if checkpoint == "checkpoint_final" else "completed")

@@ -26,11 +26,11 @@ from bytekiln.sweep.adopt import adopt as adopt_run
 from bytekiln.sweep.axes import Axis
 from bytekiln.sweep.coordinate import check_retry, run_sweep, work
 from bytekiln.sweep.detach import check, detach
-from bytekiln.sweep.folder import checked_data, coordinating, open_folder
+from bytekiln.sweep.folder import check_idle, checked_data, coordinating, open_folder
 from bytekiln.sweep.journal import Holder
 from bytekiln.sweep.process import cores
 from bytekiln.sweep.progress import ProgressBoard, number
-from bytekiln.sweep.results import TrialResult, best_of, exit_status
+from bytekiln.sweep.results import RANKED, TrialResult, best_repeats, exit_status
 from bytekiln.sweep.spec import SweepSpec, Trial, changed, load_spec, sweep_presets, trials_of
 from bytekiln.sweep.table import PLACES, seeds_of, typed, typed_axis
 
@@ -116,11 +116,15 @@ def summary(results: Sequence[TrialResult]) -> str:
         )
         for r in results
     ]
-    best, troubles = best_of(results), [r for r in results if r.status in ("failed", "interrupted")]
+    best, troubles = best_repeats(results), [r for r in results if r.status in ("failed", "interrupted")]
     lines = [table(rows, indent="")]
     lines += [f"{r.name}: {r.error or r.why}" for r in troubles]
-    if best is not None:
-        lines += ["", f"best: {best.name}, validation loss {number(best.best_val_loss)} at step {best.best_step:,}"]
+    if best is not None and len(best.runs) > 1:
+        lines += ["", f"best: {best.name}, validation loss {number(best.mean)}, the mean of {len(best.runs)} seeds"]
+    elif best is not None:
+        lines += ["", f"best: {best.name}, validation loss {number(best.mean)} at step {best.best.best_step:,}"]
+    elif any(r.status in RANKED and r.best_val_loss is not None for r in results):
+        lines += ["", "best: none; of no setting has every seed ended with a validation loss"]
     else:
         lines += ["", "best: none; no run has ended with a validation loss"]
     return "\n".join(lines)
@@ -230,8 +234,10 @@ def _detached(name: str, argv: list[str], spec: SweepSpec, folder: Path, *, over
     check(name)
     if (folder / "sweep.toml").exists() and not overwrite:
         open_folder(spec, folder)
+    if (folder / "coordinator.lock").exists():
         with coordinating(folder):
-            pass
+            if overwrite:
+                check_idle(folder)
     rest, skip = [], False
     for arg in argv:
         if skip:

@@ -18,7 +18,7 @@ from bytekiln.experiments.figures import Drawn, long_figure, metrics_of, save, s
 from bytekiln.metrics import write_atomically
 from bytekiln.report.rows import Table
 from bytekiln.sweep.axes import short
-from bytekiln.sweep.results import DONE, TrialResult, best_of, finite, read_results
+from bytekiln.sweep.results import DONE, RANKED, TrialResult, best_of, best_repeats, finite, read_results
 from bytekiln.sweep.spec import SweepSpec
 
 RESULTS, SUMMARY, RECOMMENDATION, PICTURE = (
@@ -150,29 +150,43 @@ def recommendation(results: Sequence[TrialResult], entries: Sequence[Mapping[str
 def advice(results: Sequence[TrialResult], best: TrialResult | None) -> str:
     """The recommendation in words, and what speaks against it."""
     parts = []
+    seeds = len({r.seed for r in results}) > 1
+    group = best_repeats(results)
     open_ = [r for r in results if r.status not in (*DONE, "failed")]
-    if best is None:
+    if best is None or group is None:
         ended = ", ".join(f"{short(r.lr)} {r.status.replace('_', ' ')}" for r in results)
-        parts.append(f"No learning rate can be recommended: no run has ended with a validation loss ({ended}).")
+        whole = any(r.status in RANKED and r.best_val_loss is not None for r in results)
+        why = "no rate has ended with one for every seed" if whole else "no run has ended with a validation loss"
+        parts.append(f"No learning rate can be recommended: {why} ({ended}).")
+    elif len(group.runs) > 1:
+        losses = " and ".join(f"{r.best_val_loss:.4f}" for r in group.runs)
+        parts.append(
+            f"Train with a learning rate of {short(best.lr)}: its best validation loss, {group.mean:.4f} in the mean "
+            f"of {len(group.runs)} seeds ({losses}), is the lowest of the rates that ended well with every seed."
+        )
     else:
         parts.append(
             f"Train with a learning rate of {short(best.lr)}: its best validation loss of {len(results)} runs is the "
             f"lowest, {best.best_val_loss:.4f} at step {best.best_step:,}."
         )
+    if best is not None:
         rates = sorted({r.lr for r in results})
         if len(rates) > 1 and best.lr in (rates[0], rates[-1]):
             side = "low" if best.lr == rates[0] else "high"
-            beyond = [r for r in results if r.lr == best.lr and r is not best]
-            if not beyond:
-                parts.append(f"It is the {side}est rate tried; a {side}er one may be better.")
-    early = [short(r.lr) for r in results if r.status == "early_stopped"]
+            parts.append(f"It is the {side}est rate tried; a {side}er one may be better.")
+    early = [_rate(r, seeds) for r in results if r.status == "early_stopped"]
     if early:
         parts.append(f"Early stopping ended {', '.join(early)}; their best loss counts, not the last.")
-    if lost := [f"{short(r.lr)} ({r.status})" for r in results if r.status in ("diverged", "failed")]:
+    if lost := [f"{_rate(r, seeds)} ({r.status})" for r in results if r.status in ("diverged", "failed")]:
         parts.append(f"Out of the running: {', '.join(lost)}.")
     if open_ and best is not None:
         parts.append(f"Provisional: {len(open_)} of {len(results)} runs have not ended.")
     return " ".join(parts)
+
+
+def _rate(r: TrialResult, seeds: bool) -> str:
+    """`seeds`: whether there are several, so that the rate alone names no run."""
+    return f"{short(r.lr)} with seed {r.seed}" if seeds else short(r.lr)
 
 
 def drawn_of(r: TrialResult, table: Table | None, *, wins: bool) -> Drawn:

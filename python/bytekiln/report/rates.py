@@ -28,17 +28,29 @@ class RateSeries:
     points: list[tuple[float, float, int]]
     """(learning rate, best validation loss, number of the group)."""
     means: list[tuple[float, float]]
+    """Of the rates whose runs all ended well: the mean of survivors says nothing of a rate."""
     lost: list[float]
-    """Rates of runs that did not end well."""
+    """Rates of runs that diverged."""
+    partial: list[float]
+    """Rates of which some runs ended well and others did not; the fit knows none of them."""
     fit: Fit | None
     curve: list[tuple[float, float]]
 
     @property
     def said(self) -> str:
         """The fit in a sentence."""
+        return self._fitted() + self._left_out()
+
+    def _left_out(self) -> str:
+        if not self.partial:
+            return ""
+        rates = ", ".join(_name(lr) for lr in self.partial)
+        return f" Left out of the fit, since not every seed ended well: {rates}."
+
+    def _fitted(self) -> str:
         f = self.fit
         if f is None:
-            return "fewer than three learning rates: no fit."
+            return f"fewer than three learning rates{' whose runs all ended well' if self.partial else ''}: no fit."
         above = [lr for lr in self.lost if lr > f.best]
         if f.kind == "edge_high" and above:
             return (
@@ -73,20 +85,24 @@ def rate_series(groups: Sequence[Group]) -> list[RateSeries]:
         points = [(lr, float(r.result["best_val_loss"]), i) for i, r, lr in good]
         if not points:
             continue
+        broken = {lr for _, r, lr in runs if not r.counts}
         by_rate: dict[float, list[float]] = {}
         for lr, loss, _ in points:
-            by_rate.setdefault(lr, []).append(loss)
+            if lr not in broken:
+                by_rate.setdefault(lr, []).append(loss)
         means = [(lr, fmean(by_rate[lr])) for lr in sorted(by_rate)]
         fit = None
         if len(by_rate) >= 3:
             seeds = [r.seed if r.seed is not None else 0 for _, r, _ in good]
-            fit = fit_rates([Point(lr, seed, loss) for (lr, loss, _), seed in zip(points, seeds, strict=True)])
+            whole = [(p, seed) for p, seed in zip(points, seeds, strict=True) if p[0] not in broken]
+            fit = fit_rates([Point(lr, seed, loss) for (lr, loss, _), seed in whole])
         first = groups[members[0]].runs[0]
         name = first.variant or ", ".join(
             f"{k}={short(v)}" for k, v in groups[members[0]].changes.items() if k not in ("lr", "min_lr")
         )
         lost = sorted({lr for _, r, lr in runs if r.status == "diverged"})
-        out.append(RateSeries(name, members, points, means, lost, fit, _curve(fit)))
+        partial = sorted(broken & {lr for lr, _, _ in points})
+        out.append(RateSeries(name, members, points, means, lost, partial, fit, _curve(fit)))
     return out
 
 

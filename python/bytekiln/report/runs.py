@@ -35,7 +35,8 @@ class Run:
     name: str
     asked: Asked | None
     status: str
-    """Of `result.json`, else of the sweep; `unfinished` where neither tells, `unreadable` where nothing can be read."""
+    """Of `result.json`, else (also where that is of an earlier attempt) of the sweep; `unfinished` where neither tells,
+    `unreadable` where nothing can be read."""
     why: str
     notes: list[str]
     """What is missing or damaged, in sentences."""
@@ -92,6 +93,9 @@ def read_run(place: Place, points: int) -> Run:
     config = _config(folder, notes)
     result = {k: v for k, v in entry.items() if k not in ("name", "changes", "variant")}
     told = _result(folder, notes)
+    if _is_stale(told, entry, _planned_steps(folder)):
+        notes.append(f"result.json says {told['status']}, the sweep otherwise: left out")
+        told = {}
     result.update({k: v for k, v in told.items() if v is not None})
     table = _metrics(folder, config, notes)
     status = str(told.get("status") or entry.get("status") or ("unfinished" if table or config else "unreadable"))
@@ -152,6 +156,24 @@ def _result(folder: Path, notes: list[str]) -> dict[str, Any]:
         notes.append("result.json cannot be read")
         return {}
     return found
+
+
+def _planned_steps(folder: Path) -> object:
+    """The length that a sweep has asked a run for; None: no sweep has."""
+    found = read_toml(folder / "trial.toml") or {}
+    sections = [s for s in found.values() if isinstance(s, dict)]
+    return next((s["max_steps"] for s in [found, *sections] if "max_steps" in s), None)
+
+
+def _is_stale(told: Mapping[str, Any], entry: Mapping[str, Any], planned: object) -> bool:
+    """Whether a `result.json` is of an earlier attempt than the sweep knows of, or of another length."""
+    if not told:
+        return False
+    said = entry.get("status")
+    if said in ("failed", "pending", "running") and told["status"] != said:
+        return True
+    wanted, steps = (entry.get("max_steps") or planned) if said else planned, told.get("max_steps")
+    return isinstance(wanted, int) and isinstance(steps, int) and steps != wanted
 
 
 def metrics_file(folder: Path, config: Mapping[str, Value]) -> Path:

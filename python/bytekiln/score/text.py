@@ -128,7 +128,7 @@ def open_stream(scorer: Scorer, path: str, dtype: str | None = None) -> Stream:
     data = unpacked(Path(path))
     if tokenizer is None:
         raise FileError(f"{scorer.name}: found no tokenizer.json in the run; expected --tokenizer FILE for {path}")
-    ids = _encoded(tokenizer, _text(data, path), path)
+    ids = _encoded(tokenizer, *_text(data, path), path)
     return _stream(scorer, path, ids, tokenizer.eot_id, hashlib.sha256(data).hexdigest(), None)
 
 
@@ -142,14 +142,14 @@ def _is_token_file(path: Path, dtype: str | None) -> bool:
     return bool(dtype) or path.suffix == ".bin" or path.with_name(path.name + ".json").is_file()
 
 
-def _text(data: bytes, path: str) -> list[str]:
-    """The documents of JSON lines, or the whole text."""
+def _text(data: bytes, path: str) -> tuple[list[str], bool]:
+    """The documents of JSON lines and true, or the whole text and false."""
     name = path.lower()
     for suffix in (".gz", ".xz", ".bz2"):
         name = name.removesuffix(suffix)
     try:
         if not name.endswith(".jsonl"):
-            return [data.decode()]
+            return [data.decode()], False
     except UnicodeDecodeError as exc:
         raise TextError(f"{path}: byte offset {exc.start}: invalid UTF-8; expected UTF-8 text") from None
     texts = []
@@ -163,17 +163,18 @@ def _text(data: bytes, path: str) -> list[str]:
                 raise FormatError(
                     f"{path}: line {number}: found {found!r}; expected a JSON object with a text"
                 ) from None
-    return texts
+    return texts, True
 
 
-def _encoded(tokenizer: AnyTokenizer, texts: list[str], path: str) -> NDArray[Any]:
+def _encoded(tokenizer: AnyTokenizer, texts: list[str], rows: bool, path: str) -> NDArray[Any]:
+    """`rows`: each text is a document of its own, in which nothing is a special token, however many there are."""
     eot, parts = tokenizer.eot_id, []
     for text in texts:
         try:
-            ids = tokenizer.encode_to_numpy(text, allowed_special="all" if len(texts) == 1 else ())
+            ids = tokenizer.encode_to_numpy(text, allowed_special=() if rows else "all")
         except TextError as exc:
             raise TextError(f"{path}: {exc}") from None
-        if eot is not None and (len(texts) > 1 or (ids == eot).any()) and (not len(ids) or ids[-1] != eot):
+        if eot is not None and (rows or (ids == eot).any()) and (not len(ids) or ids[-1] != eot):
             ids = np.append(ids, np.array([eot], ids.dtype))
         parts.append(ids)
     return np.concatenate(parts) if len(parts) > 1 else parts[0]

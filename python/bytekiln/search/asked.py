@@ -6,18 +6,23 @@ In: an argument list. Out: values for `cli_search`. Imports no torch.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from bytekiln.config import FIELDS, RunConfig, canonical, presets
 from bytekiln.console import Parser, notice
-from bytekiln.errors import ConfigError, MismatchError
+from bytekiln.errors import ConfigError, FileError, MismatchError
 from bytekiln.metrics import write_atomically
 from bytekiln.run_flags import add_run_flags, given_fields
-from bytekiln.search.files import CONFIG, STATE, read_state
+from bytekiln.search.files import CONFIG, STATE, base_of, read_state, state_of, write_state
 from bytekiln.search.plan import STAGES, Plan, rungs_of
 from bytekiln.search.runs import SweepRunner, check_base
+from bytekiln.search.stages import Search
+from bytekiln.sweep.axes import short
+from bytekiln.sweep.folder import TRIALS, differences, stored_trials
 from bytekiln.sweep.process import cores
 from bytekiln.sweep.spec import DATA_PATHS, SweepOutput, SweepSpec, changed, load_spec
 from bytekiln.sweep.table import PLACES, to_toml
@@ -65,6 +70,12 @@ def asked(options: argparse.Namespace) -> tuple[SweepSpec, Plan, Path]:
                 write_atomically(path, to_toml(base["config"]).encode())
             base["config"] = str(path)
         return SweepSpec(name=source.resolve().name, base=base), plan, source
+    if not source.suffix and _is_lost(source):
+        raise FileError(
+            f"{source}: found its runs and no {STATE}; expected a search (lm-sweep search PRESET|CONFIG --folder "
+            f"{source}, with the flags of the first time, makes it anew and keeps the runs; with --overwrite, too, it "
+            "begins anew)"
+        )
     spec = load_spec(options.source)
     name = spec.name.removesuffix("-sweep")
     spec = spec.model_copy(update={"axes": {}, "seeds": (), "variant": {}, "kind": "grid", "samples": 0, "shipped": "",
@@ -95,7 +106,61 @@ def asked(options: argparse.Namespace) -> tuple[SweepSpec, Plan, Path]:
     plan = Plan(steps, seeds, options.points or POINTS, options.factor or FACTOR, rungs, (4, 3), options.centre or 0.0,
                 low, high, range_steps, **free)  # fmt: skip
     spec = spec.model_copy(update={"name": name, "base": base, "scale": {}, "scaled": "", "question": ""})
+    if _is_lost(folder) and not options.dry_run:
+        _make_anew(folder, spec, plan, overwrite=options.overwrite)
     return spec, plan, folder
+
+
+def _is_lost(folder: Path) -> bool:
+    """Whether a folder has stages of a search, and its state no more."""
+    stages = (folder / "coarse" / TRIALS, folder / "range_test" / "range_test.json")
+    return not (folder / STATE).exists() and any(p.exists() for p in stages)
+
+
+def _make_anew(folder: Path, base: SweepSpec, plan: Plan, *, overwrite: bool) -> None:
+    """Write the state of a search whose runs are there, if they are those of this one: it goes on with them.
+
+    Args:
+        overwrite: they are removed by whoever opens the folder, and may be any search's.
+
+    Raises:
+        MismatchError: they are another search's (says in what).
+    """
+    for what, was, now in () if overwrite else _not_of(folder, base, plan):
+        raise MismatchError(
+            f"{folder}: found runs with {what} {was} and no {STATE}; expected {now} (the flags of the first time go on "
+            "with them, --overwrite begins anew, --folder takes another place)"
+        )
+    write_state(folder / STATE, state_of(Search(plan, lambda _: []), base_of(base), 0.0))
+    if not overwrite:
+        notice(f"{folder / STATE} was lost: it is made anew, and the runs that are there are kept")
+
+
+def _not_of(folder: Path, base: SweepSpec, plan: Plan) -> Iterator[tuple[str, object, object]]:
+    """(field, found, expected) wherever the runs in a folder are not those of a search."""
+    test, centre = folder / "range_test" / "range_test.json", plan.centre
+    if test.exists() and plan.range_steps:
+        told = json.loads(test.read_bytes())
+        if not math.isclose(told["low"], plan.low, rel_tol=1e-9) or told["steps"] > plan.range_steps:
+            yield (
+                "range test",
+                f"from {told['low']:g}, {told['steps']} steps",
+                f"{plan.low:g}, {plan.range_steps} steps",
+            )
+        centre = centre or float(told["suggestion"])
+    if not (folder / "coarse" / TRIALS).exists():
+        return
+    trials = stored_trials(folder / "coarse")[1]
+    rates, seeds = sorted(t.config.optimizer.lr for t in trials), {t.seed for t in trials}
+    if seeds != {plan.seeds[0]}:
+        yield "seed", ", ".join(map(str, sorted(seeds))), plan.seeds[0]
+    if centre and not set(plan.grid(centre)) <= set(rates):
+        yield "lr", ", ".join(map(short, rates)), ", ".join(map(short, plan.grid(centre)))
+    for t in trials:
+        now = SweepRunner(base, folder, plan).config(t.config.optimizer.lr, t.seed)
+        if t.config.training.max_steps != plan.max_steps:
+            yield "max_steps", t.config.training.max_steps, plan.max_steps
+        yield from differences(t.config, now, None)
 
 
 def _may_change(options: argparse.Namespace, max_steps: int) -> dict[str, float]:

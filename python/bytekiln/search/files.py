@@ -15,7 +15,7 @@ from typing import Any
 from bytekiln.config import stated_in
 from bytekiln.errors import FileError, FormatError, MismatchError
 from bytekiln.metrics import write_atomically
-from bytekiln.search.plan import ENDED_WELL, GRID_POINTS, GRID_SEEDS, Plan, rounded
+from bytekiln.search.plan import ENDED_WELL, GRID_POINTS, GRID_SEEDS, LOST, Plan, not_ranked, rounded
 from bytekiln.search.stages import Search
 from bytekiln.sweep.axes import short
 from bytekiln.sweep.results import TrialResult
@@ -105,7 +105,8 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     except OSError as exc:
         raise FileError(f"{path}: {(exc.strerror or 'unreadable').lower()}; expected the state of a search") from None
     except (ValueError, KeyError, TypeError) as exc:
-        raise FormatError(f"{path}: {exc}; expected the state of a search") from None
+        way_out = "without it, the command of the first time makes it anew and keeps the runs; --overwrite begins anew"
+        raise FormatError(f"{path}: {exc}; expected the state of a search ({way_out})") from None
 
 
 def check_same(stored: Mapping[str, Any], base: Mapping[str, Any], plan: Plan, path: Path) -> None:
@@ -179,7 +180,7 @@ def recommendation(search: Search, results: Sequence[TrialResult], elapsed_s: fl
         "not_ranked": [
             {"lr": r.lr, "seed": r.seed, "status": r.status, "why": r.why}
             for r in search.runs.values()
-            if r.status in ("diverged", "failed")
+            if r.status in LOST
         ],
         "range_test": search.found_range or None,
         "widened": search.widened,
@@ -195,10 +196,11 @@ def recommendation(search: Search, results: Sequence[TrialResult], elapsed_s: fl
 def sentence(search: Search) -> str:
     """The answer for a person."""
     fit, best = search.last_fit or search.fit, search.recommended
+    lost = "; ".join(not_ranked(search.runs.values()).values())
     if search.status == "failed" or best is None:
-        return "No learning rate can be recommended: " + (
-            search.notes[-1] if search.notes else "the search is not done"
-        )
+        why = search.notes[-1] if search.notes else "the search is not done"
+        named = f": {lost}" if search.status == "unconfirmed" else ""
+        return f"No learning rate can be recommended: {why}{named}"
     share = f"{100 * search.steps / search.plan.grid_steps:.0f} % of the steps of a full grid"
     if fit is None or search.confirmed_loss is None:
         return f"Learning rate {short(best)}, not confirmed yet"
@@ -214,6 +216,7 @@ def sentence(search: Search) -> str:
     )
     return (
         f"Use learning rate {short(best)} ({sure}): validation loss {search.confirmed_loss:.4f}, {held}, for {share}."
+        + (f" Note: {lost}." if lost else "")
     )
 
 

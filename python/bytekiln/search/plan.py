@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from bytekiln.errors import ConfigError
+from bytekiln.search.rate_fit import Fit, Point, fit_rates
 from bytekiln.sweep.axes import short
 
 STAGES = ("range_test", "coarse", "seeds", "fit", "confirm")
 ENDED_WELL = ("completed", "early_stopped")
+LOST = ("diverged", "failed")
+"""A rate with a run that ended so is never recommended."""
 FEWEST_STEPS = 10
 """Of a range test: with fewer there is no slope to see."""
 GRID_POINTS, GRID_SEEDS = 13, 3
@@ -128,6 +131,27 @@ class Plan:
         return [lr for lr in rates if self.low <= lr <= self.high] or [centre]
 
 
+class Notes(list[str]):
+    """What deserves attention, a sentence each."""
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        """`say` is told each once."""
+        super().__init__()
+        self._say, self._now = say, dict[str, Callable[[], str]]()
+
+    def add(self, text: str, now: Callable[[], str] | None = None) -> None:
+        """`now`: what it would say later on, where that can change; empty: it no longer holds."""
+        if text and text not in self:
+            self.append(text)
+            self._say(text)
+            self._now |= {text: now} if now else {}
+
+    def settle(self) -> None:
+        """Drop what no longer holds, as of a repeat that was run after all."""
+        told = [self._now[n]() if n in self._now else n for n in self]
+        self[:] = [*dict.fromkeys(n for n in told if n)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A run that is wanted, up to a step."""
@@ -211,6 +235,78 @@ def rungs_of(max_steps: int, eval_interval: int) -> tuple[int, ...]:
         return ()
     found = [max(round(share * max_steps / eval_interval), 1) * eval_interval for share in FIRST_RUNGS]
     return tuple(sorted({r for r in found if r <= max_steps / 2}))
+
+
+def full_points(runs: Iterable[Seen]) -> list[Point]:
+    """Runs at full length that ended well, by their best validation loss."""
+    return [Point(r.lr, r.seed, r.best[0]) for r in runs if r.status in ENDED_WELL and r.best is not None]
+
+
+def against(lr: float, runs: Iterable[Seen]) -> str:
+    """Why a rate cannot be recommended, whatever its other runs say; empty: nothing speaks against it.
+
+    A run of its own was lost; or a lower rate diverged with a seed that neither this rate nor a higher one has stood.
+    """
+    seen = list(runs)
+    if own := [r for r in seen if r.lr == lr and r.status in LOST]:
+        return ", ".join(f"the run with seed {r.seed} ended as {r.status}" for r in own)
+    stood = {p.seed for p in full_points(seen) if p.lr >= lr}
+    for r in seen:
+        if r.status == "diverged" and r.lr < lr and r.seed not in stood:
+            return f"seed {r.seed}, with which {short(r.lr)} diverged, is not run there"
+    return ""
+
+
+def not_ranked(runs: Iterable[Seen]) -> dict[float, str]:
+    """Rates that cannot be recommended though a run of theirs ended well, and a sentence why."""
+    seen = list(runs)
+    told = {p.lr: against(p.lr, seen) for p in sorted(full_points(seen))}
+    return {lr: f"{short(lr)} is not ranked: {why}" for lr, why in told.items() if why}
+
+
+def untried(lr: float, runs: Iterable[Seen]) -> str:
+    """With which seed a rate is yet to be run before it can be confirmed, since another rate was lost with it."""
+    seen = list(runs)
+    stood, reached = {p.seed for p in full_points(seen) if p.lr >= lr}, not_ranked(seen)
+    for r in seen:
+        if r.lr in reached and r.status in LOST and r.seed not in stood:
+            return f"{short(lr)} is not run with seed {r.seed}, with which {short(r.lr)} ended as {r.status}"
+    return ""
+
+
+def not_fitted(fit: Fit | None, runs: Iterable[Seen]) -> str:
+    """Why the recommended rate is no minimum of a parabola; empty: it is one."""
+    seen = list(runs)
+    if fit is None or fit.kind == "fitted":
+        return ""
+    if fit.kind == "edge_high" and any(r.lr > fit.best and against(r.lr, seen) for r in seen):
+        return f"the best rate, {short(fit.best)}, is the highest at full length that ended well with every seed"
+    return fit.why
+
+
+def near(lr: float, rates: Iterable[float], factor: float) -> float:
+    """The one of the rates that stands for `lr` in a grid of this factor; `lr` itself where there is none."""
+    return next((r for r in rates if abs(math.log(r / lr)) < math.log(factor) / 2), lr)
+
+
+def beyond(losses: Mapping[float, float], rates: Sequence[float], factor: float) -> float | None:
+    """The rate by which a grid is widened whose best one is at an end; None: it lies inside.
+
+    Args:
+        losses: of the rates that go on. rates: all that were run, rising.
+    """
+    best = min(losses, key=lambda lr: losses[lr])
+    if not math.isfinite(losses[best]):
+        return rounded(min(losses) / factor)  # all are ruined: lower rates may not be
+    return rounded(best / factor) if best == rates[0] else rounded(best * factor) if best == rates[-1] else None
+
+
+def repeated(points: Sequence[Point], confidence: float) -> list[float]:
+    """Of runs with one seed: the best rate and those beside it, the nearest to the parabola's minimum first."""
+    first = fit_rates(points, confidence=confidence)
+    rates = sorted({p.lr for p in points})
+    i = rates.index(first.best)
+    return sorted(rates[max(i - 1, 0) : i + 2], key=lambda lr: abs(math.log(lr / first.lr)))
 
 
 def none_ended_well(runs: Iterable[Seen]) -> str:

@@ -23,7 +23,7 @@ from bytekiln.sweep.axes import Axis
 from bytekiln.sweep.coordinate import Board, run_sweep
 from bytekiln.sweep.folder import run_folder, write_spec
 from bytekiln.sweep.process import LOG, Process, Start, command, environment
-from bytekiln.sweep.results import TrialResult, read_results, update_results
+from bytekiln.sweep.results import DONE, TrialResult, read_results, read_run, update_results
 from bytekiln.sweep.spec import SweepSpec, Trial, trials_of
 
 RESULTS = "results.json"
@@ -193,23 +193,65 @@ class SweepRunner:
         return self.base.model_copy(update={"axes": axes, "seeds": seeds, "name": stage, "question": question})
 
     def _seen(self, wanted: Request, trial: Trial) -> Seen:
-        """What a run has left, trained by whomever."""
+        """What a run has left, trained by whomever.
+
+        Raises:
+            FormatError: its metrics end before its own result says, and the search needs what they lack.
+        """
         folder = self.folder / wanted.stage
         run = run_folder(folder, trial.name)
         told = next((r for r in self._told(wanted.stage) if r.name == trial.name), None)
-        curve: tuple[tuple[int, float], ...] = ()
-        steps = 0
-        metrics = trial.config.with_(out_dir=str(run)).output.metrics
+        seen = Seen(wanted.stage, wanted.lr, wanted.seed, "pending", 0, name=trial.name)
+        if told is not None:
+            seen = dataclasses.replace(seen, status=told.status, why=told.error or told.why)
+        ended = _ended(run, told)
+        metrics, bad = trial.config.with_(out_dir=str(run)).output.metrics, "no such file"
         if metrics.exists():
             try:
                 rows = read_metrics(metrics)
+                bad = f"found {len(rows)} rows, the last of step {rows[-1].step}" if rows else "found no row"
             except BytekilnError as exc:
-                return Seen(wanted.stage, wanted.lr, wanted.seed, "failed", 0, (), str(exc), trial.name)
+                if ended is None:
+                    return dataclasses.replace(seen, status="failed", why=str(exc))
+                rows, bad = [], str(exc).removeprefix(f"{metrics}: ").partition(";")[0]
             curve = tuple((r.step, r.val_loss) for r in rows if r.val_loss is not None and r.step > 0)
-            steps = rows[-1].step if rows else 0
-        status = told.status if told is not None else "pending"
-        why = (told.error or told.why) if told is not None else ""
-        return Seen(wanted.stage, wanted.lr, wanted.seed, status, steps, curve, why, trial.name)
+            seen = dataclasses.replace(seen, steps=rows[-1].step if rows else 0, curve=curve)
+        if ended is None:
+            return seen
+        steps, best = ended
+        if wanted.until < steps and wanted.until not in dict(seen.curve):
+            if "failed" in self.retry and not (run / "result.json").exists():
+                return dataclasses.replace(seen, status="failed", why="its result is gone")
+            raise FormatError(
+                f"{metrics}: {bad}, without the loss at step {wanted.until}; expected {steps} steps, as the run's "
+                f"result says (put the file back; or remove {run}, and --retry failed trains the run again)"
+            )
+        return _completed(seen, steps, best, wanted.until)
+
+
+def _ended(run: Path, told: TrialResult | None) -> tuple[int, tuple[int, float] | None] | None:
+    """How far a run came by its own result, and its best (step, loss): what damaged metrics are held against.
+
+    None: it has no result that can be read, nor does the sweep know that it ended.
+    """
+    try:
+        found = read_run(run)
+    except BytekilnError:
+        found = None
+    if found is None and told is not None and told.status in DONE:
+        found = vars(told)
+    if found is None or not found.get("steps"):
+        return None
+    step, loss = found.get("best_step"), found.get("best_val_loss")
+    return int(found["steps"]), None if step is None or loss is None else (int(step), float(loss))
+
+
+def _completed(seen: Seen, steps: int, best: tuple[int, float] | None, until: int) -> Seen:
+    """A run as its result has it, where its metrics lack the end or the best loss."""
+    curve = seen.curve
+    if best is not None and best[0] not in dict(curve):
+        curve = tuple(sorted((*curve, best)))
+    return dataclasses.replace(seen, steps=max(seen.steps, steps), curve=curve)
 
 
 def retried(texts: Sequence[str]) -> list[str]:

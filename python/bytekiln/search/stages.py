@@ -5,33 +5,43 @@ whose state `search.files` writes down after every stage. Called by `cli_search`
 
 Stages: range test (`range_test`) → coarse grid, given up in steps (successive halving, Jamieson and Talwalkar 2016)
 → other seeds at the best rate and its neighbours → parabola (`rate_fit`) → the recommended rate at full length beside
-its neighbours (`verdict`). A run that is given up and one that goes on have the schedule of the whole length, so that
-what was trained is never trained again. The search is a function of its plan and of what the runner told: after any end
-it is simply run again, and the runner answers at once what is done.
+its neighbours (`verdict`). A rate with a seed that was lost is never recommended. A run that is given up and one that
+goes on have the schedule of the whole length, so that what was trained is never trained again. The search is a function
+of its plan and of what the runner told: after any end it is simply run again, and what is done is answered at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from bytekiln.search.plan import (
-    ENDED_WELL,
+    LOST,
     SAME,
     STAGES,
+    Notes,
     Plan,
     RangeTester,
     Request,
     Runner,
     Seen,
+    against,
     best_and_beside,
+    beyond,
+    full_points,
+    near,
     none_ended_well,
+    not_fitted,
+    not_ranked,
+    repeated,
     rounded,
+    untried,
 )
 from bytekiln.search.rate_fit import Fit, Point, fit_rates
-from bytekiln.search.verdict import beside, judged, mean
+from bytekiln.search.verdict import beside, judged
 from bytekiln.sweep.axes import short
 
 
@@ -62,8 +72,7 @@ class Search:
         self.promised = plan.least_steps - plan.range_steps
         """Steps that must stay for what the plan needs: the rest of the coarse grid, and the run that confirms."""
         self.widened: list[float] = []
-        self.notes: list[str] = []
-        """What deserves attention, a sentence each."""
+        self.notes = Notes(say)
         self.fit: Fit | None = None
         """Of the runs before the confirmation; it recommends."""
         self.last_fit: Fit | None = None
@@ -81,27 +90,22 @@ class Search:
         """All stages up to `until`; the search itself, its `status` failed where no run ended well."""
         try:
             centre = self._centre()
-            if self._goes_on("range_test", until):
-                self._coarse(centre)
-                if self._goes_on("coarse", until):
-                    self._seeds()
-                    if self._goes_on("seeds", until):
-                        self._fit()
-                        if self._goes_on("fit", until):
-                            self._confirm()
+            behind: list[Callable[[], None]]
+            behind = [lambda: self._coarse(centre), self._seeds, self._fit, self._confirm]
+            for stage, then in zip(STAGES[:-1], behind, strict=True):
+                self.stage = stage
+                if stage == until:
+                    self.status = "stopped"
+                    break
+                if self.runs:  # before the first ones are told, what an earlier session wrote stays
+                    self.save(self)
+                then()
         except NoRun as exc:
             self.status = "failed"
-            self._note(str(exc))
+            self.notes.add(str(exc))
+        self.notes.settle()
         self.save(self)
         return self
-
-    def _goes_on(self, stage: str, until: str) -> bool:
-        self.stage = stage
-        if stage == until:
-            self.status = "stopped"
-            return False
-        self.save(self)
-        return True
 
     # --- what it has ------------------------------------------------------------------------------------------
 
@@ -116,9 +120,12 @@ class Search:
 
     def full(self) -> list[Point]:
         """Runs at full length that ended well, by their best validation loss."""
-        return [
-            Point(r.lr, r.seed, r.best[0]) for r in self.runs.values() if r.status in ENDED_WELL and r.best is not None
-        ]
+        return full_points(self.runs.values())
+
+    def sound(self) -> list[Point]:
+        """Those of `full` whose rate can be recommended: only they are fitted and ranked."""
+        lost = not_ranked(self.runs.values())
+        return [p for p in self.full() if p.lr not in lost]
 
     def _ask(self, stage: str, rates: Iterable[float], seed: int, until: int) -> None:
         """Have runs trained up to a step; those that have ended are not asked for."""
@@ -141,11 +148,6 @@ class Search:
         """Whether so many steps can be taken beside those that are promised."""
         return self.steps + self.promised + steps <= self.plan.limit
 
-    def _note(self, text: str) -> None:
-        if text not in self.notes:
-            self.notes.append(text)
-            self._say(text)
-
     # --- range test and coarse grid ---------------------------------------------------------------------------
 
     def _centre(self) -> float:
@@ -167,30 +169,19 @@ class Search:
                 alive = self._kept(alive, seed, rung, keep)
         self._bracket(seed)
 
-    def _promise(self, alive: int, stop: int) -> None:
-        """Keep steps for so many rates to go on from a stop of the grid to the end, and for the confirmation."""
-        keep = self.plan.stops[stop][1]
-        self.promised = self.plan.coarse_steps(min(alive, keep), stop + 1) + self.plan.max_steps
-
     def _at_rung(self, alive: list[float], seed: int, stop: int) -> list[float]:
         """Train all to a rung; where the best one is at an end of all rates so far, take in further ones."""
-        rung = self.plan.stops[stop][0]
+        rung, keep = self.plan.stops[stop]
         self._ask("coarse", alive, seed, rung)
         while True:
-            self._promise(len(alive) + 1, stop)  # a further rate included
+            going_on = min(len(alive) + 1, keep)  # a further rate included
+            self.promised = self.plan.coarse_steps(going_on, stop + 1) + self.plan.max_steps
             losses = {lr: self._loss(lr, seed, rung) for lr in alive}
-            best = min(alive, key=lambda lr: losses[lr])
-            if not math.isfinite(losses[best]):
-                further = min(alive) / self.plan.factor  # all are ruined: lower rates may not be
-            elif best == min(self.rates()):
-                further = best / self.plan.factor
-            elif best == max(self.rates()):
-                further = best * self.plan.factor
-            else:
+            further = beyond(losses, self.rates(), self.plan.factor)
+            if further is None:
                 return sorted(alive)
-            further = rounded(further)
             if not self._widen(further, rung):
-                if not math.isfinite(losses[best]):
+                if not math.isfinite(min(losses.values())):
                     raise NoRun(none_ended_well(self.runs.values()))
                 return sorted(alive)
             alive.append(further)
@@ -207,10 +198,12 @@ class Search:
         elif not self._affords(cost):
             why = "the search's steps are used up"
         if why:
-            self._note(f"the best rate is at the {side[:-2]}est end of the range, which is not widened: {why}")
+            told = f"the best rate is at the {side[:-2]}est end of the range, which is not widened: {why}"
+            end = min if side == "lower" else max
+            self.notes.add(told, lambda: told if self.recommended in (None, end(self.rates())) else "")
             return False
         self.widened.append(lr)
-        self._note(f"the best rate is at the end of the range: widened to {short(lr)}")
+        self.notes.add(f"the best rate is at the end of the range: widened to {short(lr)}")
         return True
 
     def _kept(self, alive: list[float], seed: int, rung: int, keep: int) -> list[float]:
@@ -237,8 +230,7 @@ class Search:
             best = min(losses, key=lambda lr: losses[lr])
             lacking = []
             for further in (rounded(best / plan.factor), rounded(best * plan.factor)):
-                near = [lr for lr in self.rates() if abs(math.log(lr / further)) < math.log(plan.factor) / 2]
-                lr = near[0] if near else further
+                lr = near(further, self.rates(), plan.factor)
                 known = self.runs.get((lr, seed))
                 if known is None or known.status == "interrupted":
                     lacking.append((lr, plan.max_steps - (known.steps if known else 0), known is None))
@@ -246,13 +238,12 @@ class Search:
                 if new and not self._widen(lr, cost):
                     continue
                 if not new and not self._affords(cost):
-                    self._note(
-                        f"{short(lr)}, beside the best rate, is not run to the end: the search's steps are used up"
-                    )
+                    told = f"{short(lr)}, beside the best rate, is not run to the end: the search's steps are used up"
+                    self.notes.add(told, lambda told=told, lr=lr: "" if self._is_full(lr, seed) else told)  # type: ignore[misc]
                     continue
                 if not new:
                     self.runs[lr, seed] = dataclasses.replace(self.runs[lr, seed], given_up="")
-                    self._note(f"{short(best)} is the best at full length: {short(lr)} beside it goes on after all")
+                    self.notes.add(f"{short(best)} is the best at full length: {short(lr)} beside it goes on after all")
                 self._ask("coarse", [lr], seed, plan.max_steps)
                 break
             else:
@@ -271,64 +262,89 @@ class Search:
     def _seeds(self) -> None:
         """Other seeds at the best rate and its neighbours, the best first; as many as there are steps for."""
         self.stage, plan = "seeds", self.plan
-        points = self.full()
-        if not points:
-            raise NoRun(none_ended_well(self.runs.values()))
-        first = fit_rates([p for p in points if p.seed == plan.seeds[0]], confidence=plan.confidence)
-        rates = sorted({p.lr for p in points})
-        i = rates.index(first.best)
-        order = sorted(rates[max(i - 1, 0) : i + 2], key=lambda lr: abs(math.log(lr / first.lr)))
+        order = repeated([p for p in self.full() if p.seed == plan.seeds[0]], plan.confidence)
         for seed in plan.seeds[1:]:
-            left = int((plan.limit - self.promised - self.steps) / plan.max_steps)
-            if left < len(order):
-                short_of = ", ".join(short(lr) for lr in order[max(left, 0) :])
-                self._note(f"seed {seed} is not run at {short_of}: the search's steps are used up")
-            if left > 0:
-                self._ask("seeds", order[:left], seed, plan.max_steps)
+            left = max(int((plan.limit - self.promised - self.steps) / plan.max_steps), 0)
+            alive = [lr for lr in order if not any(r.lr == lr and r.status in LOST for r in self.runs.values())]
+            unrun = functools.partial(self._unrun, seed, alive[left:])
+            self.notes.add(unrun(), unrun)  # the confirmation may have steps for it
+            self._ask("seeds", alive[:left], seed, plan.max_steps)
+        self._lower()
+
+    def _unrun(self, seed: int, rates: Sequence[float]) -> str:
+        lacking = [short(lr) for lr in rates if not self._is_full(lr, seed)]
+        return f"seed {seed} is not run at {', '.join(lacking)}: the search's steps are used up" if lacking else ""
+
+    def _lower(self) -> None:
+        """Where no rate is left since some diverged, the next lower one is run, if there are steps for two seeds."""
+        plan, first = self.plan, self.plan.seeds[0]
+        while not self.sound() and any("diverged" in n for n in not_ranked(self.runs.values()).values()):
+            lowest = min(lr for lr in self.rates() if self._is_full(lr, first))
+            lr = near(rounded(lowest / plan.factor), self.rates(), plan.factor)
+            known = self.runs.get((lr, first))
+            cost = 2 * plan.max_steps - (known.steps if known else 0)
+            if lr < plan.low or self.steps + cost > plan.limit:  # those that are promised to the confirmation, too
+                return
+            self.notes.add(f"no rate at full length ended well with every seed: {short(lr)} is run to the end")
+            self._ask("coarse", [lr], first, plan.max_steps)
+            for seed in plan.seeds[1:]:
+                if not against(lr, self.runs.values()) and self.steps + plan.max_steps <= plan.limit:
+                    self._ask("seeds", [lr], seed, plan.max_steps)
+
+    def _fitted(self) -> Fit:
+        return fit_rates(self.sound(), confidence=self.plan.confidence, span=(self.rates()[0], self.rates()[-1]))
 
     def _fit(self) -> None:
-        self.stage = "fit"
-        plan, rates = self.plan, self.rates()
-        self.fit = fit_rates(self.full(), confidence=plan.confidence, span=(rates[0], rates[-1]))
-        self.recommended = rounded(self.fit.lr)
-        close = [lr for lr in {p.lr for p in self.full()} if abs(math.log(lr / self.recommended)) < SAME]
-        if close:
-            self.recommended = min(close, key=lambda lr: abs(math.log(lr / self.fit.lr)))  # type: ignore[union-attr]
+        self.stage, plan = "fit", self.plan
+        self._name_not_ranked()
+        if not self.sound():
+            return
+        self.fit = fit = self._fitted()
+        lr = rounded(fit.lr)
+        close = [p.lr for p in sorted(self.full()) if abs(math.log(p.lr / lr)) < SAME]
+        self.recommended = min(close or [lr], key=lambda lr: abs(math.log(lr / fit.lr)))
         self._say(
             f"fit: {short(self.recommended)} ({self.fit.why}), {100 * plan.confidence:g} % interval "
             f"{short(rounded(self.fit.low))} to {short(rounded(self.fit.high))}, predicted loss {self.fit.loss:.4f}"
         )
-        if self.fit.kind != "fitted":
-            self._note(self.fit.why)
+        told: Callable[[], str] = lambda: not_fitted(self.last_fit or fit, self.runs.values())  # noqa: E731
+        self.notes.add(told(), told)
+
+    def _name_not_ranked(self) -> None:
+        for lr, why in not_ranked(self.runs.values()).items():
+            self.notes.add(why, lambda lr=lr: not_ranked(self.runs.values()).get(lr, ""))  # type: ignore[misc]
 
     def _confirm(self) -> None:
         """The recommended rate at full length, held against its neighbours; the better one wins."""
-        self.stage, plan, seed = "confirm", self.plan, self.plan.seeds[0]
-        assert self.fit is not None and self.recommended is not None
-        lr = self.recommended
-        self._ask("confirm", [lr], seed, plan.max_steps)
-        self.promised = 0
-        point = next((p for p in self.full() if (p.lr, p.seed) == (lr, seed)), None)
-        if point is None:
-            ended = self.runs[lr, seed]
-            self._note(
-                f"the run at {short(lr)} ended as {ended.status}; the best rate that ended well is given instead"
-            )
-            self.recommended, self.status = self.fit.best, "unconfirmed"
-            self.confirmed_loss = mean(p.loss for p in self.full() if p.lr == self.fit.best)
+        self.stage, first = "confirm", self.recommended
+        while (lr := self.recommended) is not None:
+            self._ask("confirm", [lr], self.plan.seeds[0], self.plan.max_steps)
+            self.promised = 0
+            if not against(lr, self.runs.values()):
+                self._repeat(lr)
+            why = against(lr, self.runs.values())
+            if not why:
+                break
+            self.notes.add(f"{short(lr)} is not recommended: {why}; the best rate without such a seed is given instead")
+            self._lower()
+            self.recommended = self._fitted().best if self.sound() else None
+        self._name_not_ranked()
+        if lr is None:
+            self.status = "unconfirmed"
+            self.notes.add("no rate ended well with every seed")
             return
-        self._repeat(lr)
-        self.last_fit = fit_rates(self.full(), confidence=plan.confidence, span=(self.rates()[0], self.rates()[-1]))
-        found = judged(lr, self.full(), self.fit)
-        for note in found.notes:
-            self._note(note)
+        assert self.fit is not None
+        self.last_fit = self._fitted()
+        found, missing = judged(lr, self.sound(), self.fit), untried(lr, self.runs.values())
+        for note in (*found.notes, missing):
+            self.notes.add(note)
         self.recommended, self.neighbours = found.recommended, found.neighbours
         self.confirmed_loss, self.predicted_loss = found.confirmed_loss, found.predicted_loss
-        self.status = "confirmed" if found.confirmed else "unconfirmed"
+        self.status = "confirmed" if found.confirmed and lr == first and not missing else "unconfirmed"
 
     def _repeat(self, lr: float) -> None:
         """What steps are left go into the other seeds of the recommended rate and of those beside it."""
         for seed in self.plan.seeds:
-            for rate in (lr, *beside(lr, self.full())):
+            for rate in (lr, *beside(lr, self.sound())):
                 if (rate, seed) not in self.runs and self._affords(self.plan.max_steps):
                     self._ask("confirm", [rate], seed, self.plan.max_steps)

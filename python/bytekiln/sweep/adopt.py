@@ -26,10 +26,11 @@ from bytekiln.sweep.folder import (
     run_folder,
     store_trials,
     stored_names,
+    tidy,
 )
 from bytekiln.sweep.journal import Place
 from bytekiln.sweep.locks import coordinating, held, trouble
-from bytekiln.sweep.move import MARK, Old, bring, config_of, read_mark
+from bytekiln.sweep.move import MARK, Old, arrived, bring, check_whole, config_of, read_mark
 from bytekiln.sweep.process import TRIAL
 from bytekiln.sweep.results import TrialResult, read_results, update_results
 from bytekiln.sweep.spec import SweepSpec, Trial, load_spec, sweep_presets, trials_of
@@ -63,6 +64,7 @@ def adopt(
         ConfigError: the sweep has no run of these values (names the nearest).
         MismatchError: the run's config contradicts a value, or is another one than the sweep's run has.
         OutputExistsError: the sweep has such a run already.
+        FormatError: a checkpoint of the run is damaged (names the file).
         BytekilnError: no run, one that is being trained, no such sweep, a folder or results that cannot be used.
     """
     spec = load_spec(sweep) if sweep else _sweep_of(source)
@@ -102,6 +104,8 @@ def adopt(
             stored_names(folder)
         try:
             _refuse_taken(place, target, board if old.curves.is_dir() else None)
+            check_whole(old.checkpoints, target)
+            tidy(folder, spec.results_name, [])
             moved = config.with_(
                 out_dir=str(place), checkpoint_dir=wanted.checkpoint_dir, tensorboard_dir=wanted.tensorboard_dir,
                 metrics_path="", run_name=trial.name, min_lr=float(f"{config.optimizer.floor_lr:.12g}"),
@@ -109,10 +113,11 @@ def adopt(
             )  # fmt: skip
             bring(place, old, moved, trial, target, board)
             store_trials(folder, [trial], spec.results_name)
+            entry = view(folder, trial, Place())
+            update_results(path, [entry], order)
+            arrived(place)  # last: until then the same command finishes what was killed
         except OSError as exc:
             raise trouble(folder, exc) from None
-        entry = view(folder, trial, Place())
-        update_results(path, [entry], order)
     return entry, path
 
 

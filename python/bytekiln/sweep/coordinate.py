@@ -19,7 +19,7 @@ from typing import Protocol
 from bytekiln.errors import BytekilnError, ConfigError
 from bytekiln.signals import Interrupted, Signals
 from bytekiln.stack.rules import stackable
-from bytekiln.sweep.folder import RUNS, run_folder, store_trials, stored_names, stored_trial
+from bytekiln.sweep.folder import RUNS, run_folder, store_trials, stored_names, stored_trial, tidy
 from bytekiln.sweep.ledger import Ledger, Say
 from bytekiln.sweep.locks import coordinating, still_coordinating, trouble
 from bytekiln.sweep.process import LOG, Ending, Process, Running, Start, Together, cores, ending
@@ -93,6 +93,7 @@ def run_sweep(
     except OSError as exc:
         raise trouble(folder, exc) from None
     with coordinating(folder):
+        tidy(folder, results, [run_folder(folder, t.name) for t in trials])
         moved = store_trials(folder, trials, results)
         named = {t.name: t for t in trials}
         ledger = Ledger(folder, list(named), named.__getitem__, results, threads or _share(jobs), say)

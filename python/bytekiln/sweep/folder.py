@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,19 @@ from bytekiln.config import FIELDS, RunConfig, changed_mathematics, load_config,
 from bytekiln.errors import BytekilnError, ConfigError, FileError, FormatError, MismatchError, OutputExistsError
 from bytekiln.metrics import write_atomically
 from bytekiln.section import Value
+from bytekiln.sweep.locks import JOURNAL as JOURNAL
 from bytekiln.sweep.locks import LOCK as LOCK
+from bytekiln.sweep.locks import RUNS as RUNS
+from bytekiln.sweep.locks import check_idle as check_idle
 from bytekiln.sweep.locks import coordinating as coordinating
+from bytekiln.sweep.locks import is_free, remove_unfinished
 from bytekiln.sweep.locks import trouble as trouble
 from bytekiln.sweep.process import LOG, TRIAL
+from bytekiln.sweep.results import alone
 from bytekiln.sweep.spec import DATA_PATHS, SweepSpec, Trial, inlined, load_spec
 from bytekiln.sweep.table import to_toml
 
-TRIALS, SPEC, JOURNAL, RUNS = "trials.json", "sweep.toml", "journal.log", "runs"
+TRIALS, SPEC = "trials.json", "sweep.toml"
 NEVER_COMPARED = ("name", "question", "questions", "baseline", "format", "version", "directory", "shipped")
 """What of a spec changes no run."""
 LIMITS = ("max_steps", "max_time", "token_budget", "early_stopping_patience")
@@ -147,7 +152,10 @@ def _read_trials(folder: Path) -> tuple[str, list[dict[str, Any]]]:
     except OSError as exc:
         raise trouble(path, exc) from None
     except (ValueError, KeyError, TypeError) as exc:
-        raise FormatError(f"{path}: {exc}; expected the list of a sweep's runs") from None
+        raise FormatError(
+            f"{path}: {exc}; expected the list of a sweep's runs (the file may be deleted: the command that began the "
+            "sweep makes it anew)"
+        ) from None
 
 
 def _refuse_foreign(trial: Trial, place: Path) -> None:
@@ -177,7 +185,7 @@ def open_folder(spec: SweepSpec, folder: Path, *, overwrite: bool = False) -> No
     Raises:
         MismatchError: it has another spec (says what differs).
         OutputExistsError: it has something else.
-        FileError: it cannot be written.
+        FileError: it cannot be written; or it is to be removed, and somebody trains one of its runs.
     """
     path = folder / SPEC
     try:
@@ -258,7 +266,11 @@ def remove_sweep(folder: Path) -> None:
     """Remove what a sweep wrote: its runs, their checkpoints and curves elsewhere, results, journal.
 
     Its runs are those in `runs/` that have what only a sweep writes, whether or not its lists can still be read.
+
+    Raises:
+        FileError: somebody trains one of them (named); or it cannot be removed.
     """
+    check_idle(folder)
     results = {"results.json", "lr_sweep_results.json"}
     with suppress(BytekilnError):
         results.add(_read_trials(folder)[0])
@@ -273,6 +285,20 @@ def remove_sweep(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
     except OSError as exc:
         raise trouble(folder, exc) from None
+
+
+def tidy(folder: Path, results: str, runs: Iterable[Path]) -> None:
+    """Remove what killed writers left half written, a sweep's or an adoption's; called by the one who coordinates.
+
+    Raises:
+        FileError: the folder cannot be written.
+    """
+    remove_unfinished(folder, (TRIALS, SPEC, "base.toml"))
+    with alone(folder / results):  # of which every worker is a writer
+        remove_unfinished(folder, (results,))
+    for place in runs:
+        if place.is_dir() and is_free(place):
+            remove_unfinished(place)
 
 
 def remove_run(place: Path) -> None:

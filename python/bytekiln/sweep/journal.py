@@ -58,6 +58,43 @@ class Holder:
         return f"process {self.pid} on {self.host}"
 
 
+def at_work(path: Path) -> dict[str, Holder]:
+    """Which trials of a journal a living process holds, and who; none of a journal that is missing or damaged.
+
+    A process of another machine is believed to live while anyone writes into the journal.
+    """
+    if not path.exists():
+        return {}
+    try:
+        silent = silence(path)  # before our own opening of it
+        places = Journal(path).places
+    except FormatError:
+        return {}
+    me, found = Holder.me(), {}
+    for name, place in places.items():
+        holder = place.holder
+        if holder is None or (holder.machine, holder.pid) == (me.machine, me.pid):
+            continue
+        here = holder.runs_here()
+        if here or (here is None and silent < STALE_S):
+            found[name] = holder
+    return found
+
+
+def silence(path: Path) -> float:
+    """Seconds since a file was last written, by the clock of the machine that keeps it.
+
+    Raises:
+        OSError: it is gone, or its folder cannot be written.
+    """
+    probe = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime - path.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 def born(pid: int) -> str:
     """When a process was started, in the system's ticks; empty where that is not known."""
     try:
@@ -72,6 +109,8 @@ def is_alive(pid: int, since: str) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
+    except OverflowError:
+        return False  # no number of a process
     except PermissionError:
         pass
     return not since or born(pid) in ("", since)
@@ -111,6 +150,7 @@ class Journal:
         self._heard: dict[str, float] = {}
         self._read = 0
         self._beaten = 0.0
+        self._first = b""
         try:
             self._lock = JournalFileSymlinkLock(str(self.path), grace_period=GRACE_S)
             self._backend = JournalFileBackend(str(self.path), lock_obj=self._lock)
@@ -120,6 +160,26 @@ class Journal:
         self.read()
         if not self._read:
             self.append("begin", format=FORMAT, version=VERSION)
+        try:
+            self._first = self._first_line()
+        except OSError as exc:
+            raise self._trouble(exc) from None
+
+    def _first_line(self) -> bytes:
+        with self.path.open("rb") as f:
+            return f.readline(1000)
+
+    def _check_same(self) -> None:
+        """Refuse the journal of a sweep that has replaced this one: nothing of ours may be told there.
+
+        Raises:
+            FileError: it is another one. OSError: it is gone.
+        """
+        if self._first and self._first_line() != self._first:  # who began it, and when
+            raise FileError(
+                f"{self.path}: found the journal of another sweep; expected the one that was there before "
+                "(the sweep was replaced meanwhile)"
+            )
 
     def _cut_torn_line(self) -> None:
         """Cut off what a writer that was killed, or a full disk, left half written: it was never valid."""
@@ -143,6 +203,7 @@ class Journal:
             FileError, FormatError: the file is gone, or damaged.
         """
         try:
+            self._check_same()
             for event in self._backend.read_logs(self._read):
                 self._read += 1
                 self._take(event)
@@ -161,6 +222,7 @@ class Journal:
             FileError: the disk is full, or the folder is not writable.
         """
         try:
+            self._check_same()
             self._backend.append_logs([{"op": op, "worker": self.me.worker, **fields}])
         except OSError as exc:
             with suppress(OSError):

@@ -9,14 +9,15 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from bytekiln.errors import BytekilnError, FileError
-from bytekiln.sweep.journal import BEAT_S, Holder
+from bytekiln.sweep.journal import BEAT_S, Holder, at_work, is_alive, silence
 
-LOCK = "coordinator.lock"
+LOCK, JOURNAL, RUNS = "coordinator.lock", "journal.log", "runs"
 
 
 @contextmanager
@@ -69,12 +70,7 @@ def _seems_alive(path: Path, owner: Holder) -> bool:
     here = owner.runs_here()
     if here is not None:
         return here
-    probe = path.with_name(f".{path.name}.{os.getpid()}")  # both times are the file server's
-    try:
-        probe.touch()
-        return probe.stat().st_mtime - path.stat().st_mtime < 3 * BEAT_S
-    finally:
-        probe.unlink(missing_ok=True)
+    return silence(path) < 3 * BEAT_S
 
 
 def _in_use(folder: Path, owner: Holder | None) -> FileError:
@@ -134,3 +130,39 @@ def is_free(place: Path) -> bool:
     except OSError as exc:
         raise trouble(place, exc) from None
     return True
+
+
+def check_idle(folder: Path) -> None:
+    """Refuse to replace a sweep of which somebody trains a run: a worker, or a run that outlived its sweep.
+
+    Raises:
+        FileError: somebody does (named, where the journal knows), or a file cannot be read.
+    """
+    runs = folder / RUNS
+    expected = "expected a sweep that nobody trains (wait until it ends, or stop it)"
+    try:
+        for name, holder in at_work(folder / JOURNAL).items():
+            raise FileError(f"{runs / name}: found a run trained by {holder}; {expected}")
+        for place in sorted(p for p in runs.iterdir() if p.is_dir()) if runs.is_dir() else []:
+            if not is_free(place):
+                raise FileError(f"{place}: found a run trained by another process; {expected}")
+    except OSError as exc:
+        raise trouble(runs, exc) from None
+
+
+def remove_unfinished(folder: Path, names: Collection[str] = ()) -> None:
+    """Remove temporary files (`write_atomically`) whose writers are dead; called where nobody else writes them.
+
+    One with our own number is of a process before us; one whose number another process of this machine has stays.
+
+    Args:
+        folder: where they are.
+        names: of the files that were to be written; none: whatever there is.
+    """
+    for path in folder.glob(".*.tmp"):
+        parts = re.fullmatch(r"\.(.+)\.(\d+)\.tmp", path.name)
+        if parts is None or (names and parts[1] not in names) or not path.is_file():
+            continue
+        if (pid := int(parts[2])) == os.getpid() or not is_alive(pid, ""):
+            with suppress(OSError):
+                path.unlink()

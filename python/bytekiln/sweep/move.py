@@ -19,6 +19,7 @@ from bytekiln.atomic import sync_folder
 from bytekiln.config import RunConfig, load_config
 from bytekiln.errors import BytekilnError, FileError, FormatError
 from bytekiln.metrics import write_atomically
+from bytekiln.sweep.locks import remove_unfinished
 from bytekiln.sweep.process import LOG, TRIAL
 from bytekiln.sweep.results import read_run
 from bytekiln.sweep.spec import Trial
@@ -28,6 +29,8 @@ MARK = "adopting.json"
 FILES = ("config.toml", "metrics.csv", "layers.csv", "diverged.json", "tokenizer.json", "tracking.json", LOG)
 """What is copied of a run as it is; `result.json` comes last."""
 FORMAT, VERSION = "bytekiln-adoption", 1
+SUMS = "checksums.json"
+"""In a checkpoint: the SHA-256 of its other files."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +99,12 @@ def read_mark(place: Path) -> tuple[Old, RunConfig]:
 
 
 def bring(place: Path, old: Old, moved: RunConfig, trial: Trial, target: Path, board: Path) -> None:
-    """Everything to its new place; what was there goes last."""
+    """Everything to its new place; what was there goes last, and the mark stays (`arrived`)."""
     place.mkdir(parents=True, exist_ok=True)
+    for leftover in target.glob(".checkpoint_*.tmp"):  # of an adoption that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    remove_unfinished(place)
+    remove_unfinished(board)
     if not (place / MARK).exists():
         parts = {k: str(v) for k, v in vars(old).items() if k != "own"}
         mark = {"format": FORMAT, "version": VERSION, **parts, "own": [str(p) for p in old.own]}
@@ -123,8 +130,38 @@ def bring(place: Path, old: Old, moved: RunConfig, trial: Trial, target: Path, b
     write_atomically(place / TRIAL, trial.config.with_(out_dir=str(place)).to_toml().encode())
     if not same:
         _remove_old(old, target, board)
+
+
+def arrived(place: Path) -> None:
+    """The adoption is over; called last, when the sweep's own lists know the run."""
     (place / MARK).unlink()
     sync_folder(place)
+
+
+def check_whole(old: Path, target: Path) -> None:
+    """Every checkpoint that is still to be brought has the bytes that were written; nothing is touched.
+
+    Raises:
+        FormatError: names the file that is missing, damaged, or not a checkpoint's.
+        OSError: one cannot be read.
+    """
+    for path in sorted(p.parent for p in old.glob("checkpoint_*/state.json")):
+        if old.resolve() != target.resolve() and (target / path.name).exists():
+            continue  # was brought before this adoption was killed
+        way = f"expected a whole checkpoint (without {path.name} the rest of the run can be adopted)"
+        try:
+            sums = dict(json.loads((path / SUMS).read_bytes())["sha256"])
+        except FileNotFoundError:
+            raise FormatError(f"{path / SUMS}: no such file; {way}") from None
+        except (ValueError, KeyError, TypeError) as exc:
+            raise FormatError(f"{path / SUMS}: found no checksums ({exc}); {way}") from None
+        for name, wanted in sums.items():
+            if not (path / name).is_file():
+                raise FormatError(f"{path / name}: no such file; {way}")
+            with (path / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != wanted:
+                raise FormatError(f"{path / name}: found other bytes than were written; {way}")
 
 
 def _copy_checkpoint(old: Path, new: Path, moved: RunConfig) -> None:
@@ -135,13 +172,13 @@ def _copy_checkpoint(old: Path, new: Path, moved: RunConfig) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     for file in old.iterdir():
-        if file.is_file() and file.name not in ("config.toml", "checksums.json"):
+        if file.is_file() and file.name not in ("config.toml", SUMS):
             _link(file, temporary / file.name)
     text = moved.to_toml().encode()
     write_atomically(temporary / "config.toml", text)
-    sums = json.loads((old / "checksums.json").read_bytes())
+    sums = json.loads((old / SUMS).read_bytes())
     sums["sha256"]["config.toml"] = hashlib.sha256(text).hexdigest()
-    write_atomically(temporary / "checksums.json", json.dumps(sums, indent=1).encode() + b"\n")
+    write_atomically(temporary / SUMS, json.dumps(sums, indent=1).encode() + b"\n")
     sync_folder(temporary)
     temporary.rename(new)
     sync_folder(new.parent)

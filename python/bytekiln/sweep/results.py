@@ -152,7 +152,7 @@ def update_results(path: Path, news: Iterable[TrialResult], order: Sequence[str]
     Returns:
         What the file says now.
     """
-    with _alone(path):
+    with alone(path):
         try:
             known = {r.name: r for r in read_results(path)}
         except BytekilnError:
@@ -170,7 +170,8 @@ def update_results(path: Path, news: Iterable[TrialResult], order: Sequence[str]
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def alone(path: Path) -> Iterator[None]:
+    """Be the one process that writes a results file."""
     try:
         fd = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as exc:
@@ -216,13 +217,54 @@ def of_run(found: Mapping[str, Any]) -> dict[str, Any]:
     return {**told, "max_steps": found.get("max_steps") or 0, "elapsed_time": finite(found.get("wall_time_s"))}
 
 
-def best_of(results: Iterable[TrialResult]) -> TrialResult | None:
-    """The run of lowest best validation loss among those that ended well; None: there is none.
+@dataclasses.dataclass(frozen=True)
+class Repeats:
+    """Runs that differ in nothing but the seed: what is ranked."""
+
+    name: str
+    runs: tuple[TrialResult, ...]
+
+    @property
+    def mean(self) -> float | None:
+        """Of the best validation losses; None unless every run ended well and has one: a rate that is lost with one
+        seed is no good one, whatever the others say.
+        """
+        losses = [r.best_val_loss for r in self.runs if r.status in RANKED and r.best_val_loss is not None]
+        return math.fsum(losses) / len(losses) if losses and len(losses) == len(self.runs) else None
+
+    @property
+    def best(self) -> TrialResult:
+        """Its run of lowest loss."""
+        return min(self.runs, key=lambda r: math.inf if r.best_val_loss is None else r.best_val_loss)
+
+
+def repeats_of(results: Iterable[TrialResult]) -> list[Repeats]:
+    """The runs by what is changed but the seed, in the order of the first ones; as the report groups them."""
+    found: dict[object, list[TrialResult]] = {}
+    for r in results:
+        changed = (r.variant, *((k, v) for k, v in r.changes.items() if k != "seed"))
+        found.setdefault(changed if r.variant or r.changes else r.name, []).append(r)
+    return [Repeats(_name_of(runs), tuple(runs)) for runs in found.values()]
+
+
+def _name_of(runs: Sequence[TrialResult]) -> str:
+    name, seed = runs[0].name, f"seed={runs[0].changes.get('seed')}"
+    return name if len(runs) == 1 else name.removesuffix(seed).removesuffix(",") or "base"
+
+
+def best_repeats(results: Iterable[TrialResult]) -> Repeats | None:
+    """Those of lowest mean best validation loss among those of which every run ended well; None: there are none.
 
     A diverged, interrupted or failed run never wins, whatever loss it has seen; neither does one without validation.
     """
-    ranked = [r for r in results if r.status in RANKED and r.best_val_loss is not None]
-    return min(ranked, key=lambda r: r.best_val_loss if r.best_val_loss is not None else math.inf, default=None)
+    ranked = [(g.mean, i, g) for i, g in enumerate(repeats_of(results)) if g.mean is not None]
+    return min(ranked)[2] if ranked else None
+
+
+def best_of(results: Iterable[TrialResult]) -> TrialResult | None:
+    """The best run of the best setting, by the mean over its seeds (`best_repeats`); None: there is none."""
+    best = best_repeats(results)
+    return best.best if best else None
 
 
 def exit_status(results: Sequence[TrialResult]) -> int:

@@ -13,7 +13,7 @@ from bytekiln.config import RunConfig, load_config
 from bytekiln.errors import BytekilnError
 from bytekiln.metrics import read_metrics
 from bytekiln.sweep.axes import short
-from bytekiln.sweep.folder import LIMITS, RUNS, run_folder
+from bytekiln.sweep.folder import LIMITS, RUNS, differences, run_folder
 from bytekiln.sweep.journal import Place
 from bytekiln.sweep.process import TRIAL
 from bytekiln.sweep.results import DONE, TrialResult, of_run, read_run
@@ -22,27 +22,30 @@ from bytekiln.sweep.spec import Trial
 EXIT_STATUS = {"completed": 0, "early_stopped": 0, "diverged": 3}
 GONE = "its result is gone"
 UNREADABLE = "its result cannot be read"
+ANOTHER = "its result is that of another run"
 
 
 def view(folder: Path, trial: Trial, place: Place) -> TrialResult:
     """How a trial stands.
 
-    A run whose `result.json` is damaged or gone though it ended is shown as failed, with the reason.
+    A run whose `result.json` is damaged, gone though it ended, or of another run, is shown as failed, with the reason.
     """
     run, done = run_folder(folder, trial.name), place.done
-    found, bad = None, ""
+    found, bad, why = None, "", UNREADABLE
     try:
         found = read_run(run)
     except BytekilnError as exc:
         bad = str(exc)
+    if found is not None and (bad := of_another(run, trial.config)):
+        found, why = None, ANOTHER
     told: dict[str, Any]
     if place.holder is not None:
         told = {"status": "running", **so_far(run)}
     elif done is None:
-        told = _open(trial, run, found, bad, place.attempt)
+        told = _open(trial, run, found, (why, bad) if bad else None, place.attempt)
     elif done["status"] in DONE:
         if found is None:
-            told = {"status": "failed", "why": UNREADABLE if bad else GONE}
+            told = {"status": "failed", "why": why if bad else GONE}
             told["error"] = bad or f"{run / 'result.json'}: no such file"
         else:
             told = {"status": found["status"] if found["status"] in DONE else done["status"], **of_run(found)}
@@ -56,10 +59,12 @@ def view(folder: Path, trial: Trial, place: Place) -> TrialResult:
     return TrialResult(**{**_of_trial(trial, run), **told})
 
 
-def _open(trial: Trial, run: Path, found: dict[str, Any] | None, bad: str, attempt: int) -> dict[str, Any]:
-    """Of a trial that nobody runs, and of which nobody has written that it ended."""
+def _open(
+    trial: Trial, run: Path, found: dict[str, Any] | None, bad: tuple[str, str] | None, attempt: int
+) -> dict[str, Any]:
+    """Of a trial that nobody runs, and of which nobody has written that it ended; `bad`: why its result is none."""
     if bad and attempt == 0:
-        return {"status": "failed", "why": UNREADABLE, "error": bad}
+        return {"status": "failed", "why": bad[0], "error": bad[1]}
     if found is None:
         known = so_far(run)
         return {"status": "interrupted" if known else "pending", **known}
@@ -71,14 +76,29 @@ def _open(trial: Trial, run: Path, found: dict[str, Any] | None, bad: str, attem
     return {**told, "status": status, "why": str(found.get("why", ""))}
 
 
+def of_another(run: Path, config: RunConfig) -> str:
+    """What shows that a run's folder has another run's result than that of `config`; empty: nothing does.
+
+    The sweep of before may have been replaced, or the folder copied.
+    """
+    path = run / "config.toml"
+    try:
+        stored = load_config(path) if path.exists() else None
+    except BytekilnError:
+        return ""
+    for field, found, wanted in differences(stored, config, stored) if stored is not None else ():
+        return f"{path}: {field}: found {found}; expected {wanted} (--overwrite replaces the sweep)"
+    return ""
+
+
 def ended(run: Path, config: RunConfig) -> bool:
-    """Whether a run's own result says that it reached the end that its config has now."""
+    """Whether the run's own result, and no other run's, says that it reached the end that its config has now."""
     try:
         found = read_run(run)
         stored = load_config(run / "config.toml").flat() if (run / "config.toml").exists() else {}
     except BytekilnError:
         return False
-    if found is None or found["status"] not in DONE:
+    if found is None or found["status"] not in DONE or of_another(run, config):
         return False
     wanted = config.flat()
     if found["status"] != "diverged" and found.get("max_steps") != wanted["max_steps"]:
