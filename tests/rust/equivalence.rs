@@ -137,6 +137,13 @@ proptest! {
 }
 
 #[test]
+fn more_merges_than_there_can_be_need_no_room() {
+    let words = [(b"abab".to_vec(), 2), (b"abc".to_vec(), 1)];
+    let (all, asked) = (naive::train(&words, 99, TieBreak::Lexicographic), usize::MAX);
+    assert_eq!(train(&words.into_iter().collect(), asked, TieBreak::Lexicographic, &Progress::default()).unwrap(), all);
+}
+
+#[test]
 fn counts_beyond_32_bits_are_exact() {
     let words = [(b"ab".to_vec(), u64::from(u32::MAX) * 5), (b"cd".to_vec(), u64::from(u32::MAX) * 5 + 1)];
     let merges = train(&words.iter().cloned().collect(), 2, TieBreak::Lexicographic, &Progress::default()).unwrap();

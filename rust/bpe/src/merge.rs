@@ -10,7 +10,7 @@
 use crate::error::{Error, Result};
 use crate::hash::prefetch;
 use crate::progress::Progress;
-use crate::queue::Queue;
+use crate::queue::{Entry, Queue};
 use crate::ties::Ties;
 use crate::train::{Pair, TokenId};
 use crate::words::Words;
@@ -66,6 +66,16 @@ struct Neighbour {
 const NOWHERE: u32 = u32::MAX;
 /// Postings ahead of the one in work whose cells are asked for.
 const AHEAD: usize = 24;
+
+/// Where the posting `end` goes. Postings of merged pairs are not used again, so that there can be three for each byte.
+fn place(end: usize) -> Result<u32> {
+    u32::try_from(end).ok().filter(|&place| place != NOWHERE).ok_or_else(|| {
+        Error::Config(
+            "training: found more than 4 billion occurrences of pairs in distinct pre-tokens; expected fewer: less text, or a pattern \
+             that cuts it into words that repeat".into(),
+        )
+    })
+}
 
 /// A live occurrence of the pair that is being merged.
 #[derive(Clone, Copy)]
@@ -172,12 +182,25 @@ impl<C: Cell> Merger<C> {
     }
 
     /// Replaces every occurrence of `pair`, whose postings are given, by the token `id`.
-    pub(crate) fn merge(&mut self, ties: &Ties, queue: &mut Queue, pair: Pair, from: u32, len: u32, id: TokenId) {
+    ///
+    /// # Errors
+    /// More postings than have a place; [`Error::Interrupted`].
+    pub(crate) fn merge(
+        &mut self,
+        ties: &Ties,
+        queue: &mut Queue,
+        entry: Entry,
+        id: TokenId,
+        progress: &Progress,
+    ) -> Result<()> {
+        let Entry { pair, from, len, .. } = entry;
         let (a, b) = pair;
         let (len_a, len_b) = (ties.len_of(a), ties.len_of(b));
-        self.find_live(from as usize..(from + len) as usize, pair, len_a);
+        self.find_live(from as usize..from as usize + len as usize, pair, len_a);
+        progress.check()?;
         self.replace(pair, (len_a, len_b), id);
-        self.settle(ties, queue, pair, id);
+        progress.check()?;
+        self.settle(ties, queue, pair, id)?;
         self.post(ties);
         for id in self.lefts.drain(..) {
             self.left[id as usize] = Neighbour::default();
@@ -185,6 +208,7 @@ impl<C: Cell> Merger<C> {
         for id in self.rights.drain(..) {
             self.right[id as usize] = Neighbour::default();
         }
+        Ok(())
     }
 
     /// Postings whose pair is still there.
@@ -239,7 +263,7 @@ impl<C: Cell> Merger<C> {
     }
 
     /// Takes the lost edges off their pairs and enters the new pairs, each with room for its postings.
-    fn settle(&mut self, ties: &Ties, queue: &mut Queue, pair: Pair, id: TokenId) {
+    fn settle(&mut self, ties: &Ties, queue: &mut Queue, pair: Pair, id: TokenId) -> Result<()> {
         let (a, b) = pair;
         let nobody = self.left.len() as TokenId - 1;
         // An occurrence directly behind another: its left neighbour is the new token, and the edge (new, a) that the
@@ -256,7 +280,7 @@ impl<C: Cell> Merger<C> {
                 queue.lose((left, a), sum.count);
             }
             if sum.count >= queue.least() {
-                sum.to = end as u32;
+                sum.to = place(end)?;
                 queue.insert(ties, (left, id), sum.count, sum.to, sum.edges);
                 end += sum.edges as usize;
             }
@@ -272,12 +296,13 @@ impl<C: Cell> Merger<C> {
             }
             let count = if right == a { sum.count - behind } else { sum.count };
             if count >= queue.least() {
-                sum.to = end as u32;
+                sum.to = place(end)?;
                 queue.insert(ties, (id, right), count, sum.to, sum.edges);
                 end += sum.edges as usize;
             }
         }
         self.postings.resize(end, Posting { at: 0, count: 0 });
+        Ok(())
     }
 
     /// Writes the postings of the new pairs, in the order of the cells.

@@ -33,7 +33,7 @@
 use crate::error::Result;
 use crate::merge::{Cell, Merger};
 use crate::progress::{Progress, Stage};
-use crate::queue::{Entry, Queue};
+use crate::queue::Queue;
 pub use crate::ties::TieBreak;
 use crate::ties::Ties;
 use crate::words::Words;
@@ -68,6 +68,8 @@ pub(crate) fn byte_alphabet() -> [char; 256] {
 /// Learns up to `wanted` merges from distinct words and their counts; fewer where no pair is left.
 pub fn train(words: &Words, wanted: usize, rule: TieBreak, progress: &Progress) -> Result<Merges> {
     progress.begin(Stage::Merge, wanted as u64);
+    // Each merge makes the words a token shorter at least: tables by id need no room for more.
+    let wanted = wanted.min(words.bytes());
     if 256 + wanted < usize::from(u16::MAX) {
         run::<u16>(words, wanted, rule, progress)
     } else {
@@ -82,10 +84,10 @@ fn run<C: Cell>(words: &Words, wanted: usize, rule: TieBreak, progress: &Progres
     while pairs.len() < wanted {
         progress.check()?;
         let Some(index) = queue.pop(&ties) else { break };
-        let Entry { pair, from, len, .. } = *queue.entry(index);
-        let id = ties.join(pair);
-        merger.merge(&ties, &mut queue, pair, from, len, id);
-        pairs.push(pair);
+        let entry = *queue.entry(index);
+        let id = ties.join(entry.pair);
+        merger.merge(&ties, &mut queue, entry, id, progress)?;
+        pairs.push(entry.pair);
         progress.add(1);
     }
     Ok(Merges { pairs, tokens: ties.into_tokens() })

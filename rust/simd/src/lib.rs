@@ -11,9 +11,9 @@ pub const VARIABLE: &str = "BYTEKILN_SIMD";
 pub enum Level {
     /// Whatever the target has without asking: SSE2 on x86-64, NEON on `AArch64`.
     Scalar,
-    /// AVX2 and FMA.
+    /// AVX2, FMA, and the counting of bits that came with them (BMI 1 and 2, LZCNT, POPCNT).
     Avx2,
-    /// AVX-512 F and BW.
+    /// AVX-512 F and BW, and all of the former.
     Avx512,
 }
 
@@ -35,7 +35,14 @@ impl Level {
         match self {
             Self::Scalar => true,
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Self::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("bmi1")
+                    && is_x86_feature_detected!("bmi2")
+                    && is_x86_feature_detected!("lzcnt")
+                    && is_x86_feature_detected!("popcnt")
+            }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => {
                 is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && Self::Avx2.is_here()
