@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from bytekiln import cli_lm
 from bytekiln.checkpoint import load_checkpoint
 from bytekiln.config import FIELDS, RunConfig, alone, load_config, refuse_idle
 from bytekiln.data import open_data
-from bytekiln.errors import BytekilnError, ConfigError, MismatchError
+from bytekiln.errors import BytekilnError, ConfigError, MismatchError, OutputExistsError
 from bytekiln.fields import NEEDS
+from bytekiln.metrics import read_metrics
 from bytekiln.preview import show_batch
 from bytekiln.run_state import State
 from lm_runs import tokens
@@ -105,8 +107,6 @@ IDLE = [
         "early_stopping_min_delta: found 0.1 with early_stopping_patience 0; expected early_stopping_patience above 0",
     ),
     ("--decay-fraction 0.5", "decay_fraction: found 0.5 with schedule cosine; expected schedule = trapezoid"),
-    ("--no-decay-lr --decay-fraction 0.5", "decay_fraction: found 0.5 with decay_lr false; expected decay_lr = true"),
-    ("--no-decay-lr --min-lr 1e-5", "min_lr: found 1e-05 with decay_lr false"),
     ("--schedule constant --min-lr 1e-5", "min_lr: found 1e-05 with schedule constant; expected schedule = linear, "),
     ("--decay-steps 9 --max-time 5", "decay_steps: found 9 with progress seconds; expected progress = steps"),
     ("--weight-decay 0 --cautious-weight-decay", "cautious_weight_decay: found true with weight_decay 0; expected "),
@@ -135,6 +135,8 @@ def test_the_table_names_fields_and_values_that_there_are() -> None:
     [
         "--optimizer adamw --muon-scale shape --momentum 0.95 --no-normuon --no-skip-spikes",
         "--schedule constant --no-decay-lr",
+        "--no-decay-lr --min-lr 1e-5",
+        "--no-decay-lr --decay-fraction 0.5",
         "--optimizer muon --momentum 0.9 --normuon --normuon-beta2 0.9",
         "--averaging tail --tail-fraction 0.5",
         "--schedule trapezoid --decay-fraction 0.5",
@@ -164,6 +166,88 @@ def test_on_a_resume_only_what_would_change_is_refused(here: Path) -> None:
     with pytest.raises(ConfigError, match="schedule: found linear with decay_lr false; expected decay_lr = true"):
         cli_lm.train(["r", "--max-steps", "2", "--schedule", "linear", "--allow-change", "schedule"])
     assert cli_lm.train(["r", "--max-steps", "2", "--min-delta", "0.1", "--patience", "3"]) == 0
+
+
+def test_a_line_of_nanogpts_is_taken(here: Path) -> None:
+    given = {"max_iters": 5, "decay_lr": "False", "lr_decay_iters": 2000, "min_lr": "1e-4"}
+    config = load_config("shakespeare-char", given)
+    refuse_idle(config, ["max_steps", "decay_lr", "decay_steps", "min_lr"])
+    assert not config.optimizer.decay_lr
+    refuse_idle(load_config("shakespeare-char", {"schedule": "constant", "min_lr": 1e-4}), ["schedule", "min_lr"])
+    with pytest.raises(ConfigError, match=r"min_lr: found 0\.0002 with schedule constant"):
+        refuse_idle(load_config("shakespeare-char", {"schedule": "constant", "min_lr": 2e-4}), ["schedule", "min_lr"])
+
+
+# --- a limit of zero is none ---
+
+
+@pytest.mark.parametrize("name", ["max_time", "token_budget"])
+@pytest.mark.parametrize("zero", ["0", "00", "0s", "0m", "0.00", 0])
+def test_no_limit_frees_no_steps(name: str, zero: object) -> None:
+    if name == "max_time" or zero not in ("0s", "0m"):
+        assert load_config("debug", {name: zero}).training.max_steps == load_config("debug").training.max_steps
+
+
+def test_a_limit_taken_away_leaves_the_steps(here: Path) -> None:
+    line = [*SMALL, "--max-time", "60", "--max-steps", "4"]
+    assert cli_lm.train([*line, "--pause-at", "2"]) == 130
+    assert cli_lm.train(["r", "--max-time", "0s", "--allow-change", "progress", "--pause-at", "6"]) == 0
+    assert len(rates()) == 4
+
+
+# --- lines that resume ---
+
+
+@pytest.mark.parametrize(
+    "flags", ["--context-length 4", "--n_head 4", "--d-model 32", "--ffn gelu", "--ffn-multiple 2"], ids=str
+)
+def test_a_runs_config_with_a_change_is_a_line_that_resumes(here: Path, flags: str) -> None:
+    assert cli_lm.train([*SMALL, "--max-steps", "3"]) == 0
+    line = ["r/config.toml", *flags.split(), "--out-dir", "a"]
+    assert cli_lm.train([*line, "--pause-at", "2"]) == 130
+    assert cli_lm.train([*line, "--resume"]) == 0
+    assert len(rates("a")) == 3
+
+
+def test_a_min_lr_of_a_constant_rate_is_a_change(here: Path) -> None:
+    assert cli_lm.train([*SMALL, "--max-steps", "2", "--no-decay-lr", "--lr", "3e-4"]) == 0
+    with pytest.raises(MismatchError, match="min_lr: found 3e-05; expected None"):
+        cli_lm.train(["r", "--max-steps", "3", "--min-lr", "3e-5"])
+
+
+def test_min_lr_follows_an_lr_that_may_change(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli_lm.train([*SMALL, "--max-steps", "4", "--lr", "1e-3", "--min-lr", "1e-4", "--pause-at", "2"]) == 130
+    line = ["r", "--lr", "5e-5", "--allow-change", "lr"]
+    assert cli_lm.train([*line, "--pause-at", "3"]) == 130
+    assert "min_lr: changes from 0.0001 to 5e-06 at step 2" in capsys.readouterr().err
+    assert cli_lm.train(line) == 0
+    assert load_config("r").optimizer.min_lr == 5e-6
+
+
+# --- a run whose metrics have another name ---
+
+
+def test_a_new_metrics_path_takes_the_rows_along(here: Path) -> None:
+    assert cli_lm.train([*SMALL, "--max-steps", "3"]) == 0
+    line = ["r", "--metrics-path", "new.csv"]
+    before = (here / "r/metrics.csv").read_text()
+    assert cli_lm.train([*line, "--max-steps", "4"]) == 0
+    assert (here / "new.csv").read_text().startswith(before)
+    assert cli_lm.train([*line, "--max-steps", "5"]) == 0
+    assert len(read_metrics(here / "new.csv")) == 6
+
+
+def test_the_metrics_of_another_run_are_left_alone(here: Path) -> None:
+    assert cli_lm.train([*SMALL, "--max-steps", "3"]) == 0
+    assert cli_lm.train([*SMALL, "--max-steps", "2", "--seed", "5", "--out-dir", "s"]) == 0
+    before = (here / "s/metrics.csv").read_bytes()
+    line = ["r", "--max-steps", "4", "--metrics-path"]
+    with pytest.raises(OutputExistsError, match=r"s/metrics\.csv: found a file that is not this run's"):
+        cli_lm.train([*line, "s/metrics.csv"])
+    assert (here / "s/metrics.csv").read_bytes() == before
+    shutil.copy(here / "r/metrics.csv", here / "own.csv")  # as a resume leaves it that was killed before it saved
+    assert cli_lm.train([*line, "own.csv"]) == 0
+    assert len(read_metrics(here / "own.csv")) == 5
 
 
 # --- a change that a run cannot take ---

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +18,15 @@ import pytest
 import torch
 
 from bytekiln import loop, prepare
-from bytekiln.checkpoint import load_checkpoint, save_checkpoint
+from bytekiln.checkpoint import Checkpoint, load_checkpoint, remove_all, remove_old, save_checkpoint
 from bytekiln.config import from_flat
+from bytekiln.data import open_data
 from bytekiln.errors import ConfigError, FileError, FormatError, MismatchError, OutputExistsError
 from bytekiln.metrics import read_metrics
 from bytekiln.objective import Objective
+from bytekiln.ranks import Ranks
 from bytekiln.runfolder import locked
+from bytekiln.signals import Signals
 from bytekiln.train import train
 from lm_runs import ONE_THREAD, TIMES, VOCAB, tiny
 
@@ -129,6 +133,53 @@ def test_rows_that_were_lost_stop_no_run(tmp_path: Path, left: int | None, found
     assert weights[0].read_bytes() == weights[1].read_bytes()
     kept = list(range((left or 1) - 1))
     assert [r.step for r in read_metrics(metrics)] == [*kept, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("cut", "rows"), [("row", 7), ("rows", 6), ("all", 2)])
+def test_torn_rows_go_along_into_another_folder(tmp_path: Path, cut: str, rows: int) -> None:
+    metrics, said = killed_and_whole(tmp_path), list[str]()
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join({"row": [*lines[:-1], lines[-1][:9]], "rows": lines[:-2], "all": lines[:1]}[cut]))
+    where = {"out_dir": str(tmp_path / "other"), "max_steps": 6}
+    saved = tmp_path / "run/checkpoints/checkpoint_4"
+    assert train(from_flat({}), resume=saved, given=where, notice=said.append).status == "completed"
+    assert len(read_metrics(tmp_path / "other/metrics.csv")) == rows
+    told = [line for line in said if "metrics.csv: found " in line and "expected them up to step 4" in line]
+    assert len(told) == (cut != "row")
+
+
+def test_what_a_killed_writer_moved_aside_is_put_back(tmp_path: Path) -> None:
+    """Two renames, where a system cannot exchange two folders; the process died between them."""
+    for name in ("checkpoint_best", "checkpoint_2"):
+        save_checkpoint(tmp_path / name, Checkpoint(2, tiny(tmp_path), {}))
+    aside = tmp_path / ".checkpoint_best.77.old.tmp"
+    (tmp_path / "checkpoint_best").rename(aside)
+    remove_old(tmp_path, 0)
+    assert load_checkpoint(tmp_path / "checkpoint_best").step == 2 and not aside.exists()
+    shutil.copytree(tmp_path / "checkpoint_best", aside)
+    remove_old(tmp_path, 0)
+    assert not aside.exists()
+    (tmp_path / "checkpoint_best").rename(aside)
+    remove_all(tmp_path)
+    assert list(tmp_path.glob("*checkpoint*")) == []
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_second_ctrl_c_ends_at_once_where_no_other_process_depends_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int
+) -> None:
+    def ended(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    signals = Signals()
+    config = tiny(tmp_path)
+    monkeypatch.setattr(loop, "Prefetcher", ended)  # the first thing behind
+    data = open_data(config, None)
+    run = loop.Run(config, torch.device("cpu"), Ranks(), signals, data, None, None, 0.0, print, print)
+    run.ranks = Ranks(rank=1, world=world) if world > 1 else Ranks(rank=1)  # not the first: it writes no file
+    with pytest.raises(KeyboardInterrupt):
+        run.go()
+    assert signals.at_once is (world == 1)
 
 
 def test_metrics_that_are_none_name_the_way_out(tmp_path: Path) -> None:

@@ -215,7 +215,14 @@ def weights_of(run: str | Path, notice: Callable[[str], object] = lambda _: None
 
 
 def remove_old(folder: Path, keep: int) -> None:
-    """Delete all but the `keep` newest numbered checkpoints, and what killed writers left behind."""
+    """Delete all but the `keep` newest numbered checkpoints, and what killed writers left behind.
+
+    What a writer had moved aside, and was killed before the new one was in its place, is put back.
+    """
+    for old in folder.glob(".checkpoint_*.old.tmp"):
+        path = folder / old.name[1:].rsplit(".", 3)[0]
+        if not path.exists():
+            old.rename(path)
     for leftover in folder.glob(".checkpoint_*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
     numbered = [p for p in folder.glob("checkpoint_*") if p.name[11:].isdecimal() and is_checkpoint(p)]
@@ -226,10 +233,10 @@ def remove_old(folder: Path, keep: int) -> None:
 
 def remove_all(folder: Path, *, behind: int = -2) -> None:
     """Delete the checkpoints of steps behind `behind`, newest first, and nothing else that lies in the folder."""
+    remove_old(folder, 0)  # first: what it puts back is to go too
     for step, path in list(checkpoints_in(folder)):
         if step > behind and is_checkpoint(path):
             _remove(path)
-    remove_old(folder, 0)
 
 
 def _remove(path: Path) -> None:

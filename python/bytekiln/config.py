@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
+from bytekiln import fields
 from bytekiln.console import nearest
 from bytekiln.errors import ConfigError, FileError, FormatError
 from bytekiln.fields import (
@@ -25,7 +26,6 @@ from bytekiln.fields import (
     alone,
     extra_of,
     from_flat,
-    refuse_idle,
     unsaid,
 )
 from bytekiln.model_config import ModelConfig
@@ -112,12 +112,7 @@ def load_config(
     """
     base, preset = _read_source(source, say)
     explicit = _flatten(given or {}, "command line" if given else "values")
-    if set(FIELDS) - {"min_lr"} <= set(base):  # a run's; what a preset or a file of the user's says was meant
-        _free_derived(base, explicit)
-    yielding = _yields(explicit)
-    for name in yielding:
-        base.pop(name, None)
-    if "max_steps" in yielding:
+    if "max_steps" in _free(base, explicit):
         base["max_steps"] = UNLIMITED_STEPS
     merged: dict[str, object] = {**base, **explicit}
     if preset:
@@ -127,17 +122,27 @@ def load_config(
 
 DECAY = ("schedule", "min_lr", "min_lr_ratio", "decay_steps", "decay_fraction")
 """Fields that say how the rate falls: one of them, given, switches on a decay that a preset has switched off."""
-_NO_DECAY = {"schedule": ("constant",), "decay_steps": ("0",)}
-_OFF = ("0", "0.0")
+_NO_DECAY: dict[str, tuple[Value, ...]] = {"schedule": ("constant",), "decay_steps": (0,)}
+
+
+def _free(base: dict[str, object], explicit: Mapping[str, object]) -> list[str]:
+    """Take out of `base` what yields to the explicit values; of what a preset or a file pins, the names."""
+    if set(FIELDS) - {"min_lr"} <= set(base):  # a run's; what a preset or a file of the user's says was meant
+        _free_derived(base, explicit)
+    yielding = _yields(explicit)
+    for name in yielding:
+        base.pop(name, None)
+    return yielding
 
 
 def _yields(explicit: Mapping[str, object]) -> list[str]:
     """What a preset or a file pins and an explicit value frees, unless it is given beside it."""
-    said = {name: str(value) for name, value in explicit.items()}
+    read = ("max_time", "token_budget", "windows", *DECAY)
+    said = {name: alone(name, value) if name in read else value for name, value in explicit.items()}
     frees = {
         "min_lr": bool({"lr", "min_lr_ratio"} & set(said)),
         "out_dir": bool({"run_name", "save_dir"} & set(said)),
-        "max_steps": any(said.get(n, "0") not in _OFF for n in ("max_time", "token_budget")),
+        "max_steps": any(said.get(n) for n in ("max_time", "token_budget")),
         "sampling": said.get("windows", "stream") != "stream",
         "decay_lr": any(n in said and said[n] not in _NO_DECAY.get(n, ()) for n in DECAY),
     }
@@ -168,11 +173,22 @@ def changed_mathematics(
             yield name, before.get(name), after.get(name)
 
 
+def refuse_idle(config: RunConfig, said: Collection[str], before: RunConfig | None = None) -> None:
+    """`fields.refuse_idle`; in a new run a value that its preset pins asks for nothing.
+
+    Raises:
+        ConfigError: names what would switch a field on.
+    """
+    if before is None and config.output.preset in presets():
+        before = load_config(config.output.preset)
+    fields.refuse_idle(config, said, before)
+
+
 def stated_in(path: Path, given: Mapping[str, object] | None = None) -> dict[str, object]:
     """What a config file says, by field, with `given` on top as `load_config` lays it; nothing is completed."""
     explicit = _flatten(given or {}, "command line")
-    yielding = _yields(explicit)
-    base = {name: value for name, value in _flatten(read_table(path), str(path)).items() if name not in yielding}
+    base = _flatten(read_table(path), str(path))
+    _free(base, explicit)
     return {**base, **explicit}
 
 

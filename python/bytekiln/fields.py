@@ -7,7 +7,7 @@ module to import them from. The sections are in `model_config` and `training_con
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -178,19 +178,23 @@ NEEDS: dict[str, tuple[tuple[str, tuple[Value, ...]], ...]] = {
 """Fields that nothing reads unless others have one of these values. Those of the model are refused by `ModelConfig`."""
 
 
-def refuse_idle(config: RunConfig, said: Iterable[str], before: RunConfig | None = None) -> None:
+def refuse_idle(config: RunConfig, said: Collection[str], before: RunConfig | None = None) -> None:
     """Refuse a field that was said on purpose and that nothing in the run reads.
 
-    A field's default, and on a resume the value that the run had `before`, ask for nothing.
+    A field's default, and the value that the run (its preset, where it is new) had `before`, ask for nothing. What
+    says how the rate falls may stand beside a `decay_lr` that is said to be off, as in nanoGPT's lines.
 
     Raises:
         ConfigError: names what would switch it on.
     """
     values: dict[str, Value] = {**config.flat(), "progress": config.progress}
     had = before.flat() if before is not None else {}
+    no_decay = "decay_lr" in said and not config.optimizer.decay_lr
     for name in (n for n in said if n in NEEDS):
         value = values.get(name)
         if value is None or value in (FIELDS[name].default, had.get(name)) or (name, value) == ("schedule", "constant"):
+            continue
+        if no_decay and NEEDS[name][0] == DECAYS[0]:
             continue
         for other, wanted in NEEDS[name]:
             found = values[other]

@@ -107,7 +107,7 @@ class Run:
                     self.say,
                     self.notice,
                 )
-        self.signals.deferred, self.signals.at_once = self.ranks.world > 1, True
+        self.signals.deferred, self.signals.at_once = self.ranks.world > 1, self.ranks.world == 1
         self.signals.late = self._late if t.parallel != "fsdp" else None
         self.batches = batches = Prefetcher(self.data.train, self.config.data.prefetch, pin=self.device.type == "cuda")
         collecting = gc.isenabled()

@@ -111,8 +111,10 @@ def find_checkpoint(
         checkpoint = load_checkpoint(path)
         _place(path, checkpoint.config, values)
     stored = checkpoint.config
-    usual = stored.optimizer.lr * stored.optimizer.min_lr_ratio
-    if stored.optimizer.min_lr is None and math.isclose(_number(values.get("min_lr")), usual, rel_tol=1e-9):
+    before = stored.optimizer
+    usual = before.lr * before.min_lr_ratio
+    decays = before.decay_lr and before.schedule != "constant"
+    if decays and before.min_lr is None and math.isclose(_number(values.get("min_lr")), usual, rel_tol=1e-9):
         values.pop("min_lr")  # says what the ratio makes it, to the last digit or nearly so
     if values.get("init_from"):
         values["init_from"] = str(Path(str(values["init_from"])).absolute())
@@ -126,7 +128,12 @@ def find_checkpoint(
         allowed.add("sampling")
     if eval_only:
         allowed |= {*DataConfig.model_fields, *OptimizerConfig.model_fields, *TrainingConfig.model_fields}
-    if "progress" in allowed and {"max_time", "token_budget"} & set(values) and "max_steps" not in values:
+    anew = {n: _number(alone(n, values[n])) for n in ("lr", "min_lr_ratio") if n in values and n in allowed}
+    lr, ratio = anew.get("lr", before.lr), anew.get("min_lr_ratio", before.min_lr_ratio)
+    if before.min_lr is not None and "min_lr" not in values and (lr, ratio) != (before.lr, before.min_lr_ratio):
+        values["min_lr"] = float(f"{lr * ratio:.12g}")  # follows, as in a new run
+        allowed.add("min_lr")
+    if "progress" in allowed and "max_steps" not in values and _limited(values):
         values["max_steps"] = UNLIMITED_STEPS
     where = f"with which the run in {path} was started"
     try:
@@ -197,6 +204,11 @@ def _is_resolved_config(path: Path) -> bool:
             return f.readline().startswith(b"# bytekiln run")
     except OSError:
         return False
+
+
+def _limited(values: Mapping[str, object]) -> bool:
+    """Whether one of the values is a limit by time or tokens; a zero takes one away."""
+    return any(name in values and alone(name, values[name]) for name in MEASURE)
 
 
 def _number(value: object) -> float:

@@ -68,6 +68,7 @@ class Record:
         self.layers: LayerStats | None = None
         if config.training.stats_interval:
             elsewhere = earlier_rows is not None and earlier_rows.resolve() != config.output.metrics.resolve()
+            elsewhere &= not (folder / "layers.csv").exists()  # its own, where only the metrics have another name
             source = earlier_rows.with_name("layers.csv") if earlier_rows is not None and elsewhere else None
             self.layers = LayerStats(
                 folder / "layers.csv",

@@ -145,11 +145,15 @@ def rows_to_keep(
 
     Raises:
         FormatError: the run's own file is no metrics file, or a line in it is none.
+        OutputExistsError: a new `metrics_path` names a file that is not this run's.
     """
     stored, last = checkpoint.config.output, state.last_row_kept
     own = lies_in(checkpoint, output)
     beside = checkpoint.path.resolve().parent.parent / "metrics.csv" if checkpoint.path else stored.metrics
-    for path in (output.metrics,) if own else (beside, stored.metrics):
+    surely = stored.metrics if stored.checkpoint_dir or stored.metrics_path else beside
+    enough = last - (state.last_row is not None)  # the checkpoint has the last one (`Record`)
+    paths = [_own_rows(stored, output, state)] if own else [beside, stored.metrics, surely]
+    for number, path in enumerate(paths, 1):
         try:
             rows = read_metrics(path)
         except FormatError as exc:
@@ -163,12 +167,33 @@ def rows_to_keep(
                 raise
             rows = []
         reached = rows[-1].step if rows else -1
-        if own and reached < last - (state.last_row is not None):  # the checkpoint has the last one (`Record`)
+        if reached < enough and number == len(paths):
             found = f"rows up to step {reached}" if rows else "no rows"
             notice(f"{path}: found {found}; expected them up to step {last}; the run goes on without those between")
-        if own or reached >= last:
+        if own or (rows and (reached >= enough or number == len(paths))):
             return path
     return None
+
+
+def _own_rows(stored: OutputConfig, output: OutputConfig, state: State) -> Path:
+    """The file with the rows of a run that goes on in its folder: under a new `metrics_path` it may have another name.
+
+    Raises:
+        OutputExistsError: there are rows under the new name, and they are not this run's.
+    """
+    new, old = output.metrics, stored.metrics
+    if output.metrics_path == stored.metrics_path or new.resolve() == old.resolve():
+        return new
+    refusal = OutputExistsError(f"{new}: found a file that is not this run's; expected a free name for its metrics")
+    try:
+        rows = read_metrics(new) if new.exists() and new.stat().st_size else []
+    except FormatError:
+        raise refusal from None
+    if not rows:
+        return old if old.exists() else output.folder / "metrics.csv"  # the run may have been moved
+    if state.last_row not in rows:  # not moved there, nor copied by a resume that was killed
+        raise refusal
+    return new
 
 
 def _existing(output: OutputConfig) -> list[Path]:
