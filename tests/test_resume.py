@@ -233,11 +233,19 @@ def command(folder: Path, *flags: str) -> list[str]:
     return [sys.executable, "-m", "bytekiln.cli", "lm-train", str(folder / "config.toml"), *flags]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+HEARS = "import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
+"""Runs a command that may be hung up on, whatever the tests themselves were started by."""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_signal_leaves_a_checkpoint_and_the_run_goes_on(tmp_path: Path, number: int, status: int) -> None:
     run = tmp_path / "run"
     process = subprocess.Popen(
-        command(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **ONE_THREAD}
+        [sys.executable, "-c", HEARS, *command(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **ONE_THREAD},
     )
     end = time.monotonic() + 60
     while time.monotonic() < end and not (
