@@ -48,11 +48,6 @@ pub(crate) fn pack(word: &[u8]) -> Option<u128> {
     Some(u128::from(low) | u128::from(high) << 64 | (n as u128) << 120)
 }
 
-/// The bytes of a packed word.
-fn unpack(key: u128) -> Vec<u8> {
-    key.to_le_bytes()[..packed_len(key)].to_vec()
-}
-
 /// Bytes of a packed word.
 pub(crate) fn packed_len(key: u128) -> usize {
     (key >> 120) as usize
@@ -184,9 +179,8 @@ impl WordCounts {
     /// Every word with its count, the most frequent first, equals in the order of their bytes: no trace of a
     /// hash table's order is left.
     pub fn into_sorted(self) -> Vec<(Vec<u8>, u64)> {
-        let short = self.slots.into_iter().filter(|slot| slot.0 != 0).map(|(key, count)| (unpack(key), count));
-        let long = self.long.into_iter().map(|(word, count)| (word.into_vec(), count));
-        let mut words: Vec<_> = short.chain(long).collect();
+        let words = self.into_words();
+        let mut words: Vec<_> = words.iter().map(|(word, count)| (word.to_vec(), count)).collect();
         words.sort_unstable_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
         words
     }
@@ -308,7 +302,8 @@ mod tests {
     proptest! {
         #[test]
         fn packing_is_injective(word in prop::collection::vec(any::<u8>(), 1..=PACKED)) {
-            prop_assert_eq!(unpack(pack(&word).unwrap()), word);
+            let key = pack(&word).unwrap();
+            prop_assert_eq!(&key.to_le_bytes()[..packed_len(key)], word);
         }
 
         #[test]
