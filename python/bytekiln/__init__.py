@@ -11,8 +11,11 @@ matplotlib are imported by the modules that use them (`bytekiln.train`, `bytekil
 
 from bytekiln._core import __version__
 from bytekiln.errors import BytekilnError
-from bytekiln.tokenfile import TokenFile
 from bytekiln.tokenizer import Tokenizer, encode_files, train_bpe, train_bpe_from_iterator
+
+TYPE_CHECKING = False  # checkers take it for typing's own, which would have to be loaded
+if TYPE_CHECKING:
+    from bytekiln.tokenfile import TokenFile
 
 __all__ = [
     "BytekilnError",
@@ -23,3 +26,14 @@ __all__ = [
     "train_bpe",
     "train_bpe_from_iterator",
 ]
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """`TokenFile` when it is first asked for: json and pathlib take longer to load than all the rest."""
+        if name == "TokenFile":
+            from bytekiln.tokenfile import TokenFile
+
+            return TokenFile
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

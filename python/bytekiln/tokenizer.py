@@ -6,21 +6,25 @@ costs no Python frame) and `TokenFile`s. Called by users and by the `bpe-*` comm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
-from typing import Literal
 
 from bytekiln import _core
 from bytekiln._core import Tokenizer
 from bytekiln.errors import ConfigError
-from bytekiln.tokenfile import TokenFile
+
+TYPE_CHECKING = False  # typing's own is true for checkers too, but loading `typing` takes a fifth of the import
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from typing import Literal
+
+    from bytekiln.tokenfile import TokenFile
+
+    Progress = Callable[[str, int, int], object]
+    """Called with the stage, the units done and the units in all."""
+    TieBreak = Literal["lexicographic", "huggingface"]
+    TextPolicy = Literal["error", "replace", "bytes"]
 
 __all__ = ["Tokenizer", "encode_files", "train_bpe", "train_bpe_from_iterator"]
-
-Progress = Callable[[str, int, int], object]
-"""Called with the stage, the units done and the units in all."""
-TieBreak = Literal["lexicographic", "huggingface"]
-TextPolicy = Literal["error", "replace", "bytes"]
 
 
 def train_bpe(
@@ -128,6 +132,8 @@ def encode_files(
     Raises:
         OutputExistsError, FileError, TextError, ConfigError.
     """
+    from bytekiln.tokenfile import TokenFile
+
     paths = [inputs] if isinstance(inputs, str | PathLike) else list(inputs)
     _core.encode_files(
         tokenizer,

@@ -68,11 +68,19 @@ pub struct WordCounts {
     used: usize,
     long: HashMap<Box<[u8]>, u64, FixedState>,
     seed: u64,
+    /// Short words whose slots have been asked for, and how many: (key, index of the slot).
+    waiting: (Box<[(u128, u32); BATCH]>, usize),
 }
 
 impl Default for WordCounts {
     fn default() -> Self {
-        Self { slots: vec![(0, 0); 1 << 12], used: 0, long: HashMap::with_hasher(hash::state()), seed: hash::seed() }
+        Self {
+            slots: vec![(0, 0); 1 << 12],
+            used: 0,
+            long: HashMap::with_hasher(hash::state()),
+            seed: hash::seed(),
+            waiting: (Box::new([(0, 0); BATCH]), 0),
+        }
     }
 }
 
@@ -122,6 +130,73 @@ impl WordCounts {
         }
     }
 
+    /// Counts the words of `text` that end at `ends`; the first of them begins at `start`.
+    ///
+    /// The slots of a batch are asked for before the first of them is looked at: the table is larger than the caches,
+    /// and so the waits overlap.
+    fn add_run(&mut self, text: &[u8], mut start: usize, ends: &[usize]) {
+        for ends in ends.chunks(BATCH) {
+            self.make_room(ends.len());
+            start = self.ask(text, start, ends);
+            let Self { slots, used, waiting, .. } = self;
+            let mask = slots.len() - 1;
+            for &(key, at) in &waiting.0[..waiting.1] {
+                let mut at = at as usize;
+                loop {
+                    let slot = &mut slots[at & mask];
+                    if slot.0 == key {
+                        slot.1 += 1;
+                        break;
+                    }
+                    if slot.0 == 0 {
+                        *slot = (key, 1);
+                        *used += 1;
+                        break;
+                    }
+                    at += 1;
+                }
+            }
+        }
+    }
+
+    /// Packs words and asks for their slots; long words are counted at once. Returns the end of the last one.
+    #[inline]
+    fn ask(&mut self, text: &[u8], mut start: usize, ends: &[usize]) -> usize {
+        let Self { slots, waiting: (waiting, found), seed, .. } = self;
+        let (slots, seed, mask) = (&slots[..], *seed, slots.len() - 1);
+        let mut n = 0;
+        let mut long = Vec::new();
+        for &end in ends {
+            let len = end.wrapping_sub(start);
+            // One load whatever the length, where the text goes on for so long.
+            let key = match text.get(start..).and_then(|rest| rest.first_chunk()) {
+                Some(bytes) if len <= PACKED => u128::from_le_bytes(*bytes) & FIRST[len] | (len as u128) << 120,
+                _ => pack(&text[start..end]).unwrap_or_default(),
+            };
+            if key == 0 {
+                long.push(start..end);
+            } else {
+                let at = (hash_packed(key) ^ seed) as usize & mask;
+                prefetch(slots, at);
+                waiting[n & (BATCH - 1)] = (key, at as u32);
+                n = n.wrapping_add(1);
+            }
+            start = end;
+        }
+        *found = n;
+        for word in long {
+            self.add(&text[word]);
+        }
+        start
+    }
+
+    /// Grows until there is room for so many more short words.
+    fn make_room(&mut self, words: usize) {
+        while (self.used + words) * 8 > self.slots.len() * 5 {
+            self.grow();
+        }
+    }
+
     fn grow(&mut self) {
         let bigger = vec![(0, 0); self.slots.len() * 2];
         let old = std::mem::replace(&mut self.slots, bigger);
@@ -136,7 +211,10 @@ impl WordCounts {
     }
 
     /// Adds the counts of `other`.
-    pub fn merge(&mut self, other: Self) {
+    pub fn merge(&mut self, mut other: Self) {
+        if other.used > self.used {
+            std::mem::swap(self, &mut other);
+        }
         for (key, count) in other.slots.into_iter().filter(|slot| slot.0 != 0) {
             self.add_packed(key, count);
         }
@@ -223,34 +301,8 @@ pub fn count_files(
     })
 }
 
-/// Counts the pre-tokens of one text.
-pub fn count_text(bytes: &[u8], splitter: &Splitter, policy: TextPolicy, counts: &mut WordCounts) -> Result<()> {
-    let Ok(text) = simdutf8::basic::from_utf8(bytes) else {
-        return splitter.split_bytes(bytes, policy, |piece| {
-            if let Piece::Word(word) = piece {
-                counts.add(word);
-            }
-        });
-    };
-    let mut queue = Queue { counts, waiting: [(0, 0); QUEUE], len: 0 };
-    splitter.split(text, |piece| {
-        if let Piece::Word(word) = piece {
-            queue.add(bytes, word);
-        }
-    })?;
-    queue.flush();
-    Ok(())
-}
-
-/// Words that wait for their slots: look-ups in a table that is larger than the caches overlap.
-struct Queue<'c> {
-    counts: &'c mut WordCounts,
-    /// (key, hash)
-    waiting: [(u128, u64); QUEUE],
-    len: usize,
-}
-
-const QUEUE: usize = 32;
+/// Words whose slots are asked for together.
+const BATCH: usize = 256;
 
 /// All bits of the first so many bytes.
 const FIRST: [u128; 16] = {
@@ -263,34 +315,16 @@ const FIRST: [u128; 16] = {
     masks
 };
 
-impl Queue<'_> {
-    /// Counts a word, a part of `text`.
-    #[inline]
-    fn add(&mut self, text: &[u8], word: &[u8]) {
-        if word.len() > PACKED {
-            self.counts.add(word);
-            return;
-        }
-        // One load whatever the length, where the text goes on for so long.
-        let start = word.as_ptr() as usize - text.as_ptr() as usize;
-        let key = match text.get(start..).and_then(|rest| rest.first_chunk()) {
-            Some(bytes) => u128::from_le_bytes(*bytes) & FIRST[word.len()] | (word.len() as u128) << 120,
-            None => pack(word).unwrap_or_default(),
-        };
-        let hash = hash_packed(key) ^ self.counts.seed;
-        prefetch(&self.counts.slots, hash as usize & (self.counts.slots.len() - 1));
-        self.waiting[self.len] = (key, hash);
-        self.len += 1;
-        if self.len == QUEUE {
-            self.flush();
-        }
-    }
-
-    fn flush(&mut self) {
-        for &(key, hash) in &self.waiting[..std::mem::take(&mut self.len)] {
-            self.counts.add_hashed(key, hash, 1);
-        }
-    }
+/// Counts the pre-tokens of one text.
+pub fn count_text(bytes: &[u8], splitter: &Splitter, policy: TextPolicy, counts: &mut WordCounts) -> Result<()> {
+    let Ok(text) = simdutf8::basic::from_utf8(bytes) else {
+        return splitter.split_bytes(bytes, policy, |piece| {
+            if let Piece::Word(word) = piece {
+                counts.add(word);
+            }
+        });
+    };
+    splitter.runs(text, |text, start, ends| counts.add_run(text, start, ends))
 }
 
 #[cfg(test)]

@@ -148,12 +148,13 @@ impl Pattern {
         &self.source
     }
 
-    /// Calls `f` with the end of each pre-token of `text`, ascending; the last end is `text.len()`.
-    fn for_each_end(&self, text: &str, f: impl FnMut(usize)) -> Result<()> {
+    /// Calls `f` with the ends of the pre-tokens of `text`, ascending, many at a time; the last end is `text.len()`.
+    fn for_each_ends(&self, text: &str, mut f: impl FnMut(&[usize])) -> Result<()> {
         if let Some(regex) = &self.regex {
-            return regex_ends(regex, text, f);
+            return regex_ends(regex, text, |end| f(&[end]));
         }
-        gpt2_ends(self.level, text.as_bytes(), f);
+        let (table, bytes) = (classes(), text.as_bytes());
+        scan::ends(self.level, bytes, |at| gpt2_end(table, bytes, at), f);
         Ok(())
     }
 
@@ -285,10 +286,35 @@ impl Splitter {
             return Ok(());
         }
         let mut start = 0;
-        self.pattern.for_each_end(text, |end| {
-            f(Piece::Word(&text.as_bytes()[start..end]));
-            start = end;
+        self.pattern.for_each_ends(text, |ends| {
+            for &end in ends {
+                f(Piece::Word(&text.as_bytes()[start..end]));
+                start = end;
+            }
         })
+    }
+
+    /// The pre-tokens of `text` without its special tokens, many at a time: calls `f` with a stretch of the text, the
+    /// offset in it where the first of them begins, and the offsets where they end.
+    pub(crate) fn runs<'t>(&self, text: &'t str, mut f: impl FnMut(&'t [u8], usize, &[usize])) -> Result<()> {
+        let mut stretch = |text: &'t str| {
+            let mut start = 0;
+            if text.is_empty() {
+                return Ok(());
+            }
+            self.pattern.for_each_ends(text, |ends| {
+                f(text.as_bytes(), start, ends);
+                start = ends.last().copied().unwrap_or(start);
+            })
+        };
+        let mut start = 0;
+        if let Some(matcher) = &self.matcher {
+            for found in matcher.find_iter(text) {
+                stretch(&text[start..found.start()])?;
+                start = found.end();
+            }
+        }
+        stretch(&text[start..])
     }
 
     /// The last place at which a stream may be cut so that both sides split as they would together.
@@ -463,12 +489,6 @@ fn class_before(bytes: &[u8], at: usize) -> u8 {
     tail.chars().next_back().map_or(OTHER, |c| class_of(classes(), u32::from(c)))
 }
 
-/// The GPT-2 pattern by hand, over valid UTF-8: calls `f` with the end of each pre-token.
-fn gpt2_ends(level: Level, b: &[u8], mut f: impl FnMut(usize)) {
-    let table = classes();
-    scan::ends(level, b, |at| gpt2_end(table, b, at), |ends| ends.iter().for_each(|&end| f(end)));
-}
-
 /// End of the pre-token that begins at `at < b.len()`. The alternatives stand in the order of the pattern.
 #[inline]
 fn gpt2_end(table: &[u8], b: &[u8], at: usize) -> usize {
@@ -549,7 +569,7 @@ mod tests {
 
     fn ends(pattern: &Pattern, text: &str) -> Vec<usize> {
         let mut out = vec![];
-        pattern.for_each_end(text, |e| out.push(e)).unwrap();
+        pattern.for_each_ends(text, |ends| out.extend_from_slice(ends)).unwrap();
         out
     }
 
@@ -618,7 +638,8 @@ mod tests {
 
     fn by_blocks(level: Level, text: &str) -> Vec<usize> {
         let mut out = vec![];
-        gpt2_ends(level, text.as_bytes(), |end| out.push(end));
+        let bytes = text.as_bytes();
+        scan::ends(level, bytes, |at| gpt2_end(classes(), bytes, at), |ends| out.extend_from_slice(ends));
         out
     }
 

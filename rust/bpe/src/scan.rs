@@ -42,7 +42,7 @@ trait Lanes: Copy {
 
 /// Ends that are collected before they are handed on: what is done with them is compiled once, in a loop of its own,
 /// and not once a level.
-const MANY: usize = 256;
+const MANY: usize = 192;
 
 /// Calls `f` with the ends of the pre-tokens of `bytes`, in order, many at a time.
 ///
