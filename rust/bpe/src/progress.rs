@@ -1,7 +1,9 @@
 //! What a long job tells its caller while it runs, and how the caller stops it: a few atomics, no callbacks,
 //! so that the core neither prints nor calls back into another language.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
+use std::time::Instant;
 
 use crate::error::{Error, Result};
 
@@ -17,6 +19,8 @@ pub enum Stage {
     Merge,
     /// Encoding files; in bytes of text.
     Encode,
+    /// Laying out the words that are to be merged.
+    Layout,
 }
 
 impl Stage {
@@ -27,6 +31,7 @@ impl Stage {
             Self::Count => "count",
             Self::Merge => "merge",
             Self::Encode => "encode",
+            Self::Layout => "layout",
         }
     }
 }
@@ -38,6 +43,7 @@ pub struct Progress {
     done: AtomicU64,
     total: AtomicU64,
     stop: AtomicBool,
+    began: Mutex<Option<Instant>>,
 }
 
 impl Progress {
@@ -47,6 +53,7 @@ impl Progress {
             1 => Stage::Count,
             2 => Stage::Merge,
             3 => Stage::Encode,
+            4 => Stage::Layout,
             _ => Stage::Idle,
         };
         (stage, self.done.load(Relaxed), self.total.load(Relaxed))
@@ -57,8 +64,16 @@ impl Progress {
         self.stop.store(true, Relaxed);
     }
 
+    /// When the stage began.
+    pub fn began(&self) -> Option<Instant> {
+        self.began.lock().ok().and_then(|began| *began)
+    }
+
     /// Begins a stage.
     pub(crate) fn begin(&self, stage: Stage, total: u64) {
+        if let Ok(mut began) = self.began.lock() {
+            *began = Some(Instant::now());
+        }
         self.done.store(0, Relaxed);
         self.total.store(total, Relaxed);
         self.stage.store(stage as u8, Relaxed);
