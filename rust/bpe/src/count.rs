@@ -66,13 +66,21 @@ pub struct WordCounts {
     /// Open addressing, linear probing, at most five eighths full; key 0 is a free slot.
     slots: Vec<(u128, u64)>,
     used: usize,
+    /// Words counted, for whoever watches.
+    seen: u64,
     long: HashMap<Box<[u8]>, u64, FixedState>,
     seed: u64,
 }
 
 impl Default for WordCounts {
     fn default() -> Self {
-        Self { slots: vec![(0, 0); 1 << 12], used: 0, long: HashMap::with_hasher(hash::state()), seed: hash::seed() }
+        Self {
+            slots: vec![(0, 0); 1 << 12],
+            used: 0,
+            seen: 0,
+            long: HashMap::with_hasher(hash::state()),
+            seed: hash::seed(),
+        }
     }
 }
 
@@ -84,6 +92,7 @@ impl WordCounts {
 
     /// Counts `word` another `count` times.
     pub fn add_many(&mut self, word: &[u8], count: u64) {
+        self.seen += count;
         match pack(word) {
             Some(key) => self.add_packed(key, count),
             None if word.is_empty() => {}
@@ -137,6 +146,7 @@ impl WordCounts {
 
     /// Adds the counts of `other`.
     pub fn merge(&mut self, other: Self) {
+        self.seen += other.seen;
         for (key, count) in other.slots.into_iter().filter(|slot| slot.0 != 0) {
             self.add_packed(key, count);
         }
@@ -202,8 +212,10 @@ pub fn count_files(
         let mut chunk = Chunk::default();
         while reader.next(&mut chunk)? {
             progress.check()?;
+            let before = counts.seen;
             count_text(&chunk.bytes, splitter, policy, &mut counts).map_err(|e| inputs.locate(&chunk, e))?;
             progress.add(chunk.bytes.len() as u64);
+            progress.add_pretokens(counts.seen - before);
         }
         Ok(counts)
     };
@@ -287,6 +299,7 @@ impl Queue<'_> {
     }
 
     fn flush(&mut self) {
+        self.counts.seen += self.len as u64;
         for &(key, hash) in &self.waiting[..std::mem::take(&mut self.len)] {
             self.counts.add_hashed(key, hash, 1);
         }

@@ -37,7 +37,7 @@
 use crate::error::Result;
 use crate::merge::{Cell, Merger};
 use crate::prior::Prior;
-use crate::progress::{Progress, Stage};
+use crate::progress::{MergeShown, Progress, SHOWN_BYTES, Stage};
 use crate::queue::Queue;
 pub use crate::ties::TieBreak;
 use crate::ties::Ties;
@@ -147,6 +147,9 @@ fn run<C: Cell>(words: &Words, wanted: usize, options: &Options, progress: &Prog
         let Some(index) = queue.pop(&ties) else { break };
         let entry = *queue.entry(index);
         tied += u64::from(queue.tied(&ties, entry.count));
+        let shown = |id| ties.bytes_of(id)[..ties.len_of(id).min(SHOWN_BYTES)].to_vec();
+        let (a, b) = entry.pair;
+        progress.show(|| MergeShown { left: shown(a), right: shown(b), count: entry.count });
         let id = ties.join(entry.pair);
         merger.merge(&ties, &mut queue, entry, id, progress)?;
         pairs.push(entry.pair);
