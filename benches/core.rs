@@ -10,7 +10,7 @@ use bytekiln_bpe::count::{WordCounts, count_text};
 use bytekiln_bpe::encode::{Allowed, Encoder};
 use bytekiln_bpe::pretokenize::{Pattern, Piece, Splitter, TextPolicy};
 use bytekiln_bpe::progress::Progress;
-use bytekiln_bpe::train::{TieBreak, train};
+use bytekiln_bpe::train::{Options, TieBreak, train};
 use bytekiln_bpe::vocab::Vocab;
 use bytekiln_bpe::words::Words;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
@@ -69,11 +69,11 @@ fn benches(c: &mut Criterion) {
     group.bench_function("count", |b| b.iter(|| black_box(counted(&text).len())));
     let words = counted(&text);
     group.bench_function("merge to 8k", |b| {
-        b.iter(|| train(&words, 8000, TieBreak::Lexicographic, &Progress::default()).unwrap());
+        b.iter(|| train(&words, &Options::new(8000, TieBreak::Lexicographic), &Progress::default()).unwrap());
     });
     group.finish();
 
-    let merges = train(&words, 8000, TieBreak::Lexicographic, &Progress::default()).unwrap();
+    let merges = train(&words, &Options::new(8000, TieBreak::Lexicographic), &Progress::default()).unwrap();
     let encoder = Encoder::new(Vocab::from_training(merges, &[], "gpt2").unwrap()).unwrap();
     let letters: String = text.chars().filter(char::is_ascii_alphabetic).take(1 << 20).collect();
     let mut group = c.benchmark_group("encode");

@@ -291,7 +291,8 @@ def test_inspect_refuses(command, tokenizer: Path, tmp_path: Path, arguments: li
 
 UNPRIVILEGED = """
 import os, sys
-import bytekiln.cli_bpe, bytekiln.cli, gettext, json, locale, textwrap  # all that is read before the privileges go
+# all that is read before the privileges go:
+import bytekiln.cli_bpe, bytekiln.cli_train, bytekiln.cli, gettext, json, locale, textwrap
 if os.geteuid() == 0:
     os.setgroups([])
     os.setgid(65534)

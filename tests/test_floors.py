@@ -108,6 +108,7 @@ FLOORS = [
     ["train", "report.build", "demo_text", "sampling", "run_flags", "search.picture", "search.runs", "stack.run"],
     [
         "cli_bpe",
+        "cli_train",
         "cli_lm",
         "cli_plan",
         "demo",

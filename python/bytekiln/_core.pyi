@@ -129,29 +129,37 @@ class TokenIterator(Iterator[int]):
 def train_bpe(
     files: Sequence[_StrPath],
     *,
-    vocab_size: int,
-    special_tokens: Sequence[str] = (),
-    pattern: str = "gpt2",
+    vocab_size: int | Sequence[int],
+    special_tokens: Sequence[str] | None = None,
+    pattern: str | None = None,
     tie_break: Literal["lexicographic", "huggingface"] = "lexicographic",
     errors: Literal["error", "replace", "bytes"] = "error",
+    min_frequency: int = 1,
+    max_token_length: int | None = None,
+    extend: Tokenizer | None = None,
     threads: int | None = None,
     chunk_bytes: int | None = None,
     progress: _Progress | None = None,
-) -> tuple[Tokenizer, dict[str, Any]]:
-    """Returns the tokenizer and the statistics of the run:
-    bytes, pretokens, distinct_pretokens, merges, requested_merges (fewer merges than requested: no pair was left),
-    count_s, merge_s, threads, longest_token (bytes)."""
+) -> tuple[list[Tokenizer], dict[str, Any]]:
+    """Returns a tokenizer for each size and the statistics of the run, those of the largest one:
+    bytes, pretokens, distinct_pretokens, kept_pretokens (frequent enough), merges, requested_merges (fewer merges than
+    requested: no pair was left), prior_merges (of `extend`), ties (merges at which the tie rule decided), count_s,
+    layout_s, merge_s, threads, longest_token (bytes), top_merges (left, right, occurrences).
+    A `progress` that has a method `detail` gets `detail(pretokens, None | (left, right, occurrences))` too."""
 
 def train_bpe_from_iterator(
     texts: Iterable[str | bytes],
     *,
-    vocab_size: int,
-    special_tokens: Sequence[str] = (),
-    pattern: str = "gpt2",
+    vocab_size: int | Sequence[int],
+    special_tokens: Sequence[str] | None = None,
+    pattern: str | None = None,
     tie_break: Literal["lexicographic", "huggingface"] = "lexicographic",
     errors: Literal["error", "replace", "bytes"] = "error",
+    min_frequency: int = 1,
+    max_token_length: int | None = None,
+    extend: Tokenizer | None = None,
     progress: _Progress | None = None,
-) -> tuple[Tokenizer, dict[str, Any]]: ...
+) -> tuple[list[Tokenizer], dict[str, Any]]: ...
 def encode_files(
     tokenizer: Tokenizer,
     inputs: Sequence[_StrPath],

@@ -1,6 +1,7 @@
 """What the tokenizer's commands share: kinds of arguments, where a dataset's files lie, outputs that are free.
 
-In: command-line arguments. Out: checked values, or an error that says what to do. Called by `cli_bpe`.
+In: command-line arguments. Out: checked values, or an error that says what to do. Called by `cli_bpe`
+and `cli_train`.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ def share(text: str) -> Fraction:
 PATTERN_HELP = "word pattern of a vocabulary that does not name its own: .tiktoken needs it, vocab.json means gpt2"
 STAGES = {
     "count": "counting words",
+    "layout": "laying out words",
     "merge": "merging pairs",
     "characters": "collecting characters",
     "encode": "encoding",
@@ -109,6 +111,15 @@ class StageProgress:
         self._stack = stack
         self._stage = ""
         self._bar: Progress | None = None
+        self._pretokens = 0
+        self._merge = ""
+
+    def detail(self, pretokens: int, merge: tuple[bytes, bytes, int] | None) -> None:
+        """What training tells besides: words counted so far, and a late merge."""
+        self._pretokens = pretokens
+        if merge:
+            left, right, count = merge
+            self._merge = f"{_shown(left)} + {_shown(right)} × {count:,}"
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show `done` of `total` of `stage`."""
@@ -117,7 +128,18 @@ class StageProgress:
             unit = "merges" if stage == "merge" else "bytes"
             self._bar = self._stack.enter_context(Progress(STAGES.get(stage, stage), total or None, unit))
             self._stage = stage
-        self._bar.update(done)
+        more: dict[str, str] = {}
+        if stage == "count" and self._pretokens:
+            more = {"words": f"{self._pretokens:,}"}
+        elif stage == "merge" and self._merge:
+            more = {"merging": self._merge}
+        self._bar.update(done, **more)
+
+
+def _shown(token: bytes) -> str:
+    """The beginning of a token as it can stand in a line."""
+    text = token.decode("utf-8", "backslashreplace")
+    return "'" + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:16]) + "'"
 
 
 def check_output(out: Path, inputs: Sequence[Path], *, overwrite: bool, flag: str = "--out") -> None:

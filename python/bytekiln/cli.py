@@ -21,7 +21,7 @@ from bytekiln.console import error_console_line, nearest
 from bytekiln.errors import BytekilnError, ConfigError, DivergedError
 
 COMMANDS = {
-    "bpe-train": ("bytekiln.cli_bpe", "train", "train a BPE tokenizer on text files"),
+    "bpe-train": ("bytekiln.cli_train", "train", "train a BPE tokenizer on text files"),
     "bpe-encode": ("bytekiln.cli_bpe", "encode", "turn text files into a token file"),
     "bpe-inspect": ("bytekiln.cli_bpe", "inspect", "measure a tokenizer on a text"),
     "lm-train": ("bytekiln.cli_lm", "train", "train a Transformer language model"),

@@ -1,4 +1,4 @@
-"""The tokenizer's commands: `bpe-train`, `bpe-encode`, `bpe-inspect`.
+"""Two of the tokenizer's commands: `bpe-encode`, `bpe-inspect`; `bpe-train` is in `cli_train`.
 
 In: command-line arguments. Out: files, a short summary on stdout, an exit status. Called by `cli`, which
 turns every error into one line. Nothing here imports torch.
@@ -7,8 +7,6 @@ turns every error into one line. Nothing here imports torch.
 from __future__ import annotations
 
 import json
-import resource
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -30,143 +28,12 @@ from bytekiln.bpe_flags import (
     text,
 )
 from bytekiln.characters import AnyTokenizer, CharTokenizer, load_any
-from bytekiln.console import Parser, human_bytes, human_time, notice, table
-from bytekiln.inspection import measure, show_token
+from bytekiln.console import Parser, human_bytes, human_time, table
+from bytekiln.inspection import measure
 from bytekiln.tokenizer import Tokenizer
 
-EOT = "<|endoftext|>"
-VOCAB_SIZES = {"tinystories": 10_000, "owt": 32_000}
-"""The vocabularies that `--dataset` trains when `--vocab-size` does not say otherwise."""
 SHORT_BYTES = 1_000_000
 """Below this the speed is mostly that of starting up."""
-
-
-def train(argv: Sequence[str]) -> int:
-    """`bpe-train`."""
-    parser = Parser(
-        "bpe-train",
-        usage='bpe-train INPUT… --vocab-size N [--special-token "<|endoftext|>"] --out tokenizer.json [flags]',
-        description="Train a byte-level BPE tokenizer on text files and write it as a Hugging Face tokenizer.json.",
-        examples=[
-            'bpe-train corpus.txt --vocab-size 4096 --special-token "<|endoftext|>" --out tokenizer.json',
-            "bpe-train a.txt b.txt --vocab-size 32k --pattern cl100k --out tokenizer.json --overwrite --json",
-            "bpe-train --dataset owt        # data/owt_train.txt, 32,000 tokens",
-        ],
-    )
-    add = parser.add_argument
-    add("inputs", nargs="*", type=Path, metavar="INPUT", help="UTF-8 text files; no word crosses a file's border")
-    add("--vocab-size", type=size, metavar="N", help="tokens in all: 256 bytes + merges + special tokens; 32k is fine")
-    add(
-        "--special-token",
-        "--special-tokens",
-        action="append",
-        type=text,
-        default=[],
-        metavar="T",
-        help="a hard boundary in the text that becomes one token; repeat for several",
-    )
-    add("--out", "--output-path", type=Path, metavar="F", help="the tokenizer.json to write")
-    add(
-        "--pattern",
-        type=text,
-        default="gpt2",
-        metavar="P",
-        help="gpt2 (default), cl100k, o200k, or a regular expression",
-    )
-    add(
-        "--tie-break",
-        choices=("lexicographic", "huggingface"),
-        default="lexicographic",
-        help="which of equally frequent pairs merges first: the greatest pair of byte strings (default), or as "
-        "Hugging Face's trainer does",
-    )
-    add_text_flags(parser)
-    add("--dataset", metavar="X", help="train on data/X_train.txt into data/processed/X_tokenizer.json")
-    add("--overwrite", action="store_true", help="replace an existing output")
-    add("--json", action="store_true", help="print the statistics as one JSON object")
-    args = parser.parse_intermixed_args(argv)
-
-    if not argv:
-        args.dataset = "tinystories"
-        notice("bpe-train: nothing given; same as: bpe-train --dataset tinystories")
-    if args.dataset:
-        dataset = Dataset(args.dataset)
-        args.inputs = args.inputs or [dataset.require(dataset.text("train"))]
-        args.vocab_size = args.vocab_size or VOCAB_SIZES.get(dataset.name)
-        args.special_token = args.special_token or [EOT]
-        args.out = args.out or in_processed(dataset.tokenizer)
-    if not args.inputs:
-        parser.error("no input; expected one text file or more, or --dataset X")
-    if args.vocab_size is None:
-        parser.error("--vocab-size is missing; expected 257 or more, such as --vocab-size 4096")
-    if args.out is None:
-        parser.error("--out is missing; expected the file to write, such as --out tokenizer.json")
-    check_output(args.out, args.inputs, overwrite=args.overwrite)
-
-    start = time.perf_counter()
-    with ExitStack() as bars:
-        tokenizer, stats = _core.train_bpe(
-            args.inputs,
-            vocab_size=args.vocab_size,
-            special_tokens=args.special_token,
-            pattern=args.pattern,
-            tie_break=args.tie_break,
-            errors=args.errors,
-            threads=args.threads,
-            progress=StageProgress(bars),
-        )
-    tokenizer.save(args.out, overwrite=args.overwrite)
-    seconds = time.perf_counter() - start
-    if stats["merges"] < stats["requested_merges"]:
-        notice(
-            f"bpe-train: stopped at {tokenizer.n_vocab} tokens: no pair of tokens is left to merge "
-            f"({args.vocab_size} were asked for)"
-        )
-    if args.json:
-        print(json.dumps(_training_json(args.out, tokenizer, stats, seconds)))
-    else:
-        print(_training_summary(args.out, tokenizer, stats, seconds))
-    return 0
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that this process has held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _training_json(out: Path, tokenizer: Tokenizer, stats: dict[str, Any], seconds: float) -> dict[str, Any]:
-    return {
-        "tokenizer": str(out),
-        "hash": tokenizer.hash,
-        "vocab_size": tokenizer.n_vocab,
-        "merges": stats["merges"],
-        "requested_merges": stats["requested_merges"],
-        "bytes": stats["bytes"],
-        "pretokens": stats["pretokens"],
-        "distinct_pretokens": stats["distinct_pretokens"],
-        "longest_token": stats["longest_token"].decode("utf-8", "backslashreplace"),
-        "count_s": stats["count_s"],
-        "merge_s": stats["merge_s"],
-        "seconds": seconds,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "threads": stats["threads"],
-    }
-
-
-def _training_summary(out: Path, tokenizer: Tokenizer, stats: dict[str, Any], seconds: float) -> str:
-    specials = ", ".join(tokenizer.special_tokens) or "none"
-    rows = [
-        ("tokens", f"{tokenizer.n_vocab:,} = 256 bytes + {stats['merges']:,} merges + special: {specials}"),
-        (
-            "text",
-            f"{human_bytes(stats['bytes'])}, {stats['pretokens']:,} words, {stats['distinct_pretokens']:,} distinct",
-        ),
-        ("time", f"{human_time(seconds)} (count {human_time(stats['count_s'])}, merge {human_time(stats['merge_s'])})"),
-        ("peak memory", human_bytes(peak_memory_bytes())),
-        ("longest token", show_token(stats["longest_token"])),
-    ]
-    return f"wrote {out}\n{table(rows)}"
 
 
 def encode(argv: Sequence[str]) -> int:

@@ -20,14 +20,19 @@ MEASURE_S = 0.5
 """`bpe-inspect` repeats a short text until it has measured this long (five times at most)."""
 
 
-def show_token(token: bytes) -> str:
-    r"""A token on one line, quoted.
+SHOWN = 60
+"""Bytes of a token that are shown of a longer one."""
 
-    >>> print(show_token(b" accomplishment"), show_token(b"\xff"), show_token(b"\n"))
-    ' accomplishment' '\xff' '\n'
+
+def show_token(token: bytes) -> str:
+    r"""A token on one line, quoted, cut where it is long.
+
+    >>> print(show_token(b" accomplishment"), show_token(b"\xff"), show_token(b"\n"), show_token(b"a" * 61)[-12:])
+    ' accomplishment' '\xff' '\n' …' (61 bytes)
     """
-    text = token.decode("utf-8", "surrogateescape")
-    return "'" + "".join(c if c.isprintable() else _escaped(c) for c in text) + "'"
+    text = token[:SHOWN].decode("utf-8", "surrogateescape")
+    shown = "".join(c if c.isprintable() else _escaped(c) for c in text)
+    return f"'{shown}'" if len(token) <= SHOWN else f"'{shown}…' ({len(token):,} bytes)"
 
 
 def _escaped(char: str) -> str:

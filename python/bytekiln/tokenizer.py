@@ -15,7 +15,7 @@ from bytekiln.errors import ConfigError
 TYPE_CHECKING = False  # typing's own is true for checkers too, but loading `typing` takes a fifth of the import
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from typing import Literal
+    from typing import Literal, overload
 
     from bytekiln.tokenfile import TokenFile
 
@@ -24,81 +24,170 @@ if TYPE_CHECKING:
     TieBreak = Literal["lexicographic", "huggingface"]
     TextPolicy = Literal["error", "replace", "bytes"]
 
+else:
+
+    def overload(function: object) -> object:
+        """What `typing.overload` is to checkers."""
+        return function
+
+
 __all__ = ["Tokenizer", "encode_files", "train_bpe", "train_bpe_from_iterator"]
 
 
+@overload
 def train_bpe(
     files: str | PathLike[str] | Sequence[str | PathLike[str]],
     *,
     vocab_size: int,
-    special_tokens: Sequence[str] = (),
-    pattern: str = "gpt2",
+    special_tokens: Sequence[str] | None = None,
+    pattern: str | None = None,
     tie_break: TieBreak = "lexicographic",
     errors: TextPolicy = "error",
+    min_frequency: int = 1,
+    max_token_length: int | None = None,
+    extend: Tokenizer | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
-) -> Tokenizer:
+) -> Tokenizer: ...
+@overload
+def train_bpe(
+    files: str | PathLike[str] | Sequence[str | PathLike[str]],
+    *,
+    vocab_size: Sequence[int],
+    special_tokens: Sequence[str] | None = None,
+    pattern: str | None = None,
+    tie_break: TieBreak = "lexicographic",
+    errors: TextPolicy = "error",
+    min_frequency: int = 1,
+    max_token_length: int | None = None,
+    extend: Tokenizer | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> list[Tokenizer]: ...
+def train_bpe(
+    files: str | PathLike[str] | Sequence[str | PathLike[str]],
+    *,
+    vocab_size: int | Sequence[int],
+    special_tokens: Sequence[str] | None = None,
+    pattern: str | None = None,
+    tie_break: TieBreak = "lexicographic",
+    errors: TextPolicy = "error",
+    min_frequency: int = 1,
+    max_token_length: int | None = None,
+    extend: Tokenizer | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Tokenizer | list[Tokenizer]:
     """Train a byte-level BPE tokenizer (Sennrich et al. 2016) on text files.
 
     Args:
         files: one path or several; each is a separate text, no pre-token crosses a file border.
-        vocab_size: tokens in all: 256 bytes + merges + special tokens. Fewer come out where no pair is left.
-        special_tokens: hard boundaries in the text, never part of a merge; they get the highest ids.
-        pattern: `gpt2`, `cl100k`, `o200k`, or a regular expression of the fancy-regex dialect; text that it
+        vocab_size: tokens in all: 256 bytes + merges + special tokens. Fewer come out where no pair is left. Several
+            sizes give a list of tokenizers for the work of the largest: their merges are beginnings of the same list.
+        special_tokens: hard boundaries in the text, never part of a merge; they get the highest ids. Default: none,
+            or those of `extend`.
+        pattern: `gpt2` (default), `cl100k`, `o200k`, or a regular expression of the fancy-regex dialect; text that it
             does not match becomes pre-tokens of its own, so that nothing is lost.
         tie_break: which of the equally frequent pairs merges first: `lexicographic` takes the greatest pair of
             byte strings, `huggingface` the smallest pair of ids as Hugging Face's trainer numbers them.
         errors: what to do with invalid UTF-8: `error` (names file and byte offset), `replace` (U+FFFD),
             `bytes` (keep the bytes; pre-token borders fall as if each were U+FFFD).
+        min_frequency: pre-tokens that occur less often are left out, and of the rest no pair is merged that occurs
+            less often.
+        max_token_length: in bytes; a pair whose token would be longer is never merged.
+        extend: a tokenizer to go on from: its merges are done first and its tokens keep their ids, special ones too;
+            new tokens follow. Special tokens and pattern are its own, others are refused. On the text that it was
+            trained on, the merges are those of training at once.
         threads: default: one a core. The result never depends on it.
         progress: called as `progress(stage, done, total)` up to fifty times a second.
 
     Raises:
         FileError: a file is missing, unreadable, empty or a directory.
         TextError: invalid UTF-8 under `errors="error"`.
-        ConfigError: vocabulary too small, empty or duplicate special token, unknown pattern.
+        ConfigError: vocabulary too small, empty or duplicate special token, unknown pattern; `extend` with merges that
+            training could not have found (one that makes a token again, or a token that is never reached).
     """
     paths = [files] if isinstance(files, str | PathLike) else list(files)
-    return _core.train_bpe(
+    tokenizers, _ = _core.train_bpe(
         paths,
         vocab_size=vocab_size,
         special_tokens=special_tokens,
         pattern=pattern,
         tie_break=tie_break,
         errors=errors,
+        min_frequency=min_frequency,
+        max_token_length=max_token_length,
+        extend=extend,
         threads=threads,
         progress=progress,
-    )[0]
+    )
+    return tokenizers[0] if isinstance(vocab_size, int) else tokenizers
 
 
+@overload
 def train_bpe_from_iterator(
     texts: Iterable[str | bytes],
     *,
     vocab_size: int,
-    special_tokens: Sequence[str] = (),
-    pattern: str = "gpt2",
+    special_tokens: Sequence[str] | None = None,
+    pattern: str | None = None,
     tie_break: TieBreak = "lexicographic",
     errors: TextPolicy = "error",
+    min_frequency: int = 1,
+    max_token_length: int | None = None,
+    extend: Tokenizer | None = None,
     progress: Progress | None = None,
-) -> Tokenizer:
+) -> Tokenizer: ...
+@overload
+def train_bpe_from_iterator(
+    texts: Iterable[str | bytes],
+    *,
+    vocab_size: Sequence[int],
+    special_tokens: Sequence[str] | None = None,
+    pattern: str | None = None,
+    tie_break: TieBreak = "lexicographic",
+    errors: TextPolicy = "error",
+    min_frequency: int = 1,
+    max_token_length: int | None = None,
+    extend: Tokenizer | None = None,
+    progress: Progress | None = None,
+) -> list[Tokenizer]: ...
+def train_bpe_from_iterator(
+    texts: Iterable[str | bytes],
+    *,
+    vocab_size: int | Sequence[int],
+    special_tokens: Sequence[str] | None = None,
+    pattern: str | None = None,
+    tie_break: TieBreak = "lexicographic",
+    errors: TextPolicy = "error",
+    min_frequency: int = 1,
+    max_token_length: int | None = None,
+    extend: Tokenizer | None = None,
+    progress: Progress | None = None,
+) -> Tokenizer | list[Tokenizer]:
     """Train on documents from an iterator; arguments and errors as in `train_bpe`.
 
-    Each item is one document: no pre-token crosses from one to the next.
+    Each item is one document: no pre-token crosses from one to the next. Without any text the tokenizer has the bytes
+    and the special tokens only.
 
     >>> train_bpe_from_iterator(["aaab", "aab"], vocab_size=257).merges
     [(b'a', b'a')]
     """
     if isinstance(texts, str | bytes):
         raise ConfigError("texts: found one text; expected an iterable of texts, such as [text]")
-    return _core.train_bpe_from_iterator(
+    tokenizers, _ = _core.train_bpe_from_iterator(
         texts,
         vocab_size=vocab_size,
         special_tokens=special_tokens,
         pattern=pattern,
         tie_break=tie_break,
         errors=errors,
+        min_frequency=min_frequency,
+        max_token_length=max_token_length,
+        extend=extend,
         progress=progress,
-    )[0]
+    )
+    return tokenizers[0] if isinstance(vocab_size, int) else tokenizers
 
 
 def encode_files(

@@ -11,8 +11,9 @@ use bytekiln_bpe::encode::{Allowed, Encoder};
 use bytekiln_bpe::input::Inputs;
 use bytekiln_bpe::naive;
 use bytekiln_bpe::pretokenize::{Pattern, Piece, Splitter, TextPolicy};
+use bytekiln_bpe::prior::Prior;
 use bytekiln_bpe::progress::Progress;
-use bytekiln_bpe::train::{TieBreak, train};
+use bytekiln_bpe::train::{Options, TieBreak, train};
 use bytekiln_bpe::vocab::{Merge, Vocab};
 use proptest::prelude::*;
 
@@ -84,13 +85,49 @@ proptest! {
     #[test]
     fn trainer_equals_the_specification(words in words(), wanted in 0usize..120, hf in any::<bool>()) {
         let rule = if hf { TieBreak::HuggingFace } else { TieBreak::Lexicographic };
-        let fast = train(&words.iter().cloned().collect(), wanted, rule, &Progress::default()).unwrap();
-        prop_assert_eq!(&fast, &naive::train(&words, wanted, rule));
+        let fast = train(&words.iter().cloned().collect(), &Options::new(wanted, rule), &Progress::default()).unwrap();
+        prop_assert_eq!(&fast, &naive::train(&words, &Options::new(wanted, rule)));
         // The specification would give a second way to the same bytes the same token; there never is one.
         prop_assert_eq!(fast.tokens.len(), 256 + fast.pairs.len());
         // The order in which words arrive is no part of the question.
         let reversed: Vec<_> = words.into_iter().rev().collect();
-        prop_assert_eq!(&fast, &train(&reversed.iter().cloned().collect(), wanted, rule, &Progress::default()).unwrap());
+        prop_assert_eq!(&fast, &train(&reversed.iter().cloned().collect(), &Options::new(wanted, rule), &Progress::default()).unwrap());
+    }
+
+    #[test]
+    fn trainer_with_options_equals_the_specification(
+        words in words(), other in words(), wanted in 0usize..120, hf in any::<bool>(),
+        min_frequency in 1u64..25, max_token_length in prop_oneof![1usize..8, Just(usize::MAX)], known in 0usize..40,
+    ) {
+        let rule = if hf { TieBreak::HuggingFace } else { TieBreak::Lexicographic };
+        // A tokenizer of other text: many of its pairs do not occur here, others in another order.
+        let prior = Prior::new(naive::train(&other, &Options::new(known, rule)).pairs).unwrap();
+        let options = Options { min_frequency, max_token_length, prior, ..Options::new(known + wanted, rule) };
+        let fast = train(&words.iter().cloned().collect(), &options, &Progress::default()).unwrap();
+        prop_assert_eq!(&fast, &naive::train(&words, &options));
+        prop_assert_eq!(fast.tokens.len(), 256 + fast.pairs.len());
+        // Rare words are those that are left out.
+        let frequent: Vec<_> = words.into_iter().filter(|word| word.1 >= min_frequency).collect();
+        prop_assert_eq!(&fast, &train(&frequent.iter().cloned().collect(), &options, &Progress::default()).unwrap());
+        prop_assert!(fast.counts.iter().all(|&count| count >= min_frequency));
+        let news = &fast.tokens[256 + options.prior.pairs().len()..];
+        prop_assert!(news.iter().all(|token| token.len() <= max_token_length));
+    }
+
+    #[test]
+    fn training_goes_on_where_it_stopped(words in words(), first in 0usize..60, more in 0usize..60, hf in any::<bool>()) {
+        let rule = if hf { TieBreak::HuggingFace } else { TieBreak::Lexicographic };
+        let words = words.into_iter().collect();
+        let at_once = train(&words, &Options::new(first + more, rule), &Progress::default()).unwrap();
+        let begun = train(&words, &Options::new(first, rule), &Progress::default()).unwrap();
+        // A smaller vocabulary is the beginning of a larger one.
+        let smaller = at_once.first(first);
+        prop_assert_eq!((&smaller.pairs, &smaller.tokens, &smaller.counts), (&begun.pairs, &begun.tokens, &begun.counts));
+        let options = Options { prior: Prior::new(begun.pairs).unwrap(), ..Options::new(first + more, rule) };
+        let went_on = train(&words, &options, &Progress::default()).unwrap();
+        prop_assert_eq!((went_on.pairs, went_on.tokens), (at_once.pairs, at_once.tokens));
+        prop_assert_eq!(begun.ties + went_on.ties, at_once.ties);
+        prop_assert_eq!([begun.counts, went_on.counts].concat(), at_once.counts);
     }
 
     #[test]
@@ -139,14 +176,42 @@ proptest! {
 #[test]
 fn more_merges_than_there_can_be_need_no_room() {
     let words = [(b"abab".to_vec(), 2), (b"abc".to_vec(), 1)];
-    let (all, asked) = (naive::train(&words, 99, TieBreak::Lexicographic), usize::MAX);
-    assert_eq!(train(&words.into_iter().collect(), asked, TieBreak::Lexicographic, &Progress::default()).unwrap(), all);
+    let (all, asked) = (naive::train(&words, &Options::new(99, TieBreak::Lexicographic)), usize::MAX);
+    assert_eq!(
+        train(&words.into_iter().collect(), &Options::new(asked, TieBreak::Lexicographic), &Progress::default())
+            .unwrap(),
+        all
+    );
+}
+
+/// Counts above the queue's buckets, where ties are met in a heap; long words, which go another way into tokens.
+#[test]
+fn great_counts_and_long_words_equal_the_specification() {
+    let scale = 1 << 40;
+    let mut words = vec![("ab".repeat(300).into_bytes(), 5 * scale), (b"a".repeat(700), scale), (b"cdcd".to_vec(), 1)];
+    for (n, word) in ["abc", "bca", "cab", "cba", "dd", "ddd"].iter().enumerate() {
+        words.push((word.bytes().collect(), (n as u64 % 3) * scale + 1));
+    }
+    for rule in [TieBreak::Lexicographic, TieBreak::HuggingFace] {
+        let begun = naive::train(&words, &Options::new(7, rule)).pairs;
+        for options in [
+            Options::new(40, rule),
+            Options { prior: Prior::new(begun).unwrap(), ..Options::new(40, rule) },
+            Options { min_frequency: scale, max_token_length: 20, ..Options::new(40, rule) },
+        ] {
+            let fast = train(&words.iter().cloned().collect(), &options, &Progress::default()).unwrap();
+            assert!(fast.ties > 0);
+            assert_eq!(fast, naive::train(&words, &options));
+        }
+    }
 }
 
 #[test]
 fn counts_beyond_32_bits_are_exact() {
     let words = [(b"ab".to_vec(), u64::from(u32::MAX) * 5), (b"cd".to_vec(), u64::from(u32::MAX) * 5 + 1)];
-    let merges = train(&words.iter().cloned().collect(), 2, TieBreak::Lexicographic, &Progress::default()).unwrap();
+    let merges =
+        train(&words.iter().cloned().collect(), &Options::new(2, TieBreak::Lexicographic), &Progress::default())
+            .unwrap();
     assert_eq!(merges.pairs, [(99, 100), (97, 98)]);
 }
 
@@ -154,7 +219,8 @@ fn counts_beyond_32_bits_are_exact() {
 fn a_stopped_job_says_interrupted() {
     let progress = Progress::default();
     progress.stop();
-    let result = train(&[(b"abab".to_vec(), 1)].into_iter().collect(), 3, TieBreak::Lexicographic, &progress);
+    let result =
+        train(&[(b"abab".to_vec(), 1)].into_iter().collect(), &Options::new(3, TieBreak::Lexicographic), &progress);
     assert!(matches!(result, Err(bytekiln_bpe::Error::Interrupted)));
 }
 
@@ -163,7 +229,9 @@ fn a_megabyte_without_spaces_is_encoded_as_its_halves_joined_by_the_specificatio
     // The heap path on a long piece against the scanning path on the same letters cut at a border that no
     // merge can cross.
     let words = [(b"abcabcab".to_vec(), 9), (b"bca".to_vec(), 7), (b"aab".to_vec(), 3)];
-    let merges = train(&words.iter().cloned().collect(), 9, TieBreak::Lexicographic, &Progress::default()).unwrap();
+    let merges =
+        train(&words.iter().cloned().collect(), &Options::new(9, TieBreak::Lexicographic), &Progress::default())
+            .unwrap();
     let encoder = Encoder::new(Vocab::from_training(merges, &[], r"[a-z]+").unwrap()).unwrap();
     let unit = "abcaabcabbzz";
     let (mut one, mut many) = (vec![], vec![]);

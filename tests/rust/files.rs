@@ -13,7 +13,7 @@ use bytekiln_bpe::formats::{self, Format};
 use bytekiln_bpe::input::Inputs;
 use bytekiln_bpe::pretokenize::TextPolicy;
 use bytekiln_bpe::progress::Progress;
-use bytekiln_bpe::train::{TieBreak, train};
+use bytekiln_bpe::train::{Options, TieBreak, train};
 use bytekiln_bpe::vocab::Vocab;
 use proptest::prelude::*;
 
@@ -22,7 +22,9 @@ const EOT: &str = "<|endoftext|>";
 fn encoder(pattern: &str) -> Encoder {
     let words = [("the", 9), (" the", 12), (" then", 7), ("ab", 5), (" don", 3), ("'t", 3), ("aaaa", 2)];
     let words = words.map(|(word, count)| (word.as_bytes().to_vec(), count));
-    let merges = train(&words.iter().cloned().collect(), 20, TieBreak::Lexicographic, &Progress::default()).unwrap();
+    let merges =
+        train(&words.iter().cloned().collect(), &Options::new(20, TieBreak::Lexicographic), &Progress::default())
+            .unwrap();
     Encoder::new(Vocab::from_training(merges, &[EOT.into()], pattern).unwrap()).unwrap()
 }
 
@@ -177,9 +179,13 @@ fn every_format_brings_the_vocabulary_back() {
 #[test]
 fn a_tokenizer_json_is_written_as_serde_json_would() {
     let every = (0..=255u8).map(|b| (vec![b, b'"', b, b'\\'], 9)).collect();
-    let merges = train(&every, 700, TieBreak::Lexicographic, &Progress::default()).unwrap();
-    let none =
-        train(&[(b"a".to_vec(), 1)].into_iter().collect(), 9, TieBreak::Lexicographic, &Progress::default()).unwrap();
+    let merges = train(&every, &Options::new(700, TieBreak::Lexicographic), &Progress::default()).unwrap();
+    let none = train(
+        &[(b"a".to_vec(), 1)].into_iter().collect(),
+        &Options::new(9, TieBreak::Lexicographic),
+        &Progress::default(),
+    )
+    .unwrap();
     let tricky = ["\"vocab\": {}".into(), "\"merges\": []".into()];
     for vocab in [
         Vocab::from_training(merges, &tricky, "gpt2").unwrap(),

@@ -8,7 +8,7 @@ use bytekiln_bpe::count::{WordCounts, count_text};
 use bytekiln_bpe::naive;
 use bytekiln_bpe::pretokenize::{Pattern, Piece, Splitter, TextPolicy};
 use bytekiln_bpe::progress::Progress;
-use bytekiln_bpe::train::{TieBreak, train};
+use bytekiln_bpe::train::{Options, TieBreak, train};
 use bytekiln_bpe::vocab::room_for_merges;
 use serde::Deserialize;
 
@@ -51,8 +51,8 @@ fn merges() {
         let wanted = room_for_merges(case.vocab_size, &case.special_tokens).unwrap();
         let rule = TieBreak::from_name(&case.tie_break).unwrap();
         let words = counts.into_sorted();
-        let fast = train(&words.iter().cloned().collect(), wanted, rule, &Progress::default()).unwrap();
-        assert_eq!(fast, naive::train(&words, wanted, rule), "{}", case.name);
+        let fast = train(&words.iter().cloned().collect(), &Options::new(wanted, rule), &Progress::default()).unwrap();
+        assert_eq!(fast, naive::train(&words, &Options::new(wanted, rule)), "{}", case.name);
         let text = |id: u32| String::from_utf8(fast.tokens[id as usize].clone()).unwrap();
         let merges: Vec<_> = fast.pairs.iter().map(|&(a, b)| (text(a), text(b))).collect();
         assert_eq!(merges, case.merges, "{}", case.name);

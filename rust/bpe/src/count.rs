@@ -66,6 +66,8 @@ pub struct WordCounts {
     /// Open addressing, linear probing, at most five eighths full; key 0 is a free slot.
     slots: Vec<(u128, u64)>,
     used: usize,
+    /// Words counted, for whoever watches.
+    seen: u64,
     long: HashMap<Box<[u8]>, u64, FixedState>,
     seed: u64,
     /// Short words whose slots have been asked for, and how many: (key, index of the slot).
@@ -77,6 +79,7 @@ impl Default for WordCounts {
         Self {
             slots: vec![(0, 0); 1 << 12],
             used: 0,
+            seen: 0,
             long: HashMap::with_hasher(hash::state()),
             seed: hash::seed(),
             waiting: (Box::new([(0, 0); BATCH]), 0),
@@ -92,6 +95,7 @@ impl WordCounts {
 
     /// Counts `word` another `count` times.
     pub fn add_many(&mut self, word: &[u8], count: u64) {
+        self.seen += count;
         match pack(word) {
             Some(key) => self.add_packed(key, count),
             None if word.is_empty() => {}
@@ -138,6 +142,7 @@ impl WordCounts {
         for ends in ends.chunks(BATCH) {
             self.make_room(ends.len());
             start = self.ask(text, start, ends);
+            self.seen += self.waiting.1 as u64;
             let Self { slots, used, waiting, .. } = self;
             let mask = slots.len() - 1;
             for &(key, at) in &waiting.0[..waiting.1] {
@@ -215,6 +220,7 @@ impl WordCounts {
         if other.used > self.used {
             std::mem::swap(self, &mut other);
         }
+        self.seen += other.seen;
         for (key, count) in other.slots.into_iter().filter(|slot| slot.0 != 0) {
             self.add_packed(key, count);
         }
@@ -280,8 +286,10 @@ pub fn count_files(
         let mut chunk = Chunk::default();
         while reader.next(&mut chunk)? {
             progress.check()?;
+            let before = counts.seen;
             count_text(&chunk.bytes, splitter, policy, &mut counts).map_err(|e| inputs.locate(&chunk, e))?;
             progress.add(chunk.bytes.len() as u64);
+            progress.add_pretokens(counts.seen - before);
         }
         Ok(counts)
     };

@@ -1,8 +1,8 @@
 //! Byte-level BPE: training, encoding and tokenizing of datasets, exact whatever the number of threads, the
 //! chunk sizes and the splits of the input.
 //!
-//! Floors: `error` < `scan` < `pretokenize` < `input` < `words` < `count` < `ties` < `queue` < `merge` < `train` <
-//! `vocab` < `encode` < `corpus`; `atomic` < `tokens` < `corpus`; `trainer` joins `count`, `train` and `vocab`;
+//! Floors: `error` < `scan` < `pretokenize` < `input` < `words` < `count` < `ties` < `prior` < `queue` < `merge` <
+//! `train` < `vocab` < `encode` < `corpus`; `atomic` < `tokens` < `corpus`; `extend` joins `prior` and `vocab`, `trainer` all of training;
 //! `formats` reads and writes a `vocab`; `naive` is the specification that tests hold all of it to.
 
 pub mod atomic;
@@ -10,12 +10,14 @@ pub mod corpus;
 pub mod count;
 pub mod encode;
 pub mod error;
+pub mod extend;
 pub mod formats;
 mod hash;
 pub mod input;
 mod merge;
 pub mod naive;
 pub mod pretokenize;
+pub mod prior;
 pub mod progress;
 mod queue;
 mod scan;

@@ -13,7 +13,8 @@ use crate::progress::Progress;
 use crate::queue::{Entry, Queue};
 use crate::ties::Ties;
 use crate::train::{Pair, TokenId};
-use crate::words::Words;
+
+mod layout;
 
 /// A cell of the arena: as wide as the largest id asks for.
 pub(crate) trait Cell: Copy + Eq {
@@ -100,79 +101,6 @@ pub(crate) struct Merger<C> {
 }
 
 impl<C: Cell> Merger<C> {
-    /// Lays out the words and enters their pairs of bytes into `queue`.
-    ///
-    /// # Errors
-    /// More than 4 GiB of words; a pair that occurs 2⁶⁴ times or more; [`Error::Interrupted`].
-    pub(crate) fn new(
-        words: &Words,
-        vocab_size: usize,
-        ties: &Ties,
-        queue: &mut Queue,
-        progress: &Progress,
-    ) -> Result<Self> {
-        let size = 1 + words.bytes() + words.len();
-        if size >= NOWHERE as usize {
-            let what = format!("training: found {size} bytes of distinct pre-tokens; expected fewer than 4 GiB");
-            return Err(Error::Config(what));
-        }
-        let mut cells = Vec::with_capacity(size + 1);
-        let mut heavy = Vec::new();
-        let mut pairs = vec![(0u64, 0u32); 1 << 16]; // (count, edges) of each pair of bytes
-        let number = |pair: &[u8]| usize::from(pair[0]) << 8 | usize::from(pair[1]);
-        cells.push(C::DEAD);
-        for (n, (word, count)) in words.iter().enumerate() {
-            if n % 4096 == 0 {
-                progress.check()?;
-            }
-            if count >= NOWHERE.into() {
-                heavy.push((cells.len() as u32, count));
-            }
-            cells.extend(word.iter().map(|&byte| C::of(byte.into())));
-            cells.push(C::DEAD);
-            for pair in word.windows(2) {
-                let (sum, edges) = &mut pairs[number(pair)];
-                *sum = sum.checked_add(count).ok_or_else(|| {
-                    Error::Config("training: found a pair that occurs 2^64 times or more; expected fewer".into())
-                })?;
-                *edges += 1;
-            }
-        }
-        let (mut from, least) = (0, queue.least());
-        let mut to = vec![NOWHERE; 1 << 16];
-        for (n, &(count, edges)) in pairs.iter().enumerate().filter(|(_, p)| p.1 > 0 && p.0 >= least) {
-            queue.insert(ties, (n as TokenId >> 8, n as TokenId & 255), count, from, edges);
-            to[n] = from;
-            from += edges;
-        }
-        let mut postings = vec![Posting { at: 0, count: 0 }; from as usize];
-        let mut at = 1;
-        for (word, count) in words.iter() {
-            let count = u32::try_from(count).unwrap_or(u32::MAX);
-            for pair in word.windows(2) {
-                let to = &mut to[number(pair)];
-                if *to != NOWHERE {
-                    postings[*to as usize] = Posting { at, count };
-                    *to += 1;
-                }
-                at += 1;
-            }
-            at += 1 + u32::from(!word.is_empty());
-        }
-        let neighbours = vec![Neighbour::default(); vocab_size + 1];
-        Ok(Self {
-            cells,
-            postings,
-            heavy,
-            live: Vec::new(),
-            occurrences: Vec::new(),
-            left: neighbours.clone(),
-            right: neighbours,
-            lefts: Vec::new(),
-            rights: Vec::new(),
-        })
-    }
-
     fn count_of(&self, posting: Posting) -> u64 {
         if posting.count < u32::MAX {
             return posting.count.into();
@@ -279,7 +207,7 @@ impl<C: Cell> Merger<C> {
             if left != id && (left, a) != pair {
                 queue.lose((left, a), sum.count);
             }
-            if sum.count >= queue.least() {
+            if queue.wants(ties, (left, id), sum.count) {
                 sum.to = place(end)?;
                 queue.insert(ties, (left, id), sum.count, sum.to, sum.edges);
                 end += sum.edges as usize;
@@ -295,7 +223,7 @@ impl<C: Cell> Merger<C> {
                 queue.lose((b, right), sum.count);
             }
             let count = if right == a { sum.count - behind } else { sum.count };
-            if count >= queue.least() {
+            if queue.wants(ties, (id, right), count) {
                 sum.to = place(end)?;
                 queue.insert(ties, (id, right), count, sum.to, sum.edges);
                 end += sum.edges as usize;

@@ -3,35 +3,20 @@
 
 use std::collections::BTreeMap;
 
-use crate::train::{Merges, Pair, TieBreak, TokenId, byte_alphabet};
+use crate::train::{Merges, Options, Pair, TieBreak, TokenId, byte_alphabet};
 use crate::vocab::Vocab;
 
-/// Learns merges: count every pair of neighbours anew, merge the most frequent one everywhere, repeat.
-pub fn train(words: &[(Vec<u8>, u64)], wanted: usize, rule: TieBreak) -> Merges {
+/// Learns merges: do the prior ones, then count every pair of neighbours anew, merge the most frequent one everywhere,
+/// repeat. Words rarer than `min_frequency` are left out, pairs that are rarer or too long are never merged.
+pub fn train(words: &[(Vec<u8>, u64)], options: &Options) -> Merges {
     let mut tokens: Vec<Vec<u8>> = (0..=255).map(|b| vec![b]).collect();
-    let mut pairs = Vec::new();
-    let mut words: Vec<(Vec<TokenId>, u64)> =
-        words.iter().map(|(word, count)| (word.iter().map(|&b| b.into()).collect(), *count)).collect();
-    while pairs.len() < wanted {
-        let mut counts: BTreeMap<Pair, u64> = BTreeMap::new();
-        for (word, count) in &words {
-            for pair in word.windows(2) {
-                *counts.entry((pair[0], pair[1])).or_default() += count;
-            }
-        }
-        let best = counts.into_iter().filter(|&(_, count)| count > 0).max_by(|a, b| {
-            a.1.cmp(&b.1).then_with(|| match rule {
-                TieBreak::Lexicographic => {
-                    let bytes = |p: Pair| (tokens[p.0 as usize].clone(), tokens[p.1 as usize].clone());
-                    bytes(a.0).cmp(&bytes(b.0))
-                }
-                TieBreak::HuggingFace => {
-                    let number = |p: Pair| (alphabetical(p.0), alphabetical(p.1));
-                    number(b.0).cmp(&number(a.0))
-                }
-            })
-        });
-        let Some((pair, _)) = best else { break };
+    let (mut pairs, mut met, mut ties) = (Vec::new(), Vec::new(), 0);
+    let mut words: Vec<(Vec<TokenId>, u64)> = words
+        .iter()
+        .filter(|(_, count)| *count >= options.min_frequency)
+        .map(|(word, count)| (word.iter().map(|&b| b.into()).collect(), *count))
+        .collect();
+    let mut merge = |words: &mut Vec<(Vec<TokenId>, u64)>, tokens: &mut Vec<Vec<u8>>, pair: Pair| {
         let joined = [tokens[pair.0 as usize].clone(), tokens[pair.1 as usize].clone()].concat();
         // Tokens are their bytes: a second way to the same bytes is the same token.
         let id = tokens.iter().position(|t| *t == joined).unwrap_or(tokens.len());
@@ -39,11 +24,44 @@ pub fn train(words: &[(Vec<u8>, u64)], wanted: usize, rule: TieBreak) -> Merges 
             tokens.push(joined);
         }
         pairs.push(pair);
-        for (word, _) in &mut words {
+        for (word, _) in words {
             *word = replace(word, pair, id as TokenId);
         }
+        pairs.len()
+    };
+    let mut done = 0;
+    for &pair in options.prior.pairs() {
+        done = merge(&mut words, &mut tokens, pair);
     }
-    Merges { pairs, tokens }
+    while done < options.merges {
+        let mut counts: BTreeMap<Pair, u64> = BTreeMap::new();
+        for (word, count) in &words {
+            for pair in word.windows(2) {
+                *counts.entry((pair[0], pair[1])).or_default() += count;
+            }
+        }
+        counts.retain(|pair, count| {
+            let len = tokens[pair.0 as usize].len() + tokens[pair.1 as usize].len();
+            *count >= options.min_frequency.max(1) && len <= options.max_token_length
+        });
+        let best = counts.iter().max_by(|a, b| {
+            a.1.cmp(b.1).then_with(|| match options.rule {
+                TieBreak::Lexicographic => {
+                    let bytes = |p: &Pair| (tokens[p.0 as usize].clone(), tokens[p.1 as usize].clone());
+                    bytes(a.0).cmp(&bytes(b.0))
+                }
+                TieBreak::HuggingFace => {
+                    let number = |p: &Pair| (alphabetical(p.0), alphabetical(p.1));
+                    number(b.0).cmp(&number(a.0))
+                }
+            })
+        });
+        let Some((&pair, &count)) = best else { break };
+        met.push(count);
+        ties += u64::from(counts.values().filter(|&&other| other == count).count() > 1);
+        done = merge(&mut words, &mut tokens, pair);
+    }
+    Merges { pairs, tokens, counts: met, ties }
 }
 
 /// Hugging Face's numbering: single bytes in the order of their printable characters, then merges.

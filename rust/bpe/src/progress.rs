@@ -1,7 +1,10 @@
 //! What a long job tells its caller while it runs, and how the caller stops it: a few atomics, no callbacks,
-//! so that the core neither prints nor calls back into another language.
+//! so that the core neither prints nor calls back into another language. What costs more than an atomic is written only
+//! when the caller has asked for it.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
+use std::time::Instant;
 
 use crate::error::{Error, Result};
 
@@ -17,6 +20,8 @@ pub enum Stage {
     Merge,
     /// Encoding files; in bytes of text.
     Encode,
+    /// Laying out the words that are to be merged.
+    Layout,
 }
 
 impl Stage {
@@ -27,6 +32,7 @@ impl Stage {
             Self::Count => "count",
             Self::Merge => "merge",
             Self::Encode => "encode",
+            Self::Layout => "layout",
         }
     }
 }
@@ -38,7 +44,25 @@ pub struct Progress {
     done: AtomicU64,
     total: AtomicU64,
     stop: AtomicBool,
+    began: Mutex<Option<Instant>>,
+    pretokens: AtomicU64,
+    asked: AtomicBool,
+    merge: Mutex<Option<MergeShown>>,
 }
+
+/// A merge to be shown while training runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MergeShown {
+    /// The first bytes of the left token, [`SHOWN_BYTES`] of them at most.
+    pub left: Vec<u8>,
+    /// Those of the right one.
+    pub right: Vec<u8>,
+    /// How often the two were neighbours.
+    pub count: u64,
+}
+
+/// Bytes of a token that are shown.
+pub const SHOWN_BYTES: usize = 32;
 
 impl Progress {
     /// Stage, units done and units in all.
@@ -47,6 +71,7 @@ impl Progress {
             1 => Stage::Count,
             2 => Stage::Merge,
             3 => Stage::Encode,
+            4 => Stage::Layout,
             _ => Stage::Idle,
         };
         (stage, self.done.load(Relaxed), self.total.load(Relaxed))
@@ -57,8 +82,38 @@ impl Progress {
         self.stop.store(true, Relaxed);
     }
 
+    /// When the stage began.
+    pub fn began(&self) -> Option<Instant> {
+        self.began.lock().ok().and_then(|began| *began)
+    }
+
+    /// Pre-tokens counted so far, and a late merge: one from after the last time that this was asked, or none.
+    pub fn detail(&self) -> (u64, Option<MergeShown>) {
+        let merge = self.merge.lock().ok().and_then(|mut merge| merge.take());
+        self.asked.store(true, Relaxed);
+        (self.pretokens.load(Relaxed), merge)
+    }
+
+    /// Counts pre-tokens.
+    pub(crate) fn add_pretokens(&self, count: u64) {
+        self.pretokens.fetch_add(count, Relaxed);
+    }
+
+    /// Says which merge is in work, where someone has asked.
+    pub(crate) fn show(&self, merge: impl FnOnce() -> MergeShown) {
+        if self.asked.load(Relaxed) {
+            self.asked.store(false, Relaxed);
+            if let Ok(mut shown) = self.merge.lock() {
+                *shown = Some(merge());
+            }
+        }
+    }
+
     /// Begins a stage.
     pub(crate) fn begin(&self, stage: Stage, total: u64) {
+        if let Ok(mut began) = self.began.lock() {
+            *began = Some(Instant::now());
+        }
         self.done.store(0, Relaxed);
         self.total.store(total, Relaxed);
         self.stage.store(stage as u8, Relaxed);
@@ -72,5 +127,23 @@ impl Progress {
     /// Fails once the caller has asked to stop.
     pub(crate) fn check(&self) -> Result<()> {
         if self.stop.load(Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_merge_is_written_only_when_asked_for() {
+        let progress = Progress::default();
+        let merge = || MergeShown { left: b"a".to_vec(), right: b"b".to_vec(), count: 3 };
+        progress.show(|| unreachable!("nobody asked"));
+        assert_eq!(progress.detail(), (0, None));
+        progress.show(merge);
+        progress.show(|| unreachable!("it is there already"));
+        progress.add_pretokens(7);
+        assert_eq!(progress.detail(), (7, Some(merge())));
+        assert_eq!(progress.detail(), (7, None));
     }
 }

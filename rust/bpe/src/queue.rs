@@ -45,6 +45,8 @@ pub(crate) struct Queue {
     now: Vec<u32>,
     /// Pairs less frequent than this are of no interest.
     least: u64,
+    /// Pairs whose token would have more bytes are of none either.
+    longest: usize,
 }
 
 fn hash_pair((a, b): Pair) -> u64 {
@@ -54,16 +56,16 @@ fn hash_pair((a, b): Pair) -> u64 {
 }
 
 impl Queue {
-    /// Empty; never gives out a pair of fewer than `least` occurrences.
-    pub(crate) fn new(least: u64) -> Self {
+    /// Empty; never gives out a pair of fewer than `least` occurrences, or of more than `longest` bytes.
+    pub(crate) fn new(least: u64, longest: usize) -> Self {
         let (slots, buckets) = (vec![(NONE, 0); 1 << 12], vec![NONE; BUCKETS]);
         let least = least.max(1);
-        Self { entries: Vec::new(), slots, buckets, heap: Vec::new(), level: BUCKETS, now: Vec::new(), least }
+        Self { entries: Vec::new(), slots, buckets, heap: Vec::new(), level: BUCKETS, now: Vec::new(), least, longest }
     }
 
-    /// The smallest count of interest.
-    pub(crate) fn least(&self) -> u64 {
-        self.least
+    /// Whether a pair can ever be given out.
+    pub(crate) fn wants(&self, ties: &Ties, (a, b): Pair, count: u64) -> bool {
+        count >= self.least && ties.len_of(a) + ties.len_of(b) <= self.longest
     }
 
     /// A pair by its index.
@@ -156,6 +158,29 @@ impl Queue {
             }
             self.visit(ties, self.level - 1);
         }
+    }
+
+    /// Whether another pair is as frequent as the one that was given out last, with `count` occurrences: then the rule
+    /// decided.
+    pub(crate) fn tied(&mut self, ties: &Ties, count: u64) -> bool {
+        if count >= BUCKETS as u64 {
+            while let Some(&(pushed, index)) = self.heap.first() {
+                if pushed < count || self.entries[index as usize].count == pushed {
+                    return pushed == count;
+                }
+                self.pop_heap(ties);
+                self.file(ties, index);
+            }
+            return false;
+        }
+        while let Some(&index) = self.now.last() {
+            if self.entries[index as usize].count as usize == self.level {
+                return true;
+            }
+            self.now.pop();
+            self.file(ties, index);
+        }
+        false
     }
 
     /// Goes on to a bucket: its own pairs in the order of the rule, the others to where they belong.

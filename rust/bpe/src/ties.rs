@@ -82,7 +82,8 @@ impl Ties {
         self.tokens[id as usize].len as usize
     }
 
-    fn bytes_of(&self, id: TokenId) -> &[u8] {
+    /// The bytes of a token.
+    pub(crate) fn bytes_of(&self, id: TokenId) -> &[u8] {
         let Token { start, len, .. } = self.tokens[id as usize];
         &self.bytes[start..start + len as usize]
     }

@@ -22,17 +22,22 @@
 //! between two taken pairs). So when a token `t = l r` appears, every stretch with `t`'s bytes and intact
 //! borders is `l r` at that moment and becomes `t`; no other pair can later join to the same bytes.
 //!
-//! *Rare pairs are left out.* Let `c` be the count of the `wanted`-th most frequent word of two bytes or more. Once no
-//! pair has a count of `c` or more, each of those `wanted` words is one token, for a pair inside of it would have its
-//! count at least. Different words are different tokens and each took a merge; so `wanted` merges are done by then, and
-//! a pair that is rarer than `c` when it appears, whose count never rises, is never merged.
+//! All of this holds whatever the order of the merges is, as long as each is done everywhere before the next one and
+//! joins tokens that are there: for merges that came before (`prior`), and with pairs that are never merged, too.
+//!
+//! *Rare pairs are left out.* Let `c` be the count of the `merges`-th most frequent word among those of two bytes or more
+//! that may become one token (no longer than the longest token). Once no pair that may be merged has a count of `c` or
+//! more, each of those words is one token: a pair inside of it would have its count at least, and no more bytes than the
+//! word. Different words are different tokens and each took a merge, a prior one or a new one; so all `merges` are done
+//! by then, and a pair that is rarer than `c` when it appears, whose count never rises, is never merged.
 //!
 //! *Postings ascend.* The first ones are written in the order of the cells; a merge takes its postings in order
 //! and adds new ones in order. Overlapping occurrences of `a a` are therefore taken from the left.
 
 use crate::error::Result;
 use crate::merge::{Cell, Merger};
-use crate::progress::{Progress, Stage};
+use crate::prior::Prior;
+use crate::progress::{MergeShown, Progress, SHOWN_BYTES, Stage};
 use crate::queue::Queue;
 pub use crate::ties::TieBreak;
 use crate::ties::Ties;
@@ -43,13 +48,54 @@ pub type TokenId = u32;
 /// Two neighbouring tokens.
 pub type Pair = (TokenId, TokenId);
 
+/// What is learnt.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Merges in all, prior ones included; fewer come out where no pair is left.
+    pub merges: usize,
+    /// Which of equally frequent pairs merges first.
+    pub rule: TieBreak,
+    /// Words that occur less often are left out, and pairs that do (in the words that are left) are never merged.
+    pub min_frequency: u64,
+    /// A pair whose token would have more bytes is never merged.
+    pub max_token_length: usize,
+    /// Merges that are done before the first pair is counted.
+    pub prior: Prior,
+}
+
+impl Options {
+    /// So many merges of whatever occurs, of any length.
+    pub fn new(merges: usize, rule: TieBreak) -> Self {
+        Self { merges, rule, min_frequency: 1, max_token_length: usize::MAX, prior: Prior::default() }
+    }
+}
+
 /// The outcome of training: ids 0–255 are the bytes, the merged tokens follow in order of appearance.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Merges {
-    /// The pairs, in the order in which they were merged.
+    /// The pairs, in the order in which they were merged; prior ones first.
     pub pairs: Vec<Pair>,
     /// The bytes of every token: 256 + merges of them.
     pub tokens: Vec<Vec<u8>>,
+    /// How often each pair occurred when it was merged; of new ones only, so the last counts belong to the last pairs.
+    pub counts: Vec<u64>,
+    /// New merges at which another pair was as frequent, so that the rule decided.
+    pub ties: u64,
+}
+
+impl Merges {
+    /// The merges of a smaller vocabulary: the first `len`, all where there are no more.
+    #[must_use]
+    pub fn first(&self, len: usize) -> Self {
+        let len = len.min(self.pairs.len());
+        let prior = self.pairs.len() - self.counts.len();
+        Self {
+            pairs: self.pairs[..len].to_vec(),
+            tokens: self.tokens[..256 + len].to_vec(),
+            counts: self.counts[..len.saturating_sub(prior)].to_vec(),
+            ties: self.ties,
+        }
+    }
 }
 
 /// The printable character that stands for a byte in GPT-2's files, for every byte.
@@ -65,37 +111,58 @@ pub(crate) fn byte_alphabet() -> [char; 256] {
     table
 }
 
-/// Learns up to `wanted` merges from distinct words and their counts; fewer where no pair is left.
-pub fn train(words: &Words, wanted: usize, rule: TieBreak, progress: &Progress) -> Result<Merges> {
-    progress.begin(Stage::Merge, wanted as u64);
-    // Each merge makes the words a token shorter at least: tables by id need no room for more.
-    let wanted = wanted.min(words.bytes());
-    if 256 + wanted < usize::from(u16::MAX) {
-        run::<u16>(words, wanted, rule, progress)
+/// Learns merges from distinct words and their counts; fewer than asked for where no pair is left.
+pub fn train(words: &Words, options: &Options, progress: &Progress) -> Result<Merges> {
+    let frequent;
+    let words = if options.min_frequency > 1 {
+        frequent = words.at_least(options.min_frequency);
+        &frequent
     } else {
-        run::<u32>(words, wanted, rule, progress)
+        words
+    };
+    // Each merge makes the words a token shorter at least: tables by id need no room for more.
+    let prior = options.prior.pairs().len();
+    let wanted = options.merges.min(prior.saturating_add(words.bytes())).max(prior);
+    progress.begin(Stage::Layout, 0);
+    if 256 + wanted < usize::from(u16::MAX) {
+        run::<u16>(words, wanted, options, progress)
+    } else {
+        run::<u32>(words, wanted, options, progress)
     }
 }
 
-fn run<C: Cell>(words: &Words, wanted: usize, rule: TieBreak, progress: &Progress) -> Result<Merges> {
-    let (mut ties, mut queue) = (Ties::new(rule), Queue::new(least_count(words, wanted)));
-    let mut merger = Merger::<C>::new(words, 256 + wanted, &ties, &mut queue, progress)?;
-    let mut pairs = Vec::new();
+fn run<C: Cell>(words: &Words, wanted: usize, options: &Options, progress: &Progress) -> Result<Merges> {
+    let longest = options.max_token_length;
+    let mut ties = Ties::new(options.rule);
+    let mut queue = Queue::new(least_count(words, wanted, longest).max(options.min_frequency), longest);
+    let mut pairs = options.prior.pairs().to_vec();
+    for &pair in &pairs {
+        ties.join(pair);
+    }
+    let mut merger = Merger::<C>::new(words, &options.prior, 256 + wanted, &ties, &mut queue, progress)?;
+    progress.begin(Stage::Merge, options.merges.saturating_sub(pairs.len()) as u64);
+    let (mut counts, mut tied) = (Vec::new(), 0);
     while pairs.len() < wanted {
         progress.check()?;
         let Some(index) = queue.pop(&ties) else { break };
         let entry = *queue.entry(index);
+        tied += u64::from(queue.tied(&ties, entry.count));
+        let shown = |id| ties.bytes_of(id)[..ties.len_of(id).min(SHOWN_BYTES)].to_vec();
+        let (a, b) = entry.pair;
+        progress.show(|| MergeShown { left: shown(a), right: shown(b), count: entry.count });
         let id = ties.join(entry.pair);
         merger.merge(&ties, &mut queue, entry, id, progress)?;
         pairs.push(entry.pair);
+        counts.push(entry.count);
         progress.add(1);
     }
-    Ok(Merges { pairs, tokens: ties.into_tokens() })
+    Ok(Merges { pairs, tokens: ties.into_tokens(), counts, ties: tied })
 }
 
-/// A count that no merge will fall below: that of the `wanted`-th most frequent word of two bytes or more.
-fn least_count(words: &Words, wanted: usize) -> u64 {
-    let mut counts: Vec<u64> = words.iter().filter(|(word, _)| word.len() > 1).map(|(_, count)| count).collect();
+/// A count that no merge will fall below: that of the `wanted`-th most frequent word of two to `longest` bytes.
+fn least_count(words: &Words, wanted: usize, longest: usize) -> u64 {
+    let mut counts: Vec<u64> =
+        words.iter().filter(|(word, _)| (2..=longest).contains(&word.len())).map(|(_, count)| count).collect();
     if wanted == 0 || counts.len() < wanted {
         return 1;
     }

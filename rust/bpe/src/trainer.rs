@@ -1,7 +1,7 @@
-//! Text → vocabulary, the whole way: checks, counting, merging.
+//! Text → vocabularies, the whole way: checks, counting, merging.
 //!
-//! In: files, or documents one after another. Out: a [`Vocab`] and the [`TrainStats`] of the run. Called by the
-//! binding; joins `count`, `train` and `vocab`.
+//! In: files, or documents one after another. Out: a [`Vocab`] for each size asked for and the [`TrainStats`] of the
+//! run. Called by the binding; joins `count`, `train` and `vocab`.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,14 +10,55 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::count::{WordCounts, count_files, count_text};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::extend::{extended, prior_of};
 use crate::input::Inputs;
-use crate::pretokenize::{Pattern, Splitter, TextPolicy};
+use crate::pretokenize::{Pattern, Splitter, TextPolicy, canonical_name};
+use crate::prior::Prior;
 use crate::progress::Progress;
-use crate::train::{TieBreak, train};
+use crate::train::{Merges, Options, TieBreak, train};
 use crate::vocab::{Vocab, room_for_merges};
 
-/// What happened in a training run.
+/// Merges that the statistics show.
+const TOP: usize = 10;
+
+/// What is asked for.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Tokens in all of each vocabulary, distinct: 256 bytes, merges and special tokens.
+    pub vocab_sizes: Vec<usize>,
+    /// Special tokens; none unless said, and those of `extend`.
+    pub specials: Option<Vec<String>>,
+    /// The pattern; GPT-2's unless said, and that of `extend`.
+    pub pattern: Option<String>,
+    /// Which of equally frequent pairs merges first.
+    pub rule: TieBreak,
+    /// What to do with invalid UTF-8.
+    pub policy: TextPolicy,
+    /// Rarer words and pairs do not count; 1 is all.
+    pub min_frequency: u64,
+    /// Most bytes of a token.
+    pub max_token_length: usize,
+    /// A tokenizer whose merges come first.
+    pub extend: Option<Vocab>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            vocab_sizes: Vec::new(),
+            specials: None,
+            pattern: None,
+            rule: TieBreak::default(),
+            policy: TextPolicy::Error,
+            min_frequency: 1,
+            max_token_length: usize::MAX,
+            extend: None,
+        }
+    }
+}
+
+/// What happened in a training run. Where several sizes were asked for, it is that of the largest.
 #[derive(Debug, Clone, Serialize)]
 pub struct TrainStats {
     /// Bytes of text read.
@@ -26,12 +67,20 @@ pub struct TrainStats {
     pub pretokens: u64,
     /// Distinct ones among them.
     pub distinct_pretokens: usize,
-    /// Merges learnt.
+    /// Distinct ones that were frequent enough to be merged.
+    pub kept_pretokens: usize,
+    /// Merges learnt, without those of the tokenizer that was extended.
     pub merges: usize,
-    /// Merges that the vocabulary has room for; more than `merges` where no pair was left.
+    /// Merges that the largest vocabulary has room for; more than `merges` where no pair was left.
     pub requested_merges: usize,
+    /// Merges of the tokenizer that was extended.
+    pub prior_merges: usize,
+    /// Merges at which another pair was as frequent, so that the tie rule decided.
+    pub ties: u64,
     /// Seconds of reading and counting.
     pub count_s: f64,
+    /// Seconds of ordering the words and laying them out.
+    pub layout_s: f64,
     /// Seconds of merging.
     pub merge_s: f64,
     /// Threads that counted.
@@ -39,16 +88,20 @@ pub struct TrainStats {
     /// Bytes of the longest token.
     #[serde(skip)]
     pub longest_token: Vec<u8>,
+    /// The first merges learnt: both tokens, and how often they were neighbours.
+    #[serde(skip)]
+    pub top_merges: Vec<(Vec<u8>, Vec<u8>, u64)>,
 }
 
 /// A training run: checked settings and the counts so far.
 #[derive(Debug)]
 pub struct Trainer {
+    settings: Settings,
     specials: Vec<String>,
+    /// Merges in all for each size, prior ones included.
+    merges: Vec<usize>,
+    prior: Prior,
     splitter: Splitter,
-    rule: TieBreak,
-    policy: TextPolicy,
-    requested_merges: usize,
     counts: WordCounts,
     bytes: u64,
     count_time: Duration,
@@ -57,19 +110,64 @@ pub struct Trainer {
 
 impl Trainer {
     /// Checks the settings before any text is read.
-    pub fn new(
-        vocab_size: usize,
-        specials: Vec<String>,
-        pattern: &str,
-        rule: TieBreak,
-        policy: TextPolicy,
-    ) -> Result<Self> {
+    ///
+    /// # Errors
+    /// [`Error::Config`] for sizes that are too small, none or the same twice; special tokens or a pattern that are not
+    /// those of the tokenizer to extend; one that cannot be extended.
+    pub fn new(settings: Settings) -> Result<Self> {
+        let Settings { specials, pattern, extend, .. } = &settings;
+        let (own, prior) = match extend {
+            None => (None, Prior::default()),
+            Some(old) => (Some(old.specials().iter().map(|s| s.0.clone()).collect::<Vec<_>>()), prior_of(old)?),
+        };
+        let pattern = match (extend, pattern) {
+            (None, given) => Pattern::new(given.as_deref().unwrap_or("gpt2"))?,
+            (Some(old), None) => Pattern::new(old.pattern())?,
+            (Some(old), Some(given)) if canonical_name(given) == canonical_name(old.pattern()) => Pattern::new(given)?,
+            (Some(old), Some(given)) => {
+                return Err(Error::Config(format!(
+                    "pattern: found {given:?}; expected {:?}, that of the tokenizer to extend, or none",
+                    old.pattern()
+                )));
+            }
+        };
+        let specials = match (own, specials) {
+            (None, given) => given.clone().unwrap_or_default(),
+            (Some(own), Some(given)) if *given != own => {
+                return Err(Error::Config(format!(
+                    "special tokens: found {given:?}; expected {own:?}, those of the tokenizer to extend, or none"
+                )));
+            }
+            (Some(own), _) => own,
+        };
+        if settings.min_frequency == 0 || settings.max_token_length == 0 {
+            return Err(Error::Config("min_frequency, max_token_length: found 0; expected 1 or more".into()));
+        }
+        let merges = settings.vocab_sizes.iter().map(|&size| {
+            let room = room_for_merges(size, &specials)?;
+            match extend {
+                Some(old) if size < old.len() => Err(Error::Config(format!(
+                    "vocab_size: found {size}; expected at least {}, as many as the tokenizer to extend has",
+                    old.len()
+                ))),
+                _ => Ok(room),
+            }
+        });
+        let merges = merges.collect::<Result<Vec<_>>>()?;
+        let mut sorted = settings.vocab_sizes.clone();
+        sorted.sort_unstable();
+        if let Some(twice) = sorted.windows(2).find(|two| two[0] == two[1]) {
+            return Err(Error::Config(format!("vocab_size: found {} twice; expected different sizes", twice[0])));
+        }
+        if sorted.is_empty() {
+            return Err(Error::Config("vocab_size: found none; expected one size or more".into()));
+        }
         Ok(Self {
-            requested_merges: room_for_merges(vocab_size, &specials)?,
-            splitter: Splitter::new(Arc::new(Pattern::new(pattern)?), &specials)?,
+            splitter: Splitter::new(Arc::new(pattern), &specials)?,
             specials,
-            rule,
-            policy,
+            merges,
+            prior,
+            settings,
             counts: WordCounts::default(),
             bytes: 0,
             count_time: Duration::ZERO,
@@ -87,7 +185,7 @@ impl Trainer {
     ) -> Result<()> {
         let start = Instant::now();
         let inputs = Inputs::open(paths)?;
-        let counts = count_files(&inputs, &self.splitter, self.policy, threads, chunk_bytes, progress)?;
+        let counts = count_files(&inputs, &self.splitter, self.settings.policy, threads, chunk_bytes, progress)?;
         self.counts.merge(counts);
         self.threads = threads;
         self.bytes += inputs.total_bytes();
@@ -98,30 +196,54 @@ impl Trainer {
     /// Counts one document.
     pub fn add_document(&mut self, text: &[u8]) -> Result<()> {
         let start = Instant::now();
-        count_text(text, &self.splitter, self.policy, &mut self.counts)?;
+        count_text(text, &self.splitter, self.settings.policy, &mut self.counts)?;
         self.bytes += text.len() as u64;
         self.count_time += start.elapsed();
         Ok(())
     }
 
-    /// Learns the merges.
-    pub fn finish(self, progress: &Progress) -> Result<(Vocab, TrainStats)> {
+    /// Learns the merges: a vocabulary for each size, in the order asked for.
+    pub fn finish(self, progress: &Progress) -> Result<(Vec<Vocab>, TrainStats)> {
         let start = Instant::now();
         let words = self.counts.into_words();
+        let least = self.settings.min_frequency;
         let (pretokens, distinct_pretokens) = (words.iter().map(|word| word.1).sum(), words.len());
-        let merges = train(&words, self.requested_merges, self.rule, progress)?;
+        let kept_pretokens = words.iter().filter(|word| word.1 >= least).count();
+        let most = self.merges.iter().copied().max().unwrap_or_default();
+        let prior_merges = self.prior.pairs().len();
+        let options = Options {
+            merges: most,
+            rule: self.settings.rule,
+            min_frequency: least,
+            max_token_length: self.settings.max_token_length,
+            prior: self.prior,
+        };
+        let merges = train(&words, &options, progress)?;
+        let merge_s = progress.began().map_or(0.0, |began| began.elapsed().as_secs_f64());
+        let token = |id: u32| merges.tokens[id as usize].clone();
+        let news = merges.pairs[prior_merges..].iter().zip(&merges.counts);
         let stats = TrainStats {
             bytes: self.bytes,
             pretokens,
             distinct_pretokens,
-            merges: merges.pairs.len(),
-            requested_merges: self.requested_merges,
+            kept_pretokens,
+            merges: merges.counts.len(),
+            requested_merges: most - prior_merges,
+            prior_merges,
+            ties: merges.ties,
             count_s: self.count_time.as_secs_f64(),
-            merge_s: start.elapsed().as_secs_f64(),
+            layout_s: start.elapsed().as_secs_f64() - merge_s,
+            merge_s,
             threads: self.threads,
             longest_token: merges.tokens.iter().max_by_key(|token| token.len()).cloned().unwrap_or_default(),
+            top_merges: news.take(TOP).map(|(&(a, b), &count)| (token(a), token(b), count)).collect(),
         };
-        let vocab = Vocab::from_training(merges, &self.specials, self.splitter.pattern().name())?;
-        Ok((vocab, stats))
+        let pattern = self.splitter.pattern().name();
+        let vocab = |merges: Merges| match &self.settings.extend {
+            None => Vocab::from_training(merges, &self.specials, pattern),
+            Some(old) => extended(old, &merges),
+        };
+        let vocabs = self.merges.iter().map(|&len| vocab(merges.first(len))).collect::<Result<_>>()?;
+        Ok((vocabs, stats))
     }
 }

@@ -37,6 +37,12 @@ impl Words {
         self.bytes.len()
     }
 
+    /// Those that occur at least so often.
+    #[must_use]
+    pub fn at_least(&self, count: u64) -> Self {
+        self.iter().filter(|word| word.1 >= count).collect()
+    }
+
     /// The words, in the order in which they were added.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (&[u8], u64)> {
         let mut start = 0;

@@ -19,7 +19,7 @@ use bytekiln_bpe::pretokenize::{TextPolicy, UNICODE_VERSION};
 use bytekiln_bpe::progress::Progress;
 use bytekiln_bpe::tokens::{Dtype, checksum_of_file};
 use bytekiln_bpe::train::TieBreak;
-use bytekiln_bpe::trainer::{TrainStats, Trainer};
+use bytekiln_bpe::trainer::{Settings, TrainStats, Trainer};
 use bytekiln_bpe::vocab::Vocab;
 use bytekiln_bpe::{Error, Result};
 use pyo3::exceptions::PyValueError;
@@ -56,10 +56,17 @@ fn watched<R: Send>(
 ) -> PyResult<R> {
     let shared = Progress::default();
     let shared = &shared;
+    // A progress object may have a method `detail` beside being callable: the commands' bars have one.
+    let detail = progress.as_ref().and_then(|call| call.getattr("detail").ok());
     let look = || -> PyResult<()> {
         py.check_signals()?;
         if let Some(call) = &progress {
             let (stage, done, total) = shared.read();
+            if let Some(detail) = &detail {
+                let (pretokens, merge) = shared.detail();
+                let bytes = |b: &[u8]| PyBytes::new(py, b).unbind();
+                detail.call1((pretokens, merge.map(|m| (bytes(&m.left), bytes(&m.right), m.count))))?;
+            }
             call.call1((stage.name(), done, total))?;
         }
         Ok(())
@@ -92,46 +99,81 @@ fn watched<R: Send>(
     })
 }
 
+/// One vocabulary size or several.
+#[derive(FromPyObject)]
+enum Sizes {
+    One(i64),
+    Many(Vec<i64>),
+}
+
+/// A whole number; what cannot be one becomes 0, which the core refuses.
+fn natural<T: TryFrom<i64>>(value: i64, zero: T) -> T {
+    T::try_from(value).unwrap_or(zero)
+}
+
+#[expect(clippy::too_many_arguments, reason = "keyword-only options of the Python functions")]
 fn trainer(
     py: Python<'_>,
-    size: i64,
-    specials: Vec<String>,
-    pattern: &str,
+    sizes: Sizes,
+    specials: Option<Vec<String>>,
+    pattern: Option<String>,
     tie_break: &str,
     errors: &str,
+    min_frequency: i64,
+    max_token_length: Option<i64>,
+    extend: Option<Bound<'_, Tokenizer>>,
 ) -> PyResult<Trainer> {
-    let size = usize::try_from(size).unwrap_or(0);
+    let sizes = match sizes {
+        Sizes::One(size) => vec![size],
+        Sizes::Many(sizes) => sizes,
+    };
     let made = TieBreak::from_name(tie_break).and_then(|rule| {
-        let policy = TextPolicy::from_name(errors)?;
-        Trainer::new(size, specials, pattern, rule, policy)
+        Trainer::new(Settings {
+            vocab_sizes: sizes.into_iter().map(|size| natural(size, 0)).collect(),
+            specials,
+            pattern,
+            rule,
+            policy: TextPolicy::from_name(errors)?,
+            min_frequency: natural(min_frequency, 0),
+            max_token_length: max_token_length.map_or(usize::MAX, |length| natural(length, 0)),
+            extend: extend.map(|old| old.get().encoder.vocab().clone()),
+        })
     });
     made.or_raise(py)
 }
 
-fn trained(py: Python<'_>, (vocab, stats): (Vocab, TrainStats)) -> PyResult<(Tokenizer, Py<PyAny>)> {
+fn trained(py: Python<'_>, (vocabs, stats): (Vec<Vocab>, TrainStats)) -> PyResult<(Vec<Tokenizer>, Py<PyAny>)> {
     let json = serde_json::to_string(&stats).map_err(|e| PyValueError::new_err(e.to_string()))?;
     let dict = py.import("json")?.call_method1("loads", (json,))?;
-    dict.set_item("longest_token", PyBytes::new(py, &stats.longest_token))?;
-    Ok((Tokenizer::from_vocab(py, Ok(vocab))?, dict.unbind()))
+    let bytes = |b: &[u8]| PyBytes::new(py, b).unbind();
+    dict.set_item("longest_token", bytes(&stats.longest_token))?;
+    let top: Vec<_> = stats.top_merges.iter().map(|(a, b, count)| (bytes(a), bytes(b), *count)).collect();
+    dict.set_item("top_merges", top)?;
+    let tokenizers = vocabs.into_iter().map(|vocab| Tokenizer::from_vocab(py, Ok(vocab))).collect::<PyResult<_>>()?;
+    Ok((tokenizers, dict.unbind()))
 }
 
 /// `bytekiln.train_bpe`, with the statistics of the run and the size of the chunks.
 #[pyfunction]
-#[pyo3(signature = (files, *, vocab_size, special_tokens=Vec::new(), pattern="gpt2", tie_break="lexicographic", errors="error", threads=None, chunk_bytes=None, progress=None), text_signature = "(files, *, vocab_size, special_tokens=(), pattern='gpt2', tie_break='lexicographic', errors='error', threads=None, chunk_bytes=None, progress=None)")]
+#[pyo3(signature = (files, *, vocab_size, special_tokens=None, pattern=None, tie_break="lexicographic", errors="error", min_frequency=1, max_token_length=None, extend=None, threads=None, chunk_bytes=None, progress=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword-only options of the Python function")]
 fn train_bpe(
     py: Python<'_>,
     files: Vec<PathBuf>,
-    vocab_size: i64,
-    special_tokens: Vec<String>,
-    pattern: &str,
+    vocab_size: Sizes,
+    special_tokens: Option<Vec<String>>,
+    pattern: Option<String>,
     tie_break: &str,
     errors: &str,
+    min_frequency: i64,
+    max_token_length: Option<i64>,
+    extend: Option<Bound<'_, Tokenizer>>,
     threads: Option<usize>,
     chunk_bytes: Option<usize>,
     progress: Option<Bound<'_, PyAny>>,
-) -> PyResult<(Tokenizer, Py<PyAny>)> {
-    let mut trainer = trainer(py, vocab_size, special_tokens, pattern, tie_break, errors)?;
+) -> PyResult<(Vec<Tokenizer>, Py<PyAny>)> {
+    let mut trainer =
+        trainer(py, vocab_size, special_tokens, pattern, tie_break, errors, min_frequency, max_token_length, extend)?;
     let threads = threads_or_default(py, threads)?;
     let done = watched(py, progress, |progress| {
         trainer.add_files(&files, threads, chunk_bytes.unwrap_or(DEFAULT_CHUNK_BYTES), progress)?;
@@ -142,19 +184,23 @@ fn train_bpe(
 
 /// `bytekiln.train_bpe_from_iterator`, with the statistics of the run.
 #[pyfunction]
-#[pyo3(signature = (texts, *, vocab_size, special_tokens=Vec::new(), pattern="gpt2", tie_break="lexicographic", errors="error", progress=None), text_signature = "(texts, *, vocab_size, special_tokens=(), pattern='gpt2', tie_break='lexicographic', errors='error', progress=None)")]
+#[pyo3(signature = (texts, *, vocab_size, special_tokens=None, pattern=None, tie_break="lexicographic", errors="error", min_frequency=1, max_token_length=None, extend=None, progress=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword-only options of the Python function")]
 fn train_bpe_from_iterator(
     py: Python<'_>,
     texts: &Bound<'_, PyAny>,
-    vocab_size: i64,
-    special_tokens: Vec<String>,
-    pattern: &str,
+    vocab_size: Sizes,
+    special_tokens: Option<Vec<String>>,
+    pattern: Option<String>,
     tie_break: &str,
     errors: &str,
+    min_frequency: i64,
+    max_token_length: Option<i64>,
+    extend: Option<Bound<'_, Tokenizer>>,
     progress: Option<Bound<'_, PyAny>>,
-) -> PyResult<(Tokenizer, Py<PyAny>)> {
-    let mut trainer = trainer(py, vocab_size, special_tokens, pattern, tie_break, errors)?;
+) -> PyResult<(Vec<Tokenizer>, Py<PyAny>)> {
+    let mut trainer =
+        trainer(py, vocab_size, special_tokens, pattern, tie_break, errors, min_frequency, max_token_length, extend)?;
     for (index, text) in PyIterator::from_object(texts)?.enumerate() {
         if index % LOOK_EVERY == 0 {
             py.check_signals()?;
