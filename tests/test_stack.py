@@ -25,9 +25,10 @@ from bytekiln.metrics import Row, read_metrics
 from bytekiln.model import TransformerLM
 from bytekiln.objective import Objective
 from bytekiln.result import Result
-from bytekiln.stack.command import stack, stackable, train_stacked
+from bytekiln.signals import Signals
+from bytekiln.stack.command import _prepared, stack, stackable, train_stacked
 from bytekiln.stack.model import StackedObjective
-from bytekiln.stack.run import Stack, StackedRun
+from bytekiln.stack.run import Stack, StackedRun, Stacks, divided_threads
 from bytekiln.train import train
 from lm_runs import ONE_THREAD, tiny
 
@@ -252,6 +253,29 @@ def test_sigterm_saves_every_run_and_the_stack_goes_on_from_there(tmp_path: Path
         assert_same(config, other)
     single = broken[0].with_(max_steps=22)
     assert train(single, resume="auto", given={"max_steps": 22}).steps == 22  # a stacked run goes on alone
+
+
+@pytest.mark.parametrize(
+    ("threads", "number", "compiled", "share", "stacks"),
+    [(2, 4, False, 1, [2, 2]), (8, 3, False, 2, [1, 1, 1]), (2, 5, False, 1, [2, 3]), (1, 3, False, 1, [3]),
+     (2, 4, True, 2, [4])],
+)  # fmt: skip
+def test_threads_are_divided_among_runs_and_stacks(
+    tmp_path: Path, threads: int, number: int, compiled: bool, share: int, stacks: list[int]
+) -> None:
+    configs = runs(tmp_path, tuple(1e-3 * (i + 1) for i in range(number)), compile=compiled)
+    with Signals() as signals:
+        made = [_prepared(c, None, False, None, signals, 0.0, lambda _: None, lambda _: None) for c in configs]
+    torch.set_num_threads(threads)
+    try:
+        with divided_threads(made) as most:
+            assert torch.get_num_threads() == share
+            together = Stacks(made, most, print)
+            assert [len(s.runs) for s in together.stacks] == stacks
+            together.let_go()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_side_by_side_some_leave_and_a_signal_loses_nothing(tmp_path: Path, threads_of_passes: Counter[str]) -> None:
