@@ -5,15 +5,18 @@
 
 The model is 3 layers × 96, 3 heads, 65 tokens, tied embeddings (nanoGPT's recipe for Shakespeare, narrower): 0.34
 million parameters; a shape is batch × context. A step is what a run does between two evaluations: windows, forward,
-backward, clipping, AdamW, the guard, and the row in metrics.csv. Both contestants are built by `train_stacked`'s own
-parts and take turns at every step, each thread count in a fresh process, so that what else the machine does hits both.
-Reported are the medians in ms for one step of all runs, on the wall and in CPU time of the process (which on one thread
-does not count what other programs took away), the ratio of each, and where the bar of 2 is met. The weights of both
-must be equal to 1e-5 at the end. `--compile` gives both the compiler.
+backward, clipping, AdamW, the guard, and the row in metrics.csv. All contestants are built by `train_stacked`'s own
+parts and take turns at every step, each thread count in a fresh process, so that what else the machine does hits all.
+In turn the runs have all threads. Runs so small are sooner done on one, so that on more threads there is a third
+contestant, in turn on one thread, and a ratio to that too. Reported are the medians in ms for one step of all runs, on
+the wall and in CPU time of the process (which on one thread does not count what other programs took away), the ratios,
+and where the bar of 2 is met. At the end the weights of stacked runs must be those of runs in turn on as many threads
+as a stacked one has. `--compile` gives the compiler to all.
 
 `--command` measures what a user waits for: the whole of `lm-sweep` over four learning rates, start to end, with
 `--stack` and without (a process a run, one after the other), taking turns; throughput is steps of all runs over that
-time.
+time. `--jobs` adds what else would keep two cores busy: two processes at once, with runs of their own or half a stack
+each.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ WARMUP = 5
 
 
 def measure(shape: str, threads: int, runs: int, steps: int, compiled: bool) -> dict[str, object]:
-    """Both contestants in this process, a step each in turn."""
+    """All contestants in this process, a step each in turn."""
     import numpy as np
     import torch
 
@@ -47,7 +50,7 @@ def measure(shape: str, threads: int, runs: int, steps: int, compiled: bool) -> 
     from bytekiln.runfolder import prepare_folder
     from bytekiln.signals import Signals
     from bytekiln.stack.command import _prepared
-    from bytekiln.stack.run import Stack, StackedRun
+    from bytekiln.stack.run import StackedRun, Stacks, divided_threads
 
     torch.set_num_threads(threads)
     keep_freed_memory()
@@ -75,42 +78,46 @@ def measure(shape: str, threads: int, runs: int, steps: int, compiled: bool) -> 
                 prepare_folder(run.config.output, False, resuming=False)
                 run.begin()
                 open_runs.callback(run.close)
-                if compiled and kind == "single":
+                if compiled and kind != "stacked":
                     run.learner.compile(run.data.train.batch(0, 0, 0, batch), print)
                 made.append(run)
             return made
 
-        singles, together = built("single"), built("stacked")
-        stack = Stack(together, print)
+        kinds = ["in turn", "stacked", *(["on one thread"] if 1 < threads < 2 * runs and not compiled else [])]
+        made = {kind: built(kind) for kind in kinds}
+        together = made["stacked"]
+        with divided_threads(together) as most:
+            share = torch.get_num_threads()
+            stacks = Stacks(together, most, print)
+        open_runs.callback(stacks.close)
         if compiled:
-            stack.compile()
+            stacks.compile()
 
-        def in_turn() -> None:
-            for run in singles:
-                run.began = time.perf_counter()
+        def act(kind: str) -> None:
+            if kind == "stacked":
+                began = time.perf_counter()
+                for run in together:
+                    run.began = began
+                assert not stacks.gradients()
+            for run in made[kind]:
+                if kind != "stacked":
+                    run.began = time.perf_counter()
                 run.step()
 
-        def stacked() -> None:
-            began = time.perf_counter()
-            for run in together:
-                run.began = began
-            stack.gradients()
-            for run in together:
-                run.step()
-
-        taken: dict[str, list[tuple[float, float]]] = {"in turn": [], "stacked": []}
+        on = {"in turn": threads, "stacked": share, "on one thread": 1}
+        taken: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
         for step in range(WARMUP + steps):
-            order = [("in turn", in_turn), ("stacked", stacked)]
-            for kind, act in order if step % 2 else reversed(order):
+            for kind in kinds if step % 2 else reversed(kinds):
+                torch.set_num_threads(on[kind])
                 wall, cpu = time.perf_counter(), time.process_time()
-                act()
+                act(kind)
                 if step >= WARMUP:
                     taken[kind].append((time.perf_counter() - wall, time.process_time() - cpu))
         parameters = together[0].parameters
-        pairs = zip(singles, together, strict=True)
+        like = "on one thread" if share < threads else "in turn"
         apart = max(
-            float((a - b).abs().max())
-            for one, other in pairs
+            float((a - b).detach().abs().max())
+            for one, other in zip(made[like], together, strict=True)
             for a, b in zip(one.learner.model.parameters(), other.learner.model.parameters(), strict=True)
         )
     out: dict[str, object] = {
@@ -121,17 +128,21 @@ def measure(shape: str, threads: int, runs: int, steps: int, compiled: bool) -> 
         for kind, values in ms.items():
             out[f"{clock} {kind}"] = round(statistics.median(values), 2)
             out[f"{clock} {kind}, least"] = round(min(values), 2)
-        out[f"{clock} ratio"] = round(statistics.median(ms["in turn"]) / statistics.median(ms["stacked"]), 2)
-        out[f"{clock} ratio of the least"] = round(min(ms["in turn"]) / min(ms["stacked"]), 2)
+        for kind in kinds:
+            out[f"{clock} ratio, {kind}"] = round(statistics.median(ms[kind]) / statistics.median(ms["stacked"]), 2)
+            out[f"{clock} ratio of the least, {kind}"] = round(min(ms[kind]) / min(ms["stacked"]), 2)
     return out
 
 
-def commands(shape: str, runs: int, steps: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of the whole sweep, in turn and stacked."""
+def commands(shape: str, runs: int, steps: int, rounds: int, jobs: bool) -> dict[str, list[float]]:
+    """Seconds of the whole sweep, each way."""
     import numpy as np
 
     batch, context = shape.split("x")
-    taken: dict[str, list[float]] = {"in turn": [], "stacked": []}
+    flags: dict[str, list[str]] = {"in turn": [], "stacked": ["--stack", str(runs)]}
+    if jobs:
+        flags |= {"two jobs": ["--jobs", "2"], "two jobs, stacked": ["--jobs", "2", "--stack", str(runs // 2)]}
+    taken: dict[str, list[float]] = {kind: [] for kind in flags}
     with tempfile.TemporaryDirectory() as name:
         data = Path(name) / "train.npy"
         np.save(data, np.random.default_rng(0).integers(0, VOCAB, 100_000).astype(np.uint16))
@@ -148,8 +159,8 @@ def commands(shape: str, runs: int, steps: int, rounds: int) -> dict[str, list[f
             for kind in order:
                 folder = Path(name) / f"{kind}{i}"
                 began = time.perf_counter()
-                extra = ["--stack", str(runs)] if kind == "stacked" else []
-                subprocess.run([*line, *extra, "--folder", str(folder)], check=True, capture_output=True, cwd=name)
+                command = [*line, *flags[kind], "--folder", str(folder)]
+                subprocess.run(command, check=True, capture_output=True, cwd=name)
                 taken[kind].append(time.perf_counter() - began)
     return taken
 
@@ -163,6 +174,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--command", action="store_true", help="the whole of lm-sweep instead of single steps")
+    parser.add_argument("--jobs", action="store_true", help="with --command: two processes at once, too")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="one line a measurement instead of the table")
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
@@ -171,21 +183,23 @@ def main() -> int:
         print(json.dumps(measure(options.shapes[0], options.threads[0], options.runs, options.steps, options.compile)))
         return 0
     if options.command:
-        print("| batch × context | steps | in turn, s (median / least) | stacked, s | ratio (median / least) | ≥ 2 |")
-        print("|---|---|---|---|---|---|")
+        more = " two jobs, s | two jobs of stacks, s |" if options.jobs else ""
+        head = "| batch × context | steps | in turn, s (median / least) | stacked, s | ratio (median / least) | ≥ 2 |"
+        print(head + more)
+        print("|---" * (head + more).count(" |") + "|")
         for shape in options.shapes:
-            taken = commands(shape, options.runs, options.steps, options.rounds)
+            taken = commands(shape, options.runs, options.steps, options.rounds, options.jobs)
             of = [(statistics.median(t), min(t)) for t in taken.values()]
             ratio = of[0][0] / of[1][0]
             cells = [f"{median:.1f} / {least:.1f}" for median, least in of]
-            cells += [f"{ratio:.2f} / {of[0][1] / of[1][1]:.2f}", "yes" if ratio >= BAR else "no"]
+            cells[2:2] = [f"{ratio:.2f} / {of[0][1] / of[1][1]:.2f}", "yes" if ratio >= BAR else "no"]
             print("| " + " | ".join([shape, str(options.steps), *cells]) + " |", flush=True)
         return 0
     if not options.json:
         print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
         print("| batch × context | threads | in turn, ms (median / least) | stacked, ms | ratio (median / least) |"
-              " CPU: in turn | stacked | ratio | ≥ 2 |")  # fmt: skip
-        print("|---|---|---|---|---|---|---|---|---|")
+              " ≥ 2 | CPU: in turn | stacked | in turn on one thread, ms | ratio |")  # fmt: skip
+        print("|---|---|---|---|---|---|---|---|---|---|")
     for threads in options.threads:
         for shape in options.shapes:
             command = [sys.executable, __file__, "--once", "--threads", str(threads), "--shapes", shape]
@@ -202,8 +216,12 @@ def main() -> int:
             r = json.loads(line)
             cells = [shape, threads]
             cells += [f"{r[f'wall {kind}']} / {r[f'wall {kind}, least']}" for kind in ("in turn", "stacked")]
-            cells += [f"{r['wall ratio']} / {r['wall ratio of the least']}"]
-            cells += [r["cpu in turn"], r["cpu stacked"], r["cpu ratio"], "yes" if r["wall ratio"] >= BAR else "no"]
+            ratio = r["wall ratio, in turn"]
+            cells += [f"{ratio} / {r['wall ratio of the least, in turn']}", "yes" if ratio >= BAR else "no"]
+            cells += [r["cpu in turn"], r["cpu stacked"]]
+            one = "on one thread" if "wall on one thread" in r else "in turn"
+            cells += [f"{r[f'wall {one}']} / {r[f'wall {one}, least']}"]
+            cells += [f"{r[f'wall ratio, {one}']} / {r[f'wall ratio of the least, {one}']}"]
             apart = f" weights differ by {r['apart']}" if r["apart"] and not options.compile else ""
             print("| " + " | ".join(map(str, cells)) + " |" + apart, flush=True)
     return 0

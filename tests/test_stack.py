@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +20,15 @@ import torch
 from bytekiln.attention import reference_attention
 from bytekiln.checkpoint import checkpoints_in, load_checkpoint
 from bytekiln.config import RunConfig
-from bytekiln.errors import ConfigError, OutputExistsError
+from bytekiln.errors import ConfigError, FileError, OutputExistsError
 from bytekiln.metrics import Row, read_metrics
 from bytekiln.model import TransformerLM
 from bytekiln.objective import Objective
 from bytekiln.result import Result
-from bytekiln.stack.command import stack, stackable, train_stacked
+from bytekiln.signals import Signals
+from bytekiln.stack.command import _prepared, stack, stackable, train_stacked
 from bytekiln.stack.model import StackedObjective
+from bytekiln.stack.run import Stack, StackedRun, Stacks, divided_threads
 from bytekiln.train import train
 from lm_runs import ONE_THREAD, tiny
 
@@ -105,6 +111,38 @@ def test_stacked_runs_are_the_single_ones(tmp_path: Path, values: dict[str, obje
         assert result.final_val_loss == pytest.approx(expected.final_val_loss, rel=CLOSE)
         assert any((r.grad_norm or 0) > 0.5 for r in rows(config)), "nothing was clipped"
     assert len({rows(c)[-1].loss for c in together}) == len(together)
+
+
+@pytest.fixture
+def threads_of_passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """Two threads for torch; how many passes each thread of the interpreter made, and for how many runs."""
+    made: Counter[str] = Counter()
+    ordinary = Stack.gradients
+
+    def counted(stack: Stack) -> None:
+        assert torch.get_num_threads() == 1
+        made[f"{threading.current_thread().name.partition('_')[0]} of {len(stack.runs)}"] += 1
+        ordinary(stack)
+
+    monkeypatch.setattr(Stack, "gradients", counted)
+    torch.set_num_threads(2)
+    yield made
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    assert not [t for t in threading.enumerate() if t.name.startswith("bytekiln-stack")]
+
+
+@pytest.mark.parametrize("values", [{**GQA_LIKE, "optimizer": "muon"}, SHAKESPEARE_LIKE, ODD])
+def test_stacks_side_by_side_are_the_single_runs(
+    tmp_path: Path, values: dict[str, object], threads_of_passes: Counter[str]
+) -> None:
+    common = {"max_steps": 20, "eval_interval": 10, "checkpoint_interval": 0, "grad_clip": 0.5, **values}
+    together, alone = runs(tmp_path / "a", **common), runs(tmp_path / "b", **common)
+    assert [r.status for r in train_stacked(together)] == ["completed"] * 3
+    assert threads_of_passes == {"bytekiln-stack of 1": 20, "bytekiln-stack of 2": 20}
+    for config, other in zip(together, alone, strict=True):
+        train(other)
+        assert_same(config, other)
 
 
 def test_other_seeds_and_optimizers_in_one_stack(tmp_path: Path) -> None:
@@ -215,6 +253,126 @@ def test_sigterm_saves_every_run_and_the_stack_goes_on_from_there(tmp_path: Path
         assert_same(config, other)
     single = broken[0].with_(max_steps=22)
     assert train(single, resume="auto", given={"max_steps": 22}).steps == 22  # a stacked run goes on alone
+
+
+@pytest.mark.parametrize(
+    ("threads", "number", "compiled", "share", "stacks"),
+    [(2, 4, False, 1, [2, 2]), (8, 3, False, 2, [1, 1, 1]), (2, 5, False, 1, [2, 3]), (1, 3, False, 1, [3]),
+     (2, 4, True, 2, [4])],
+)  # fmt: skip
+def test_threads_are_divided_among_runs_and_stacks(
+    tmp_path: Path, threads: int, number: int, compiled: bool, share: int, stacks: list[int]
+) -> None:
+    configs = runs(tmp_path, tuple(1e-3 * (i + 1) for i in range(number)), compile=compiled)
+    with Signals() as signals:
+        made = [_prepared(c, None, False, None, signals, 0.0, lambda _: None, lambda _: None) for c in configs]
+    torch.set_num_threads(threads)
+    try:
+        with divided_threads(made) as most:
+            assert torch.get_num_threads() == share
+            together = Stacks(made, most, print)
+            assert [len(s.runs) for s in together.stacks] == stacks
+            together.let_go()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_side_by_side_some_leave_and_a_signal_loses_nothing(tmp_path: Path, threads_of_passes: Counter[str]) -> None:
+    """Five runs in two stacks, one diverges, one ends early, SIGTERM comes, another is behind: none of it may show."""
+    common = {"max_steps": 40, "eval_interval": 2, "checkpoint_interval": 8, "log_interval": 1}
+    lrs = (3e-3, 1e6, 1e-2, 1e-6, 1e-3)
+    patient = {"early_stopping_patience": 2, "early_stopping_min_delta": 1.0}
+    together, alone = (runs(tmp_path / name, lrs, **common) for name in "ab")
+    together[3], alone[3] = (configs[3].with_(**patient) for configs in (together, alone))
+    first = train_stacked(together, say=_Stop(f"lr{lrs[2]}: Iter     27"))
+    expected = [train(c) for c in alone]
+    assert [r.status for r in expected] == ["completed", "diverged", "completed", "early_stopped", "completed"]
+    assert [r.status for r in first] == ["interrupted", "diverged", "interrupted", "early_stopped", "interrupted"]
+    assert {r.steps for r in first if r.status == "interrupted"} <= {26, 27}
+    for path in (p for n, p in checkpoints_in(together[4].output.checkpoints) if n > 16):
+        shutil.rmtree(path)  # as if its last ones had never come to the disk
+    kept = [together[i] for i in (0, 2, 4)]
+    assert [r.status for r in train_stacked(kept, resume="auto")] == ["completed"] * 3
+    for i in (0, 2, 4):
+        assert_same(together[i], alone[i])
+    for i in (1, 3):
+        assert [r.loss for r in rows(together[i])] == [r.loss for r in rows(alone[i])]
+        assert (first[i].steps, first[i].why) == (expected[i].steps, expected[i].why)
+    assert {"bytekiln-stack of 2", "bytekiln-stack of 3"} <= set(threads_of_passes)
+
+
+def test_a_signal_in_the_middle_of_the_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads_of_passes: Counter[str]
+) -> None:
+    """The step is abandoned, though one stack has its gradients and the other is at work on them."""
+    common = {"max_steps": 8, "checkpoint_interval": 0}
+    together, alone = runs(tmp_path / "a", **common), runs(tmp_path / "b", **common)
+    ordinary, over = Stack.gradients, threading.Event()
+
+    def late(stack: Stack) -> None:
+        ordinary(stack)
+        if stack.runs[0].s.step == 5 and len(stack.runs) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            over.wait(0.2)
+            ordinary(stack)
+            over.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stack, "gradients", late)
+        results = train_stacked(together)
+    assert over.is_set(), "the pass was left behind"
+    assert [(r.status, r.steps, r.signal) for r in results] == [("interrupted", 5, signal.SIGTERM)] * 3
+    assert [r.status for r in train_stacked(together, resume="auto")] == ["completed"] * 3
+    for config, other in zip(together, alone, strict=True):
+        train(other)
+        assert_same(config, other)
+
+
+@pytest.mark.parametrize("where", ["pass", "step"])
+def test_one_fails_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, threads_of_passes: Counter[str]
+) -> None:
+    """The failure is told when the others are whole; alone or with them the failed one goes on from its checkpoint."""
+    common = {"max_steps": 12, "checkpoint_interval": 4}
+    together, alone = runs(tmp_path / "a", (*LRS, 3e-2), **common), runs(tmp_path / "b", (*LRS, 3e-2), **common)
+    bad = {"pass": (0, 1), "step": (1,)}[where]  # two runs share the pass that fails
+    name = "batches_of" if where == "pass" else "step"
+    ordinary = getattr(StackedRun, name)
+
+    def failing(run: StackedRun, *arguments: int) -> object:
+        if run.s.step == 6 and run.config.output == together[1].output:
+            raise FileError("train.npy: found no bytes; expected more")
+        return ordinary(run, *arguments)
+
+    said: list[str] = []
+    with monkeypatch.context() as patch, pytest.raises(FileError, match="found no bytes"):
+        patch.setattr(StackedRun, name, failing)
+        train_stacked(together, notice=said.append)
+    assert sum("failed: train.npy: found no bytes" in line for line in said) == len(bad)
+    whole = [(c.output.folder / "result.json").exists() for c in together]
+    assert whole == [i not in bad for i in range(4)]
+    results = train_stacked(together, resume="auto")
+    assert [r.status for r in results] == ["completed"] * 4
+    assert [r.why == "nothing was left to do" for r in results] == whole
+    for config, other in zip(together, alone, strict=True):
+        train(other)
+        assert_same(config, other)
+
+
+def test_what_fails_before_the_first_step_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = runs(tmp_path, max_steps=4)
+    ordinary = StackedRun.begin
+
+    def failing(run: StackedRun) -> None:
+        if run.config.output == configs[1].output:
+            raise FileError(f"{run.config.output.folder}: found a full disk; expected room")
+        ordinary(run)
+
+    monkeypatch.setattr(StackedRun, "begin", failing)
+    with pytest.raises(FileError, match="full disk"):
+        train_stacked(configs)
+    assert not list(tmp_path.glob("*/checkpoints/*"))
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ In: configs that `stackable` lets through. Out: for each the ordinary run folder
 made, its numbers equal to 1e-5. Called by sweeps, and as `python -m bytekiln.stack.command CONFIG…`.
 
 Each run is an ordinary one, with its own learner, guard, average, data, rows and checkpoints (`stack.run`); only the
-pass through the model, forward and back, is made for all of them at once (`stack.model`). So optimizers and their
-settings need no second implementation, a stacked run can be resumed alone, and a single one in a stack. A run that ends
-or diverges leaves the stack, and the others go on.
+pass through the model, forward and back, is made for several of them at once (`stack.model`), in as many stacks as
+there are threads. So optimizers and their settings need no second implementation, a stacked run can be resumed alone,
+and a single one in a stack. A run that ends, diverges or fails leaves, and the others go on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from bytekiln.result import Result
 from bytekiln.runfolder import check_folder, lies_in, locked, prepare_folder
 from bytekiln.signals import Interrupted, Signals
 from bytekiln.stack.rules import stackable
-from bytekiln.stack.run import Stack, StackedRun
+from bytekiln.stack.run import StackedRun, Stacks, divided_threads
 
 __all__ = ["stackable", "train_stacked"]
 
@@ -62,6 +62,7 @@ def train_stacked(
 
     Raises:
         BytekilnError: the runs cannot be stacked, or one of them cannot be trained; nothing was trained.
+        Exception: one failed on its way, its folder is as it was then; the others have been trained to their ends.
     """
     if resume not in (None, "auto"):
         raise ConfigError(f"resume: found {resume} for stacked runs; expected auto, each run has its own checkpoints")
@@ -86,7 +87,8 @@ def train_stacked(
                 continue
             with signals.hold():
                 prepare_folder(run.config.output, overwrite, resuming=resume is not None)
-        return _Group(runs, ended, signals, say, notice).go()
+        most = held.enter_context(divided_threads(runs))
+        return _Group(runs, ended, most, signals, say, notice).go()
 
 
 def _named(say: Say, config: RunConfig) -> Say:
@@ -137,12 +139,20 @@ class _Group:
     """The loop over runs that are trained together."""
 
     def __init__(
-        self, runs: Sequence[StackedRun], ended: dict[int, Result], signals: Signals, say: Say, notice: Say
+        self,
+        runs: Sequence[StackedRun],
+        ended: dict[int, Result],
+        most: int,
+        signals: Signals,
+        say: Say,
+        notice: Say,
     ) -> None:
-        """Of `runs`, those in `ended` are over already."""
+        """Of `runs`, those in `ended` are over already; the others make at most so many stacks."""
         self.runs, self.ended, self.signals, self.say, self.notice = runs, ended, signals, say, notice
         self.live = [r for i, r in enumerate(runs) if i not in ended]
-        self.stack = Stack([], notice)
+        self.most, self.stacks = most, Stacks([], most, notice)
+        self.failure: Exception | None = None
+        """The first one's."""
 
     def go(self) -> list[Result]:
         """From the first step that is not done to the last run's end."""
@@ -150,6 +160,8 @@ class _Group:
         self.signals.late = self._late
         try:
             self._each(self.live, StackedRun.begin)
+            if self.failure is not None:
+                raise self.failure
             if self.live:
                 self.say(f"Training {len(self.live)} runs together...")
                 self._train()
@@ -157,6 +169,7 @@ class _Group:
             self.signals.claim()
             for run in self.live:
                 self.ended[self.runs.index(run)] = run.interrupted()
+            self.failure = None  # one is enough to tell, and the run goes on with the others
         except BaseException:
             self.signals.claim()
             raise
@@ -165,8 +178,11 @@ class _Group:
             if collecting:
                 gc.enable()
             self.signals.late = None
+            self.stacks.close()
             for run in self.runs:
                 run.close()
+        if self.failure is not None:
+            raise self.failure
         return [self.ended[i] for i in range(len(self.runs))]
 
     def _train(self) -> None:
@@ -175,12 +191,15 @@ class _Group:
             while self._end_what_is_over():
                 step = min(r.horizon.step for r in self.live)
                 now = [r for r in self.live if r.horizon.step == step]
-                if self.stack.runs != now:
+                if self.stacks.runs != now:
                     self._restack(now)
                 began = time.perf_counter()
                 for run in now:
                     run.began = began
-                self.stack.gradients()
+                for stack, exc in self.stacks.gradients():
+                    for run in stack.runs:
+                        self._failed(run, exc)
+                now = [r for r in now if r in self.live]
                 self._each(now, StackedRun.step)
                 bar.update(step + 1, runs=len(now), **_losses(now))
                 taken += 1
@@ -190,14 +209,14 @@ class _Group:
                     gc.disable()
 
     def _restack(self, runs: Sequence[StackedRun]) -> None:
-        self.stack.let_go()
-        self.stack = Stack(runs, self.notice)
+        self.stacks.let_go()
+        self.stacks = Stacks(runs, self.most, self.notice)
         if runs[0].config.training.compile is True:
             self.say(f"Compiling the model for {len(runs)} runs...")
-            self.stack.compile()
+            self.stacks.compile()
 
     def _each(self, runs: Sequence[StackedRun], act: Callable[[StackedRun], None]) -> None:
-        """Let each run act; one that diverges leaves, the others go on."""
+        """Let each run act; one that diverges or fails leaves, the others go on."""
         for run in list(runs):
             try:
                 act(run)
@@ -206,11 +225,22 @@ class _Group:
                     self.live.remove(run)
                     self.ended[self.runs.index(run)] = run.diverged(str(exc))
                 self.notice(f"{run.config.output.folder.name}: diverged: {exc}")
+            except Exception as exc:  # is raised once the others have ended
+                self._failed(run, exc)
+
+    def _failed(self, run: StackedRun, exc: Exception) -> None:
+        with self.signals.hold():
+            self.live.remove(run)
+            self.ended[self.runs.index(run)] = run.result("failed", str(exc))
+            self.failure = self.failure or exc
+        self.notice(f"{run.config.output.folder.name}: failed: {exc}")
 
     def _end_what_is_over(self) -> bool:
         """Save, sample and judge the runs that are over; whether any is left."""
         for run in [r for r in self.live if r.horizon.over is not None]:
-            run.end()
+            self._each([run], StackedRun.end)
+            if run not in self.live:
+                continue
             with self.signals.hold():  # the run is whole: a signal cuts its samples short and then meets the others
                 self.live.remove(run)
                 self.ended[self.runs.index(run)] = run.results()

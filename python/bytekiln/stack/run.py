@@ -1,4 +1,4 @@
-"""A run that takes its steps together with others: ordinary runs, and the pass through the model made for all at once.
+"""Runs that take their steps together: ordinary ones, whose passes through the model are made for several at once.
 
 In: runs as `train` builds them. Out: gradients in each run's own parameters; rows, checkpoints and results as ever.
 Called by `stack`, which drives them.
@@ -6,7 +6,10 @@ Called by `stack`, which drives them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,13 +35,17 @@ class StackedLearner(Learner):
         """What the stack has made for the next call; the gradient itself lies in the parameters."""
 
     def gradients(self, batches: Prefetcher, step: int, first: int, micro_steps: int) -> Gradients:
-        """As `Learner.gradients`; alone where the stack has made nothing, when a step is gone over again, say."""
+        """As `Learner.gradients`; made here where nothing is ready, when a step is gone over again, say."""
         found, self.ready = self.ready, None
         return found if found is not None else super().gradients(batches, step, first, micro_steps)
 
+    def make_ready(self, batches: Prefetcher, step: int, first: int, micro_steps: int) -> None:
+        """What the next `gradients` returns, made without the others of the stack."""
+        self.ready = super().gradients(batches, step, first, micro_steps)
+
 
 class Stack:
-    """The runs that are trained together now."""
+    """Runs whose pass through the model is one."""
 
     def __init__(self, runs: Sequence[StackedRun], notice: Say) -> None:
         """Lay their parameters together; of a single run nothing is changed."""
@@ -66,14 +73,16 @@ class Stack:
             run.learner._graphs = graphs_compiled() if loss is not self.objective else None
 
     def gradients(self) -> None:
-        """Make the next step's gradients of all runs, as `Learner.gradients` makes those of one."""
-        if self.objective is None or self.loss is None:
-            return
-        self.objective.zero_grad()
+        """Make the next step's gradients of all runs, as `Learner.gradients` makes those of one; moves no weight."""
         wanted = [r.next_step() for r in self.runs]
         micro_steps = wanted[0][2]
-        if any(w[2] != micro_steps for w in wanted):  # a stage of `batch_stages` begins by tokens, a step apart
+        apart = any(w[2] != micro_steps for w in wanted)  # a stage of `batch_stages` begins by tokens, a step apart
+        if self.objective is None or self.loss is None or apart:
+            for run, wants in zip(self.runs, wanted, strict=True):
+                assert run.batches is not None
+                run.learner.make_ready(run.batches, *wants)
             return
+        self.objective.zero_grad()
         read = [r.batches_of(*w) for r, w in zip(self.runs, wanted, strict=True)]
         counts = [sum(b.count for b in batches) for batches in read]
         weights_K = self._weights(counts)
@@ -96,6 +105,78 @@ class Stack:
 
     def _weights(self, counts: Sequence[int]) -> Tensor:
         return torch.tensor([1.0 / max(n, 1) for n in counts], device=self.runs[0].device)
+
+
+class Stacks:
+    """All runs that are trained together now, in stacks whose passes are made side by side.
+
+    The operations of a small model are too short to share out among threads. But stacks need nothing of each other, and
+    torch holds no lock of the interpreter while it computes: each has a thread of its own. No result depends on how
+    many there are. Nothing in a pass is random (`rules`), and all that it writes is its own runs'.
+    """
+
+    def __init__(self, runs: Sequence[StackedRun], most: int, notice: Say) -> None:
+        """Lay their parameters together, in at most so many stacks."""
+        self.runs = list(runs)
+        many = min(most, len(runs))
+        bounds = [len(runs) * i // many for i in range(many + 1)] if runs else []
+        self.stacks = [Stack(runs[start:end], notice) for start, end in pairwise(bounds)]
+        self._pool: ThreadPoolExecutor | None = None
+        if many > 1:  # what is set of torch's threads is set for a thread
+            self._pool = ThreadPoolExecutor(many, "bytekiln-stack", torch.set_num_threads, (torch.get_num_threads(),))
+
+    def compile(self) -> None:
+        """See `Stack.compile`."""
+        for stack in self.stacks:
+            stack.compile()
+
+    def gradients(self) -> list[tuple[Stack, Exception]]:
+        """Make the next step's gradients of all runs.
+
+        An interruption of the wait leaves passes that go on until `close`; they move no weight.
+
+        Returns:
+            The stacks whose pass failed, and why.
+        """
+        if self._pool is None:
+            ends = [stack.gradients for stack in self.stacks]
+        else:
+            ends = [self._pool.submit(stack.gradients).result for stack in self.stacks]
+        failed = []
+        for stack, end in zip(self.stacks, ends, strict=True):
+            try:
+                end()
+            except Exception as exc:  # whatever it is, it is no more the others' than it would be in another process
+                failed.append((stack, exc))
+        return failed
+
+    def close(self) -> None:
+        """Wait for what is under way; end the threads."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def let_go(self) -> None:
+        """Give the runs their parameters back, and end."""
+        self.close()
+        for stack in self.stacks:
+            stack.let_go()
+
+
+@contextmanager
+def divided_threads(runs: Sequence[StackedRun]) -> Iterator[int]:
+    """Give each run its part of torch's threads, at least one, as `lm-sweep --jobs` does; says how many stacks to make.
+
+    It stays for as long as the runs are trained, whoever leaves or is behind: sums on another number of threads round
+    otherwise, and no resumed run may differ. A compiled pass has its threads built in, and a GPU is one device: there
+    all runs are one stack, on all threads.
+    """
+    threads = torch.get_num_threads()
+    divided = all(r.device.type == "cpu" and r.config.training.compile is not True for r in runs)
+    torch.set_num_threads(max(threads // len(runs), 1) if divided else threads)
+    try:
+        yield threads if divided else 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _joined(batches: Sequence[Batch], device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
