@@ -20,6 +20,7 @@ import pytest
 from bytekiln import cli_sweep
 from bytekiln.config import FIELDS, changed_mathematics
 from bytekiln.sweep.coordinate import run_sweep
+from bytekiln.sweep.folder import run_folder, store_trials
 from bytekiln.sweep.process import stated_threads
 from bytekiln.sweep.results import read_results
 from lm_runs import ONE_THREAD, TINY, tokens
@@ -375,6 +376,13 @@ def test_stopped_by_a_signal_it_goes_on_bit_for_bit(tmp_path: Path, number: sign
     assert re.search(r"goes on", (tmp_path / "stopped.said").read_text())
 
 
+def _wait_for(what: Callable[[], bool], seconds: float = 90.0) -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until, "it never came"
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 def test_on_a_local_ray_cluster(here: Path) -> None:
     ray = pytest.importorskip("ray")
@@ -388,6 +396,14 @@ def test_on_a_local_ray_cluster(here: Path) -> None:
         begin = RayStart()
         assert begin.jobs(1) == 2 and (begin.threads(1), begin.threads(2)) == (stated_threads() or 2, 1)
         results = run_sweep(trials_of(spec), here / "s", jobs=2, start=begin, threads=begin.threads(2))
+        endless = changed(load_spec("tinystories-lr"), lrs=[2e-3], given={**base, "max_steps": 1_000_000})
+        store_trials(here / "e", trials_of(endless), "results.json")
+        place = run_folder(here / "e", trials_of(endless)[0].name)
+        run = begin(place, 1)
+        _wait_for(lambda: any(Path(endless.output.checkpoint_dir.format(lr="2e-3")).glob("checkpoint_*")))
+        run.send(signal.SIGINT)  # which Ray blocks in all that it starts
+        _wait_for(lambda: run.poll() is not None)
+        assert run.poll() == 130
     finally:
         ray.shutdown()
     assert [r.status for r in results] == ["completed", "diverged"]

@@ -589,3 +589,19 @@ def test_ctrl_c_ends_what_was_started_to_ignore_it(tmp_path: Path) -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, old)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_ctrl_c_reaches_what_was_started_with_it_blocked(early: bool) -> None:
+    """As everything that a Ray cluster starts is; one that came before was waiting."""
+    before, number = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]), signal.SIGINT
+    try:
+        if early:
+            os.kill(os.getpid(), number)
+        with pytest.raises(KeyboardInterrupt), Signals():
+            assert not early
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
