@@ -114,6 +114,7 @@ FLOORS = [
         "cli_report",
         "cli_score",
         "search.asked",
+        "sweep.asked",
         "stack.command",
         "experiments.exp9",
     ],
