@@ -99,10 +99,7 @@ def main(root: Path, seed: int, count: int) -> None:
     assert start(spec, root / "whole").wait(300) == 0
     whole = time.monotonic() - began
     expected = outcome(root / "whole")
-    results = [
-        killed(spec, root / f"killed-{i}", expected, whole, ("sweep", "run")[i % 2], dice)
-        for i in range(count)
-    ]
+    results = [killed(spec, root / f"killed-{i}", expected, whole, ("sweep", "run")[i % 2], dice) for i in range(count)]
     print(json.dumps({"whole": round(whole, 2), "results": results}))
 
 

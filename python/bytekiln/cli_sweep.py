@@ -37,7 +37,10 @@ SHAPELESS = ("lr", "min_lr", "seed", "run_name", "checkpoint_dir", "tensorboard_
 
 
 def sweep(argv: list[str]) -> int:
-    """`lm-sweep`: 0 done, 1 every run failed, 4 some failed, 130 and 143 interrupted."""
+    """`lm-sweep`: 0 done, 1 every run failed, 4 some failed, 130 and 143 interrupted.
+
+    Of a search that ends without a rate to recommend: 1, or 4 where some run ended well.
+    """
     words: dict[str, Callable[[list[str]], int]] = {"worker": _worker, "adopt": _adopt, "search": _search}
     if argv and argv[0] in words:
         return words[argv[0]](argv[1:])
@@ -77,7 +80,7 @@ def sweep(argv: list[str]) -> int:
             trials, folder, jobs=jobs, retry=retry, results=spec.results_name, say=board.say, board=board,
             stack=options.stack, **start,
         )  # fmt: skip
-    status = exit_status(results)
+    status = catalogue.status(spec, results)
     print(summary(results))
     print(f"\nresults: {folder / spec.results_name}")
     if options.then:
