@@ -144,7 +144,7 @@ def _not_of(folder: Path, base: SweepSpec, plan: Plan) -> Iterator[tuple[str, ob
         try:
             told = json.loads(test.read_bytes())
             low, steps, suggestion = float(told["low"]), int(told["steps"]), float(told["suggestion"])
-        except (ValueError, KeyError, TypeError) as exc:
+        except (ValueError, KeyError, TypeError, RecursionError) as exc:
             raise FormatError(f"{test}: {exc}; expected a range test (without the file it is made once more)") from None
         if not math.isclose(low, plan.low, rel_tol=1e-9) or steps > plan.range_steps:
             yield "range test", f"from {low:g}, {steps} steps", f"{plan.low:g}, {plan.range_steps} steps"

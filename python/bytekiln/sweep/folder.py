@@ -106,7 +106,8 @@ def _stored_configs(place: Path) -> tuple[RunConfig | None, RunConfig | None]:
     found = []
     for name in (TRIAL, "config.toml"):
         try:
-            found.append(load_config(place / name) if (place / name).exists() else None)
+            there = (place / name).exists() and (place / name).stat().st_size  # an empty one would be all defaults
+            found.append(load_config(place / name) if there else None)
         except (ConfigError, FormatError):
             found.append(None)
     return (found[0] or found[1], found[1]) if (place / TRIAL).exists() else (None, found[1])
@@ -151,7 +152,7 @@ def _read_trials(folder: Path) -> tuple[str, list[dict[str, Any]]]:
         raise FileError(f"{path}: no such file; expected a sweep's folder") from None
     except OSError as exc:
         raise trouble(path, exc) from None
-    except (ValueError, KeyError, TypeError) as exc:
+    except (ValueError, KeyError, TypeError, RecursionError) as exc:
         raise FormatError(
             f"{path}: {exc}; expected the list of a sweep's runs (the file may be deleted: the command that began the "
             "sweep makes it anew)"
