@@ -214,6 +214,15 @@ def test_a_search_without_a_rate_to_recommend_is_no_success(search, here: Path) 
     assert read(here / "exp9_quick_lr_search/lr_recommendation.json")["best_learning_rate"] is None
 
 
+def test_what_killed_writers_left_goes(search, here: Path) -> None:
+    folder = here / "exp9_quick_lr_search"
+    search("lr-search-quick", *DATA, *FLAGS, "--lrs", "1e-3")
+    for name in ("lr_recommendation.json", "results/lr_1.00e-03_result.json"):
+        (path := folder / name).with_name(f".{path.name}.{2**22 + 1}.tmp").touch()
+    search("lr-search-quick")
+    assert not [*folder.rglob(".*.tmp")]
+
+
 # --- who wins -----------------------------------------------------------------------------------------------------
 
 

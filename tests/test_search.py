@@ -882,7 +882,10 @@ def test_a_replaced_search_goes_on_by_its_folder_with_its_own_config(
     assert cli_search.search(["other.json", *flags, "--overwrite"]) == 0
     (tmp_path / "s" / "base.toml").write_text("d_model = 16\n")  # as versions before this one have left it
     begun = len(in_process.started)
+    for name in ("search.json", "lr_search.png"):
+        (tmp_path / "s" / f".{name}.{2**22 + 1}.tmp").touch()
     assert cli_search.search(["s", "--until", "coarse"]) == 0 and len(in_process.started) == begun
+    assert not [*(tmp_path / "s").glob(".*.tmp")], "of writers that were killed"
     assert load_config(tmp_path / "s" / "base.toml").model.d_model == 8
 
 

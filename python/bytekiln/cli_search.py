@@ -34,10 +34,13 @@ from bytekiln.search.plan import STAGES, Plan
 from bytekiln.search.runs import SweepRunner, check_base, range_tester, retried
 from bytekiln.search.stages import Search
 from bytekiln.search.transfer import off_by, predict
-from bytekiln.sweep.folder import LOCK, checked_data, coordinating, remove_sweep, trouble
+from bytekiln.sweep.folder import LOCK, coordinating, remove_sweep, trouble
+from bytekiln.sweep.locks import remove_unfinished
 from bytekiln.sweep.progress import ProgressBoard
+from bytekiln.sweep.ready import checked_data
 from bytekiln.sweep.spec import SweepSpec, Trial
 
+PICTURE = "lr_search.png"
 PARTS = ("coarse", "seeds", "confirm")
 """Folders of a search that are sweeps."""
 TRANSFER_RUNS = 10
@@ -93,6 +96,8 @@ def _one(
     from bytekiln.search.range_test import read_range_test
 
     began = time.monotonic()
+    remove_unfinished(folder, (STATE, RECOMMENDATION, PICTURE, CONFIG))
+    remove_unfinished(folder / "range_test")
     stored = read_state(folder)
     before = stored["elapsed_s"] if stored else 0.0
     described = base_of(base)
@@ -111,7 +116,7 @@ def _one(
     if found.status != "stopped":
         write_atomically(folder / RECOMMENDATION, to_json(about))
     if found.runs:
-        draw_search(found, folder / "lr_search.png", read_range_test(folder / "range_test"))
+        draw_search(found, folder / PICTURE, read_range_test(folder / "range_test"))
     if found.status == "failed":
         error_console_line(ConfigError(sentence(found)))
         return found, 1
@@ -136,7 +141,7 @@ def _tell(found: Search, folder: Path) -> None:
     print(table(rows, indent=""))
     for note in found.notes:
         print(f"note: {note}")
-    print(f"\n{sentence(found)}\n\nrecommendation: {folder / RECOMMENDATION}\npicture: {folder / 'lr_search.png'}")
+    print(f"\n{sentence(found)}\n\nrecommendation: {folder / RECOMMENDATION}\npicture: {folder / PICTURE}")
 
 
 def _transfer(
@@ -272,7 +277,7 @@ def _remove(folder: Path) -> None:
         if (folder / stage).is_dir():
             remove_sweep(folder / stage)
     test = [f"range_test/range_test.{kind}" for kind in ("json", "csv", "png")]
-    for name in (*test, "lr_search.png", RECOMMENDATION, CONFIG, STATE):
+    for name in (*test, PICTURE, RECOMMENDATION, CONFIG, STATE):
         (folder / name).unlink(missing_ok=True)
     if (folder / "transfer" / STATE).exists() or is_lost(folder / "transfer"):
         _remove(folder / "transfer")

@@ -25,9 +25,10 @@ from bytekiln.sweep.adopt import adopt as adopt_run
 from bytekiln.sweep.asked import MANY_RUNS, asked, given_axes, set_fields, sweep_parser, whole
 from bytekiln.sweep.coordinate import check_retry, run_sweep, work
 from bytekiln.sweep.detach import check, detach
-from bytekiln.sweep.folder import check_idle, checked_data, coordinating, open_folder
+from bytekiln.sweep.folder import check_idle, coordinating, open_folder
 from bytekiln.sweep.journal import Holder
 from bytekiln.sweep.progress import ProgressBoard, number
+from bytekiln.sweep.ready import checked_data
 from bytekiln.sweep.results import RANKED, TrialResult, best_repeats, exit_status
 from bytekiln.sweep.spec import SweepSpec, Trial, changed, sweep_presets, trials_of
 from bytekiln.sweep.table import typed

@@ -35,7 +35,6 @@ from bytekiln.sweep.folder import (
     LOCK,
     RUNS,
     SPEC,
-    checked_data,
     coordinating,
     open_folder,
     remove_sweep,
@@ -44,6 +43,7 @@ from bytekiln.sweep.folder import (
 )
 from bytekiln.sweep.process import cores
 from bytekiln.sweep.progress import ProgressBoard, number
+from bytekiln.sweep.ready import checked_data
 from bytekiln.sweep.results import RANKED, TrialResult, best_of, exit_status
 from bytekiln.sweep.spec import SweepOutput, SweepSpec, Trial, changed, load_spec, trials_of
 from bytekiln.sweep.table import PLACES, rates_of
