@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,11 +70,15 @@ def outcome(folder: Path) -> dict[str, Any]:
     return told
 
 
-def killed(spec: Path, folder: Path, expected: dict[str, Any], moment: float, what: str, dice: random.Random) -> Any:
-    """One sweep that is killed, and how it ended after all."""
-    sweep = start(spec, folder)
-    time.sleep(moment)
-    runs = runs_of(folder)
+def killed(spec: Path, folder: Path, expected: dict[str, Any], whole: float, what: str, dice: random.Random) -> Any:
+    """One sweep that is killed, and how it ended after all; one that was done before it could be is none."""
+    while True:
+        sweep, moment = start(spec, folder), dice.uniform(0.02, 1.0) * whole
+        time.sleep(moment)
+        runs = runs_of(folder)
+        if sweep.poll() is None:
+            break
+        shutil.rmtree(folder)
     victim = dice.choice(runs) if what == "run" and runs else sweep.pid
     os.kill(victim, signal.SIGKILL)
     first = sweep.wait(300)
@@ -94,10 +99,7 @@ def main(root: Path, seed: int, count: int) -> None:
     assert start(spec, root / "whole").wait(300) == 0
     whole = time.monotonic() - began
     expected = outcome(root / "whole")
-    results = [
-        killed(spec, root / f"killed-{i}", expected, dice.uniform(0.02, 1.0) * whole, ("sweep", "run")[i % 2], dice)
-        for i in range(count)
-    ]
+    results = [killed(spec, root / f"killed-{i}", expected, whole, ("sweep", "run")[i % 2], dice) for i in range(count)]
     print(json.dumps({"whole": round(whole, 2), "results": results}))
 
 

@@ -20,6 +20,7 @@ import pytest
 from bytekiln import cli_sweep
 from bytekiln.config import FIELDS, changed_mathematics
 from bytekiln.sweep.coordinate import run_sweep
+from bytekiln.sweep.folder import run_folder, store_trials
 from bytekiln.sweep.process import stated_threads
 from bytekiln.sweep.results import read_results
 from lm_runs import ONE_THREAD, TINY, tokens
@@ -94,6 +95,9 @@ def test_another_spec_is_refused_by_what_differs(sweep, here: Path) -> None:
         (("tinystories-lr", "--set", "d_modle=3", *DATA), "unknown key d_modle; did you mean d_model?"),
         (("tinystories-lr", "--set", "d_model", *DATA), "expected FIELD=VALUE"),
         (("tinystories-lr", "--lrs", "a b", *DATA), "--lrs: found 'a b'"),
+        (("tinystories-lr", "--lrs", "", *DATA), "--lrs: found ''"),
+        (("tinystories-lr", "--seeds", "", *DATA), "--seeds: found ''"),
+        (("debug", "--axis", "learning_rate=1e-3", "--axis", "max_lr=1e-2", *DATA), "--axis: found lr twice"),
         (("tinystories-lr", "--lr", "1e-3", *DATA), "expected --lrs"),
         (("tinystories-lr", "--seeds", "0", *DATA), "--seeds: found '0'"),
         (("tinystories-lr", "--jobs", "0", *DATA), "expected a whole number from 1 on"),
@@ -375,10 +379,21 @@ def test_stopped_by_a_signal_it_goes_on_bit_for_bit(tmp_path: Path, number: sign
     assert re.search(r"goes on", (tmp_path / "stopped.said").read_text())
 
 
+def _wait_for(what: Callable[[], bool], seconds: float = 90.0) -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until, "it never came"
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
-def test_on_a_local_ray_cluster(here: Path) -> None:
+def test_on_a_local_ray_cluster(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir="/tmp/bytekiln-ray")
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ray, "init", functools.partial(  # a cluster of our own in the place of one that is there
+        lambda begin, address, **how: begin(num_cpus=2, include_dashboard=False, _temp_dir="/tmp/bytekiln-ray", **how),
+        ray.init,
+    ))  # fmt: skip
     try:
         from bytekiln.sweep.ray import RayStart
         from bytekiln.sweep.spec import changed, load_spec, trials_of
@@ -386,8 +401,17 @@ def test_on_a_local_ray_cluster(here: Path) -> None:
         base = {k: v for k, v in TINY.items() if k != "lr"} | {"train_data": "train.npy", "tensorboard": False}
         spec = changed(load_spec("tinystories-lr"), lrs=[1e-3, 1e9], given=base)
         begin = RayStart()
+        assert signal.getsignal(signal.SIGTERM) is before
         assert begin.jobs(1) == 2 and (begin.threads(1), begin.threads(2)) == (stated_threads() or 2, 1)
         results = run_sweep(trials_of(spec), here / "s", jobs=2, start=begin, threads=begin.threads(2))
+        endless = changed(load_spec("tinystories-lr"), lrs=[2e-3], given={**base, "max_steps": 1_000_000})
+        store_trials(here / "e", trials_of(endless), "results.json")
+        place = run_folder(here / "e", trials_of(endless)[0].name)
+        run = begin(place, 1)
+        _wait_for(lambda: any(Path(endless.output.checkpoint_dir.format(lr="2e-3")).glob("checkpoint_*")))
+        run.send(signal.SIGINT)  # which Ray blocks in all that it starts
+        _wait_for(lambda: run.poll() is not None)
+        assert run.poll() == 130
     finally:
         ray.shutdown()
     assert [r.status for r in results] == ["completed", "diverged"]

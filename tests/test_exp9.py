@@ -184,6 +184,7 @@ def test_the_dense_twin_has_folders_of_its_own(exp9, here: Path) -> None:
         ((*ASK, "--device", "cuda:7"), "device"),
         ((*ASK, "--lr", "1e-3"), "expected --lrs"),
         ((*ASK, "--lrs", "fast"), "--lrs: found 'fast'"),
+        ((*ASK, "--lrs", ""), "--lrs: found ''"),
         ((*ASK, "--scale", "gpu"), "expected one that lr-search-full has: cpu"),
         ((*ASK, "--jobs", "0"), "--jobs: found '0'"),
         ((*ASK, "--out-dirr", "x"), "unknown flag --out-dirr"),

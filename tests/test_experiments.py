@@ -16,7 +16,7 @@ from bytekiln.accounting import parameter_count
 from bytekiln.errors import FileError
 from bytekiln.schedule import Progress, learning_rate
 from bytekiln.sweep.coordinate import run_sweep
-from bytekiln.sweep.folder import checked_data
+from bytekiln.sweep.ready import checked_data
 from bytekiln.sweep.spec import SweepSpec, Trial, changed, load_spec, sweep_presets, trials_of
 from lm_runs import ONE_THREAD, tokens
 

@@ -204,6 +204,25 @@ def test_every_run_failed_is_one_and_no_recommendation(search, here: Path) -> No
     assert [e["error"] for e in told["all_results"]] == ["oh dear", "oh dear"]
 
 
+def test_a_search_without_a_rate_to_recommend_is_no_success(search, here: Path) -> None:
+    lost = {"lr=1e-3": 3, "lr=1e-2": 3}
+    search("lr-search-quick", *DATA, *FLAGS, "--lrs", "1e-3 1e-2", "--then", "touch ran", status=1, begins=Trains(lost))
+    assert not (here / "ran").exists()
+    lost = {"lr=1e-3,seed=2": 3, "lr=1e-2,seed=1": 3}
+    rates = ("--lrs", "1e-3 1e-2", "--seeds", "2")
+    search("lr-search-quick", *DATA, *FLAGS, *rates, "--overwrite", status=4, begins=Trains(lost))
+    assert read(here / "exp9_quick_lr_search/lr_recommendation.json")["best_learning_rate"] is None
+
+
+def test_what_killed_writers_left_goes(search, here: Path) -> None:
+    folder = here / "exp9_quick_lr_search"
+    search("lr-search-quick", *DATA, *FLAGS, "--lrs", "1e-3")
+    for name in ("lr_recommendation.json", "results/lr_1.00e-03_result.json"):
+        (path := folder / name).with_name(f".{path.name}.{2**22 + 1}.tmp").touch()
+    search("lr-search-quick")
+    assert not [*folder.rglob(".*.tmp")]
+
+
 # --- who wins -----------------------------------------------------------------------------------------------------
 
 

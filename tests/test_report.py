@@ -377,6 +377,14 @@ def test_runs_whose_numbers_are_not_all_there(tmp_path: Path, rows: list[Row], t
             assert (tmp_path / "x.png").read_bytes().startswith(PNG)
 
 
+def test_a_number_beyond_all_floats_is_none(tmp_path: Path) -> None:
+    place = write_run(tmp_path / "run")
+    told = json.loads((place / "result.json").read_text())
+    (place / "result.json").write_text(json.dumps({**told, "tokens": 10**400}))
+    page(report := read_report([tmp_path]))
+    assert report.runs[0].number("tokens") is None and report.runs[0].number("steps") is not None
+
+
 @pytest.mark.parametrize("status", ["early_stopped", "diverged", "interrupted"])
 def test_runs_that_ended_early_are_drawn_with_their_evaluations(tmp_path: Path, status: str) -> None:
     rows = [step(0, None, 4.1), step(1, 4.0), step(2, 3.5, 3.6), step(3, 3.4), step(4, 3.3, 3.9), step(5, 9.0)]

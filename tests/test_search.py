@@ -746,6 +746,15 @@ def test_a_lost_state_is_made_anew_and_keeps_the_runs(
     assert cli_search.search([finished.name]) == 0 and told_by(finished) == before
 
 
+def test_a_lost_state_and_a_damaged_range_test_are_one_line(in_process: type[InProcess], tmp_path: Path) -> None:
+    (place := tmp_path / "tiny-search" / "range_test").mkdir(parents=True)
+    for text in ("{", "[]", '{"low": 1e-5, "steps": 30}'):
+        (place / "range_test.json").write_text(text)
+        with pytest.raises(FormatError, match=r"range_test\.json: .*; expected a range test"):
+            cli_search.search(["tiny.json", "--until", "range_test"])
+        assert not (tmp_path / "tiny-search" / "search.json").exists()
+
+
 def test_a_lost_state_does_not_keep_overwrite_from_beginning_anew(finished: Path, in_process: type[InProcess]) -> None:
     for lost in (lambda p: p.unlink(), lambda p: p.write_text("{")):
         lost(finished / "search.json")
@@ -863,6 +872,41 @@ def test_overwrite_begins_anew(in_process: type[InProcess], tmp_path: Path) -> N
     assert (tmp_path / "tiny-search" / "notes.txt").read_text() == "mine"
 
 
+def test_a_replaced_search_goes_on_by_its_folder_with_its_own_config(
+    in_process: type[InProcess], tmp_path: Path
+) -> None:
+    flags = ["--centre", "0.03", "--points", "3", "--budget", "20", "--until", "coarse", "--folder", "s"]
+    assert cli_search.search(["tiny.json", *flags]) == 0 and cli_search.search(["s", "--until", "coarse"]) == 0
+    other = {**json.loads((tmp_path / "tiny.json").read_text()), "d_model": 8}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    assert cli_search.search(["other.json", *flags, "--overwrite"]) == 0
+    (tmp_path / "s" / "base.toml").write_text("d_model = 16\n")  # as versions before this one have left it
+    begun = len(in_process.started)
+    for name in ("search.json", "lr_search.png"):
+        (tmp_path / "s" / f".{name}.{2**22 + 1}.tmp").touch()
+    assert cli_search.search(["s", "--until", "coarse"]) == 0 and len(in_process.started) == begun
+    assert not [*(tmp_path / "s").glob(".*.tmp")], "of writers that were killed"
+    assert load_config(tmp_path / "s" / "base.toml").model.d_model == 8
+
+
+def test_without_a_rate_that_stood_every_seed_the_exit_status_is_4(
+    in_process: type[InProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def diverges(self: InProcess, folder: Path, threads: int, *, step: int | None = None) -> None:
+        begin(self, folder, threads, step=step)
+        if "seed=43" in folder.name:
+            told = json.loads((folder / "result.json").read_text())
+            (folder / "result.json").write_text(json.dumps({**told, "status": "diverged"}))
+            self.code = 3
+
+    begin = in_process.__init__
+    monkeypatch.setattr(in_process, "__init__", diverges)
+    assert cli_search.search(FLAGS) == 4
+    assert "No learning rate can be recommended: no rate ended well with every seed" in capsys.readouterr().out
+    about = json.loads((tmp_path / "tiny-search" / "lr_recommendation.json").read_text())
+    assert about["best_learning_rate"] is None
+
+
 def test_a_transfer_predicts_and_confirms_at_the_other_width(
     in_process: type[InProcess], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -878,6 +922,17 @@ def test_a_transfer_predicts_and_confirms_at_the_other_width(
     assert there["transfer"]["lr"] in rates and len(rates) >= 3
     assert there["best_learning_rate"] == there["transfer"]["found"]
     assert len({r["seed"] for r in there["all_results"]}) == 2, "without a second seed, noise has no measure"
+    place, begun = tmp_path / "tiny-search" / "transfer", len(in_process.started)
+    (place / "search.json").unlink()
+    assert cli_search.search([*FLAGS, *wide]) == 0
+    assert f"{place.relative_to(tmp_path) / 'search.json'} was lost: it is made anew" in capsys.readouterr().err
+    assert len(in_process.started) == begun, "nothing is trained twice"
+    again = json.loads((place / "lr_recommendation.json").read_text())
+    assert again | {"search_time_minutes": 0} == there | {"search_time_minutes": 0}
+    (place / "search.json").unlink()
+    assert cli_search.search([*FLAGS, *wide, "--d-model", "8", "--overwrite"]) == 0
+    again = json.loads((place / "lr_recommendation.json").read_text())
+    assert again["transfer"]["width"] == 1 / 4 and len(in_process.started) >= begun + 8, "both are begun anew"
 
 
 @pytest.mark.slow

@@ -103,7 +103,10 @@ def test_status_0_counts_only_with_its_result(tmp_path: Path) -> None:
 def test_a_corrupt_result_of_one_run_loses_nothing_else(tmp_path: Path) -> None:
     folder = tmp_path / "s"
     run_sweep(trials(), folder, start=Start())
-    for damage in (b"{", b"[]", b'{"status": "completed", "best_val_loss": "low"}'):
+    damages = [b"{", b"[]", b"[" * 100_000, b'{"status": "completed", "best_val_loss": "low"}']
+    for name in ("steps", "best_step", "tokens", "parameters", "max_steps"):
+        damages += [f'{{"status": "completed", "{name}": {v}}}'.encode() for v in ("3.5", "-1", "9" * 400)]
+    for damage in damages:
         (folder / "runs/seed=2/result.json").write_bytes(damage)
         (folder / "results.json").write_bytes(b"nonsense")
         results = run_sweep(trials(), folder, start=(start := Start()))
@@ -549,7 +552,7 @@ def test_a_damaged_trial_is_written_anew(tmp_path: Path) -> None:
     results = run_sweep(trials(2), folder, start=Start())
     path = folder / "runs/seed=1/trial.toml"
     said = path.read_bytes()
-    for text in (b"nonsense", b"d_model = true\n", b"\xff"):
+    for text in (b"nonsense", b"d_model = true\n", b"\xff", b""):
         path.write_bytes(text)
         assert run_sweep(trials(2), folder, start=(start := Start())) == results and start.started == []
         assert path.read_bytes() == said
@@ -589,3 +592,19 @@ def test_ctrl_c_ends_what_was_started_to_ignore_it(tmp_path: Path) -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, old)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_ctrl_c_reaches_what_was_started_with_it_blocked(early: bool) -> None:
+    """As everything that a Ray cluster starts is; one that came before was waiting."""
+    before, number = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]), signal.SIGINT
+    try:
+        if early:
+            os.kill(os.getpid(), number)
+        with pytest.raises(KeyboardInterrupt), Signals():
+            assert not early
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from bytekiln import cli_sweep
+from bytekiln.atomic import AtomicFile
 from bytekiln.config import load_config
 from bytekiln.errors import FileError, FormatError
 from bytekiln.sweep.coordinate import run_sweep, work
@@ -155,10 +156,14 @@ def test_what_the_dead_left_half_written_goes(tmp_path: Path) -> None:
     run_sweep(trials(1), folder, start=Start())
     gone, alive = dead(), os.getppid()
     left = [f".results.json.{gone}.tmp", f".trials.json.{gone}.tmp", f"runs/seed=1/.trial.toml.{gone}.tmp"]
-    kept = [f".results.json.{alive}.tmp", f".notes.txt.{gone}.tmp", ".results.json.tmp"]
+    left += [".analysis.md.partial", ".report.html.partial"]
+    kept = [f".results.json.{alive}.tmp", f".notes.txt.{gone}.tmp", ".results.json.tmp", ".notes.txt.partial"]
+    kept += [".comparison.png.partial"]
     for name in (*left, *kept):
         (folder / name).touch()
-    run_sweep(trials(1), folder, start=Start())
+    with AtomicFile(folder / "comparison.png", overwrite=True):  # whose writer lives
+        run_sweep(trials(1), folder, start=Start())
+        assert (folder / kept.pop()).exists()
     assert not [n for n in left if (folder / n).exists()] and all((folder / n).exists() for n in kept)
 
 

@@ -113,6 +113,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         (b'{"goal": ', FormatError, "line 1: found .*expected a JSON object"),
         (b'{"goal": "\xff"}', FormatError, "line 1: found"),
         (b"[{]", FormatError, "expected JSON"),
+        (b"[" * 100_000, FormatError, "expected JSON"),
+        (b'{"goal": ' * 100_000, FormatError, "line 1: found .*expected a JSON object"),
         (gzip.compress(b"{}" * 50)[:20], FormatError, "damaged"),
         (lzma.compress(b"{}" * 50)[:40], FormatError, "damaged"),
     ):

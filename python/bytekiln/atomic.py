@@ -1,7 +1,8 @@
 """Writing a file so that a reader sees the old one or the whole new one, as the Rust core does it (`atomic.rs`).
 
-In: a path and bytes. Out: a file that takes its name only when it is complete and on the disk. Called by
-`characters` and `characters_file`. The temporary name and the lock are the core's, so both refuse a second writer.
+In: a path and bytes. Out: a file that takes its name only when it is complete and on the disk. Called by `characters`,
+`characters_file`, reports and `sweep.folder`. The temporary name and the lock are the core's: both refuse a second
+writer.
 """
 
 from __future__ import annotations
@@ -149,6 +150,22 @@ def write_file(path: Path, data: bytes, *, overwrite: bool) -> None:
     with AtomicFile(path, overwrite=overwrite) as file:
         file.write(data)
         file.commit()
+
+
+def remove_partial(path: Path) -> None:
+    """Remove what a killed writer of `path` left half written; that of a living one stays."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        fd = os.open(partial, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+    except OSError:
+        return  # there is none
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        partial.unlink(missing_ok=True)  # before the lock goes with the file
+    except OSError:
+        pass  # it is being written, or nobody can tell
+    finally:
+        os.close(fd)
 
 
 def sync_folder(path: Path) -> None:

@@ -16,8 +16,9 @@ from bytekiln.console import error_console_line, human_count, human_time, notice
 from bytekiln.errors import ConfigError, OutputExistsError
 from bytekiln.metrics import write_atomically
 from bytekiln.run_flags import spell_switches
-from bytekiln.search.asked import asked, search_parser, target_of
+from bytekiln.search.asked import asked, is_lost, make_anew, search_parser, target_of
 from bytekiln.search.files import (
+    CONFIG,
     RECOMMENDATION,
     STATE,
     base_of,
@@ -33,16 +34,21 @@ from bytekiln.search.plan import STAGES, Plan
 from bytekiln.search.runs import SweepRunner, check_base, range_tester, retried
 from bytekiln.search.stages import Search
 from bytekiln.search.transfer import off_by, predict
-from bytekiln.sweep.folder import checked_data, coordinating, remove_sweep, trouble
+from bytekiln.sweep.folder import LOCK, coordinating, remove_sweep, trouble
+from bytekiln.sweep.locks import remove_unfinished
 from bytekiln.sweep.progress import ProgressBoard
+from bytekiln.sweep.ready import checked_data
 from bytekiln.sweep.spec import SweepSpec, Trial
 
+PICTURE = "lr_search.png"
+PARTS = ("coarse", "seeds", "confirm")
+"""Folders of a search that are sweeps."""
 TRANSFER_RUNS = 10
 """Full runs of the target that a transfer may cost: three rates, them again, the recommended one, and some to widen."""
 
 
 def search(argv: list[str]) -> int:
-    """0 done, 1 no run ended well, 4 some runs failed, 130 and 143 interrupted."""
+    """0 done, 1 no run ended well, 4 some runs failed or no rate is whole, 130 and 143 interrupted."""
     parser = search_parser(everything="--help-all" in argv)
     options = parser.parse_args(spell_switches(argv))
     base, plan, folder = asked(options)
@@ -90,6 +96,8 @@ def _one(
     from bytekiln.search.range_test import read_range_test
 
     began = time.monotonic()
+    remove_unfinished(folder, (STATE, RECOMMENDATION, PICTURE, CONFIG))
+    remove_unfinished(folder / "range_test")
     stored = read_state(folder)
     before = stored["elapsed_s"] if stored else 0.0
     described = base_of(base)
@@ -108,12 +116,13 @@ def _one(
     if found.status != "stopped":
         write_atomically(folder / RECOMMENDATION, to_json(about))
     if found.runs:
-        draw_search(found, folder / "lr_search.png", read_range_test(folder / "range_test"))
+        draw_search(found, folder / PICTURE, read_range_test(folder / "range_test"))
     if found.status == "failed":
         error_console_line(ConfigError(sentence(found)))
         return found, 1
     _tell(found, folder)
-    return found, 4 if any(r.status == "failed" for r in found.runs.values()) else 0
+    nothing = found.status == "unconfirmed" and found.recommended is None
+    return found, 4 if nothing or any(r.status == "failed" for r in found.runs.values()) else 0
 
 
 def _tell(found: Search, folder: Path) -> None:
@@ -132,7 +141,7 @@ def _tell(found: Search, folder: Path) -> None:
     print(table(rows, indent=""))
     for note in found.notes:
         print(f"note: {note}")
-    print(f"\n{sentence(found)}\n\nrecommendation: {folder / RECOMMENDATION}\npicture: {folder / 'lr_search.png'}")
+    print(f"\n{sentence(found)}\n\nrecommendation: {folder / RECOMMENDATION}\npicture: {folder / PICTURE}")
 
 
 def _transfer(
@@ -153,6 +162,8 @@ def _transfer(
         board.say(f"transfer: {line}")
     there = _plan_there(plan, said.lr, config.training.max_steps)
     place = folder / "transfer"
+    if is_lost(place):
+        make_anew(place, spec, there, overwrite=False)
     _open(place, spec, there, overwrite=False)
     second, status = _one(spec, there, place, board, STAGES[-1], runner_args)
     if second.recommended is None:
@@ -244,18 +255,29 @@ def _open(folder: Path, base: SweepSpec, plan: Plan, *, overwrite: bool) -> None
 
 
 def _strangers(folder: Path) -> list[str]:
-    """What is in a folder in which no search was begun."""
-    names = (p.name for p in folder.iterdir()) if folder.is_dir() else iter(())
-    return sorted(name for name in names if name != "coordinator.lock")
+    """What is in a folder in which no search was begun; what one that was removed has left behind is nothing."""
+    return sorted(p.name for p in folder.iterdir() if not _is_emptied(p)) if folder.is_dir() else []
+
+
+def _is_emptied(path: Path) -> bool:
+    """Whether it is a lock, or a folder of ours with nothing but locks in it."""
+    if path.name == LOCK:
+        return True
+    ours = (*PARTS, "range_test", "transfer")
+    return path.name in ours and path.is_dir() and all(p.is_dir() or _is_lock(p) for p in path.rglob("*"))
+
+
+def _is_lock(path: Path) -> bool:
+    return path.name == LOCK or (path.name.startswith(".") and path.suffix == ".lock")
 
 
 def _remove(folder: Path) -> None:
     """What a search wrote, and nothing else."""
-    for stage in ("coarse", "seeds", "confirm"):
+    for stage in PARTS:
         if (folder / stage).is_dir():
             remove_sweep(folder / stage)
     test = [f"range_test/range_test.{kind}" for kind in ("json", "csv", "png")]
-    for name in (*test, "lr_search.png", RECOMMENDATION, STATE):
+    for name in (*test, PICTURE, RECOMMENDATION, CONFIG, STATE):
         (folder / name).unlink(missing_ok=True)
-    if (folder / "transfer" / STATE).exists():
+    if (folder / "transfer" / STATE).exists() or is_lost(folder / "transfer"):
         _remove(folder / "transfer")

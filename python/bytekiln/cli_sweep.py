@@ -6,7 +6,6 @@ pipelines are those of `experiments.catalogue`. torch is imported only to plan a
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import subprocess
 import sys
@@ -14,58 +13,47 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bytekiln.config import FIELDS, canonical, presets
+from bytekiln.config import canonical
 from bytekiln.console import Parser, human_bytes, human_count, human_time, notice, table
 from bytekiln.errors import ConfigError, MissingExtraError
 from bytekiln.experiments import catalogue
 from bytekiln.experiments.lr_search import whenever_it_ends
 from bytekiln.report.build import analysed
-from bytekiln.run_flags import add_run_flags, given_fields, spell_switches
+from bytekiln.run_flags import spell_switches
 from bytekiln.section import Value
 from bytekiln.sweep.adopt import adopt as adopt_run
-from bytekiln.sweep.axes import Axis
+from bytekiln.sweep.asked import MANY_RUNS, asked, given_axes, set_fields, sweep_parser, whole
 from bytekiln.sweep.coordinate import check_retry, run_sweep, work
 from bytekiln.sweep.detach import check, detach
-from bytekiln.sweep.folder import check_idle, checked_data, coordinating, open_folder
+from bytekiln.sweep.folder import check_idle, coordinating, open_folder
 from bytekiln.sweep.journal import Holder
-from bytekiln.sweep.process import cores
 from bytekiln.sweep.progress import ProgressBoard, number
+from bytekiln.sweep.ready import checked_data
 from bytekiln.sweep.results import RANKED, TrialResult, best_repeats, exit_status
-from bytekiln.sweep.spec import SweepSpec, Trial, changed, load_spec, sweep_presets, trials_of
-from bytekiln.sweep.table import PLACES, seeds_of, typed, typed_axis
+from bytekiln.sweep.spec import SweepSpec, Trial, changed, sweep_presets, trials_of
+from bytekiln.sweep.table import typed
 
-MANY_RUNS = 1000
-"""More runs than this are started only with --yes."""
-EXAMPLES = (
-    "lm-sweep tinystories-lr --jobs 2",
-    'lm-sweep shakespeare-char --lrs "3e-4 1e-3 3e-3" --seeds 3 --dry-run',
-    'lm-sweep tinystories-lr --detach lr_sweep --then "lm-report tinystories-lr --png"',
-    "lm-sweep tinystories-lr                         goes on where it was interrupted",
-    "lm-sweep worker tinystories-lr                  joins it, from another machine too",
-    "lm-sweep adopt checkpoints/tinystories --as lr=6e-4",
-)
-NOT_MINE = (*PLACES, "lr", "seed")
-"""Fields whose flags a sweep's help leaves out."""
-TOGETHER = 8
-"""Runs of a bare `--stack`: more bring no more speed on a CPU, and each adds its memory (docs/sweeps.md)."""
 SHAPELESS = ("lr", "min_lr", "seed", "run_name", "checkpoint_dir", "tensorboard_dir", "weight_decay", "beta1", "beta2")
 """Fields that change nothing of what a run costs."""
 
 
 def sweep(argv: list[str]) -> int:
-    """`lm-sweep`: 0 done, 1 every run failed, 4 some failed, 130 and 143 interrupted."""
+    """`lm-sweep`: 0 done, 1 every run failed, 4 some failed, 130 and 143 interrupted.
+
+    Of a search that ends without a rate to recommend: 1, or 4 where some run ended well.
+    """
     words: dict[str, Callable[[list[str]], int]] = {"worker": _worker, "adopt": _adopt, "search": _search}
     if argv and argv[0] in words:
         return words[argv[0]](argv[1:])
     if argv and (pipeline := catalogue.pipeline(argv[0])) is not None:
         return pipeline(argv[1:])
-    parser = _parser(everything="--help-all" in argv)
+    parser = sweep_parser(catalogue.PIPELINES, everything="--help-all" in argv)
     options = parser.parse_args(spell_switches(argv))
     if options.source is None:
         raise ConfigError(f"lm-sweep: found no sweep; expected a preset ({', '.join(sweep_presets())}), file or folder")
     retry = [s for text in options.retry for s in text.replace(",", " ").split()]
     check_retry(retry)
-    spec, folder = _spec(options)
+    spec, folder = asked(options)
     if spec.count() > MANY_RUNS and not options.yes:
         raise ConfigError(f"{spec.name}: found {spec.count():,} runs; expected at most {MANY_RUNS:,}, or --yes")
     trials = trials_of(spec)
@@ -93,7 +81,7 @@ def sweep(argv: list[str]) -> int:
             trials, folder, jobs=jobs, retry=retry, results=spec.results_name, say=board.say, board=board,
             stack=options.stack, **start,
         )  # fmt: skip
-    status = exit_status(results)
+    status = catalogue.status(spec, results)
     print(summary(results))
     print(f"\nresults: {folder / spec.results_name}")
     if options.then:
@@ -159,67 +147,6 @@ def dry_run(trials: Sequence[Trial], jobs: int) -> str:
     return f"{table(rows, indent='')}\n\n{len(trials)} runs; time {basis}{at_once}"
 
 
-def _spec(options: argparse.Namespace) -> tuple[SweepSpec, Path]:
-    """The sweep with the command line's values on top, and its folder."""
-    given: dict[str, object] = {**given_fields(options), **_set(options.set)}
-    place = str(given.pop("out_dir", ""))
-    axes = _axes(options.axis)
-    spec = load_spec(options.source)
-    source, named = Path(options.source), str(options.source).replace("_", "-") in (*sweep_presets(), *presets())
-    there = options.folder or place or (source if (source / "sweep.toml").is_file() and not named else "")
-    given_nothing = not (given or axes or options.lrs or options.seeds or options.dataset or options.overwrite)
-    if given_nothing:
-        folder = Path(there or changed(spec, scale=options.scale or "").folder)
-        if (folder / "sweep.toml").is_file() and (named or not options.scale):
-            return load_spec(folder / "sweep.toml"), folder  # as it was begun here, with the flags of then
-    if options.dataset:
-        spec = spec.model_copy(update={"base": {**spec.base, "dataset": options.dataset}})
-    spec = changed(
-        spec,
-        scale=options.scale or "",
-        lrs=_numbers(options.lrs, "--lrs") if options.lrs else (),
-        seeds=_seeds(options.seeds) if options.seeds else (),
-        axes=axes,
-        given=given,
-    )
-    return spec, Path(there or spec.folder)
-
-
-def _set(texts: Sequence[str]) -> dict[str, object]:
-    given: dict[str, object] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--set: found {text!r}; expected FIELD=VALUE")
-        given[canonical(key.strip(), "--set")] = value.strip()
-    return given
-
-
-def _axes(texts: Sequence[str]) -> dict[str, Axis]:
-    axes: dict[str, Axis] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not value.strip():
-            raise ConfigError(f"--axis: found {text!r}; expected FIELD='VALUE VALUE …'")
-        field = canonical(key.strip(), "--axis")
-        axes[field] = typed_axis(field, Axis(values=tuple(value.replace(",", " ").split())))
-    return axes
-
-
-def _numbers(text: str, flag: str) -> list[float]:
-    try:
-        return [float(part) for part in text.replace(",", " ").split()]
-    except ValueError:
-        raise ConfigError(f"{flag}: found {text!r}; expected numbers, as '3e-4 1e-3'") from None
-
-
-def _seeds(text: str) -> Sequence[int]:
-    parts = text.replace(",", " ").split()
-    if not parts or not all(p.isdecimal() and len(p) < 20 for p in parts) or (len(parts) == 1 and int(parts[0]) < 1):
-        raise ConfigError(f"--seeds: found {text[:50]!r}; expected how many, or the seeds themselves: '1 2 3'")
-    return seeds_of([int(p) for p in parts] if len(parts) > 1 else int(parts[0]), "--seeds")
-
-
 def _check_ready(spec: SweepSpec, trials: Sequence[Trial]) -> None:
     """What every run would stumble over, before the first one begins."""
     checked_data(trials, str(spec.base.get("dataset", "")))
@@ -269,7 +196,7 @@ def _worker(argv: list[str]) -> int:
         examples=("lm-sweep worker tinystories-lr --jobs 2",),
     )
     parser.add_argument("folder", metavar="FOLDER", help="the sweep's folder")
-    parser.add_argument("--jobs", type=_count, default=1, metavar="N", help="runs at once; default: 1")
+    parser.add_argument("--jobs", type=whole, default=1, metavar="N", help="runs at once; default: 1")
     options = parser.parse_args(argv)
     notice(f"joins {options.folder} as {Holder.me()}")
     with analysed(Path(options.folder), notice), ProgressBoard(notice) as board:
@@ -300,7 +227,7 @@ def _adopt(argv: list[str]) -> int:
         parser.add_argument(flag, action="append", default=[], metavar=value, help=about)
     parser.add_argument("--scale", default="", metavar="NAME", help="of a sweep that has not begun: its smaller form")
     options = parser.parse_args(argv)
-    given, axes = _set(options.set), _axes(options.axis)
+    given, axes = set_fields(options.set), given_axes(options.axis)
     values: dict[str, Value] = {}
     for text in (part for given in options.values for part in given.split(",")):
         key, equals, value = text.partition("=")
@@ -324,50 +251,3 @@ def _search(argv: list[str]) -> int:
     from bytekiln.cli_search import search  # here: matplotlib and more come with it
 
     return search(argv)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}; expected a whole number from 1 on")
-    return int(text)
-
-
-def _parser(*, everything: bool) -> Parser:
-    parser = Parser(
-        "lm-sweep",
-        usage="lm-sweep PRESET|SPEC.toml|FOLDER [flags] [flags of lm-train], or lm-sweep search|worker|adopt …",
-        description="Train runs that differ in learning rate, seed or any other field, each in a process and a folder "
-        "of its own, and compare them. The same command goes on with what is not done. "
-        f"Sweeps: {', '.join(sweep_presets())}; of several stages: {', '.join(catalogue.PIPELINES)}; a run's preset "
-        f"({', '.join(presets())}) or config is a base.",
-        examples=EXAMPLES,
-    )
-    add = parser.add_argument
-    add("source", nargs="?", metavar="PRESET|SPEC|FOLDER", help="what to sweep; a sweep's folder goes on")
-    add("--help-all", action="help", help="show every field of a run, too")
-    add("--lrs", metavar="'X Y …'", help="learning rates, in the place of the sweep's")
-    add("--seeds", metavar="N", help="each combination with N seeds (1 to N), or with these: '7 8 9'")
-    add("--axis", action="append", default=[], metavar="FIELD='V …'", help="values of any field; several make a grid")
-    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of all runs, as --FIELD VALUE does")
-    add("--scale", metavar="NAME", help="a smaller form that the sweep has, as cpu")
-    add("--dataset", metavar="NAME", help="train on data/processed/NAME_{train,valid}.npy")
-    add("--folder", metavar="DIR", help="the sweep's folder; default: its name, here")
-    add("--dry-run", action="store_true", help="list the runs with parameters, FLOPs, time and disk; run nothing")
-    add("--jobs", type=_count, metavar="N", help=f"runs at once, which share the {cores()} cores; default: 1")
-    add("--stack", type=_count, nargs="?", const=TOGETHER, default=1, metavar="N",
-        help=f"train up to N runs of one shape together in one process; bare: {TOGETHER}")  # fmt: skip
-    add("--retry", action="append", default=[], metavar="STATUS", help="run again what ended so: failed, diverged …")
-    add("--overwrite", action="store_true", help="replace an existing sweep and its runs")
-    add("--yes", action="store_true", help=f"more than {MANY_RUNS:,} runs are meant")
-    add("--detach", metavar="NAME", help="run in a new tmux session of this name")
-    add("--then", metavar="COMMAND", help="run this once all is done; never when every run failed, nor after Ctrl-C")
-    add("--ray", action="store_true", help="run as tasks of an existing Ray cluster (extra: ray)")
-    add_run_flags(parser, everything=everything)
-    for action in parser._actions:
-        if action.dest in FIELDS and (action.dest in NOT_MINE or (not everything and action.dest not in SHOWN)):
-            action.help = argparse.SUPPRESS
-    return parser
-
-
-SHOWN = ("train_data", "val_data", "tokenizer", "max_steps", "batch_size", "device")
-"""Fields that `--help` shows; all are there."""

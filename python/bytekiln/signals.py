@@ -52,7 +52,10 @@ class Signals:
         self._old_wakeup = -1
 
     def __enter__(self) -> Self:
-        """Take over the handlers; only the main thread may, elsewhere the process's own rules stay."""
+        """Take over the handlers; only the main thread may, elsewhere the process's own rules stay.
+
+        A signal that comes meanwhile does what it does outside (`__exit__`): nothing has begun.
+        """
         if threading.current_thread() is threading.main_thread():
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
@@ -61,7 +64,14 @@ class Signals:
             taken = [signal.SIGTERM, signal.SIGINT]
             if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else nohup: it is to outlive its terminal
                 taken.append(signal.SIGHUP)
-            self._before = {n: signal.signal(n, self._on_signal) for n in taken}
+            self.deferred = True
+            for number in taken:
+                self._before[number] = signal.signal(number, self._on_signal)
+            # Children inherit what their parent blocks, and Ray blocks Ctrl-C in all that it starts: it may be waiting.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, taken)
+            self.deferred = False
+            if self.number is not None:
+                self.__exit__(Interrupted, Interrupted(), None)
         return self
 
     def __exit__(

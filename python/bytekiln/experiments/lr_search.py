@@ -18,6 +18,7 @@ from bytekiln.experiments.figures import Drawn, long_figure, metrics_of, save, s
 from bytekiln.metrics import write_atomically
 from bytekiln.report.rows import Table
 from bytekiln.sweep.axes import short
+from bytekiln.sweep.locks import remove_unfinished
 from bytekiln.sweep.results import DONE, RANKED, TrialResult, best_of, best_repeats, finite, read_results
 from bytekiln.sweep.spec import SweepSpec
 
@@ -63,6 +64,8 @@ def write_search(spec: SweepSpec, folder: Path, results: Sequence[TrialResult], 
     files = {result_file(r): e for r, e in zip(results, entries, strict=True) if r.status in BEGUN}
     try:
         (folder / RESULTS).mkdir(parents=True, exist_ok=True)
+        remove_unfinished(folder, (SUMMARY, RECOMMENDATION, PICTURE))
+        remove_unfinished(folder / RESULTS)
         for old in (folder / RESULTS).glob("lr_*_result.json"):
             if old.name not in files:  # of a sweep that this one has replaced
                 old.unlink()
@@ -95,6 +98,7 @@ def write_long(spec: SweepSpec, folder: Path, results: Sequence[TrialResult], sa
     Raises:
         FileError: the folder cannot be written.
     """
+    remove_unfinished(folder, (LONG_RESULTS, LONG_PICTURE))
     for r in results[:1]:
         table = metrics_of(folder / r.run_dir)
         about = {"checkpoint_dir": r.checkpoint_dir, "run_dir": r.run_dir, "max_steps": r.max_steps}

@@ -62,9 +62,12 @@ class Run:
     def number(self, name: str) -> float | None:
         """A finite number of the result."""
         value = self.result.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, int | float) or isinstance(value, bool):
             return None
-        return float(value)
+        try:
+            return float(value) if math.isfinite(value) else None
+        except OverflowError:  # a whole number beyond all floats
+            return None
 
     @property
     def seed(self) -> int | None:

@@ -87,7 +87,7 @@ class Records:
                 record = json.loads(line)
                 if number > 1:
                     self.found[int(record[self.key])] = record
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 record = None
             if not isinstance(record, dict):
                 raise FormatError(f"{self.path}: line {number}: found {line[:40]!r}; expected a record of lm-score")

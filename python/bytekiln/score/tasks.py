@@ -285,7 +285,7 @@ def _rows(data: bytes, path: Path) -> Iterator[tuple[str, Row]]:
     if data.lstrip()[:1] == b"[":
         try:
             found = json.loads(data)
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise FormatError(f"{path}: {exc}; expected JSON") from None
         numbered = ((f"{path}: row {i}", row) for i, row in enumerate(found, start=1))
     else:
@@ -315,6 +315,6 @@ def _lines(data: bytes, path: Path) -> Iterator[tuple[str, Any]]:
             where = f"{path}: line {number}"
             try:
                 yield where, json.loads(line)
-            except ValueError:  # invalid UTF-8 is one too
+            except (ValueError, RecursionError):  # invalid UTF-8 is one too
                 start = line[:40].decode("utf-8", "replace")
                 raise FormatError(f"{where}: found {start!r}; expected a JSON object") from None

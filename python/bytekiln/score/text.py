@@ -158,7 +158,7 @@ def _text(data: bytes, path: str) -> tuple[list[str], bool]:
             try:
                 texts.append(json.loads(line)["text"])
                 texts[-1].encode()
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 found = line[:40].decode("utf-8", "replace")
                 raise FormatError(
                     f"{path}: line {number}: found {found!r}; expected a JSON object with a text"

@@ -14,7 +14,7 @@ from typing import Any
 
 from bytekiln.config import FIELDS, RunConfig, canonical, presets
 from bytekiln.console import Parser, notice
-from bytekiln.errors import ConfigError, FileError, MismatchError
+from bytekiln.errors import ConfigError, FileError, FormatError, MismatchError
 from bytekiln.metrics import write_atomically
 from bytekiln.run_flags import add_run_flags, given_fields
 from bytekiln.search.files import CONFIG, STATE, base_of, read_state, state_of, write_state
@@ -65,12 +65,12 @@ def asked(options: argparse.Namespace) -> tuple[SweepSpec, Plan, Path]:
         _check_asked(options, place, plan, source)
         base = dict(state["base"])
         if isinstance(base.get("config"), dict):
-            path = (source / CONFIG).absolute()
-            if not path.exists():
-                write_atomically(path, to_toml(base["config"]).encode())
+            path, text = (source / CONFIG).absolute(), to_toml(base["config"]).encode()
+            if not path.exists() or path.read_bytes() != text:  # also of a search that this one has replaced
+                write_atomically(path, text)
             base["config"] = str(path)
         return SweepSpec(name=source.resolve().name, base=base), plan, source
-    if not source.suffix and _is_lost(source):
+    if not source.suffix and is_lost(source):
         raise FileError(
             f"{source}: found its runs and no {STATE}; expected a search (lm-sweep search PRESET|CONFIG --folder "
             f"{source}, with the flags of the first time, makes it anew and keeps the runs; with --overwrite, too, it "
@@ -106,18 +106,18 @@ def asked(options: argparse.Namespace) -> tuple[SweepSpec, Plan, Path]:
     plan = Plan(steps, seeds, options.points or POINTS, options.factor or FACTOR, rungs, (4, 3), options.centre or 0.0,
                 low, high, range_steps, **free)  # fmt: skip
     spec = spec.model_copy(update={"name": name, "base": base, "scale": {}, "scaled": "", "question": ""})
-    if _is_lost(folder) and not options.dry_run:
-        _make_anew(folder, spec, plan, overwrite=options.overwrite)
+    if is_lost(folder) and not options.dry_run:
+        make_anew(folder, spec, plan, overwrite=options.overwrite)
     return spec, plan, folder
 
 
-def _is_lost(folder: Path) -> bool:
+def is_lost(folder: Path) -> bool:
     """Whether a folder has stages of a search, and its state no more."""
     stages = (folder / "coarse" / TRIALS, folder / "range_test" / "range_test.json")
     return not (folder / STATE).exists() and any(p.exists() for p in stages)
 
 
-def _make_anew(folder: Path, base: SweepSpec, plan: Plan, *, overwrite: bool) -> None:
+def make_anew(folder: Path, base: SweepSpec, plan: Plan, *, overwrite: bool) -> None:
     """Write the state of a search whose runs are there, if they are those of this one: it goes on with them.
 
     Args:
@@ -125,6 +125,7 @@ def _make_anew(folder: Path, base: SweepSpec, plan: Plan, *, overwrite: bool) ->
 
     Raises:
         MismatchError: they are another search's (says in what).
+        FormatError: the range test is damaged.
     """
     for what, was, now in () if overwrite else _not_of(folder, base, plan):
         raise MismatchError(
@@ -140,14 +141,14 @@ def _not_of(folder: Path, base: SweepSpec, plan: Plan) -> Iterator[tuple[str, ob
     """(field, found, expected) wherever the runs in a folder are not those of a search."""
     test, centre = folder / "range_test" / "range_test.json", plan.centre
     if test.exists() and plan.range_steps:
-        told = json.loads(test.read_bytes())
-        if not math.isclose(told["low"], plan.low, rel_tol=1e-9) or told["steps"] > plan.range_steps:
-            yield (
-                "range test",
-                f"from {told['low']:g}, {told['steps']} steps",
-                f"{plan.low:g}, {plan.range_steps} steps",
-            )
-        centre = centre or float(told["suggestion"])
+        try:
+            told = json.loads(test.read_bytes())
+            low, steps, suggestion = float(told["low"]), int(told["steps"]), float(told["suggestion"])
+        except (ValueError, KeyError, TypeError, RecursionError) as exc:
+            raise FormatError(f"{test}: {exc}; expected a range test (without the file it is made once more)") from None
+        if not math.isclose(low, plan.low, rel_tol=1e-9) or steps > plan.range_steps:
+            yield "range test", f"from {low:g}, {steps} steps", f"{plan.low:g}, {plan.range_steps} steps"
+        centre = centre or suggestion
     if not (folder / "coarse" / TRIALS).exists():
         return
     trials = stored_trials(folder / "coarse")[1]

@@ -104,7 +104,7 @@ def read_state(folder: Path) -> dict[str, Any] | None:
         return None
     except OSError as exc:
         raise FileError(f"{path}: {(exc.strerror or 'unreadable').lower()}; expected the state of a search") from None
-    except (ValueError, KeyError, TypeError) as exc:
+    except (ValueError, KeyError, TypeError, RecursionError) as exc:
         way_out = "without it, the command of the first time makes it anew and keeps the runs; --overwrite begins anew"
         raise FormatError(f"{path}: {exc}; expected the state of a search ({way_out})") from None
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from bytekiln.atomic import remove_partial
 from bytekiln.config import FIELDS, RunConfig, changed_mathematics, load_config, stated_in
 from bytekiln.errors import BytekilnError, ConfigError, FileError, FormatError, MismatchError, OutputExistsError
 from bytekiln.metrics import write_atomically
@@ -30,6 +31,8 @@ from bytekiln.sweep.spec import DATA_PATHS, SweepSpec, Trial, inlined, load_spec
 from bytekiln.sweep.table import to_toml
 
 TRIALS, SPEC = "trials.json", "sweep.toml"
+TOLD = ("analysis.md", "comparison.png", "report.html")
+"""What reports write into a sweep's folder."""
 NEVER_COMPARED = ("name", "question", "questions", "baseline", "format", "version", "directory", "shipped")
 """What of a spec changes no run."""
 LIMITS = ("max_steps", "max_time", "token_budget", "early_stopping_patience")
@@ -106,7 +109,8 @@ def _stored_configs(place: Path) -> tuple[RunConfig | None, RunConfig | None]:
     found = []
     for name in (TRIAL, "config.toml"):
         try:
-            found.append(load_config(place / name) if (place / name).exists() else None)
+            there = (place / name).exists() and (place / name).stat().st_size  # an empty one would be all defaults
+            found.append(load_config(place / name) if there else None)
         except (ConfigError, FormatError):
             found.append(None)
     return (found[0] or found[1], found[1]) if (place / TRIAL).exists() else (None, found[1])
@@ -151,7 +155,7 @@ def _read_trials(folder: Path) -> tuple[str, list[dict[str, Any]]]:
         raise FileError(f"{path}: no such file; expected a sweep's folder") from None
     except OSError as exc:
         raise trouble(path, exc) from None
-    except (ValueError, KeyError, TypeError) as exc:
+    except (ValueError, KeyError, TypeError, RecursionError) as exc:
         raise FormatError(
             f"{path}: {exc}; expected the list of a sweep's runs (the file may be deleted: the command that began the "
             "sweep makes it anew)"
@@ -294,6 +298,8 @@ def tidy(folder: Path, results: str, runs: Iterable[Path]) -> None:
         FileError: the folder cannot be written.
     """
     remove_unfinished(folder, (TRIALS, SPEC, "base.toml"))
+    for name in TOLD:
+        remove_partial(folder / name)
     with alone(folder / results):  # of which every worker is a writer
         remove_unfinished(folder, (results,))
     for place in runs:
@@ -318,30 +324,3 @@ def remove_run(place: Path) -> None:
     for name in OF_A_RUN:
         (place / name).unlink(missing_ok=True)
     shutil.rmtree(place / "samples", ignore_errors=True)
-
-
-def checked_data(trials: Sequence[Trial], dataset: str = "") -> None:
-    """Every run has data that is there, before the first one starts.
-
-    Raises:
-        ConfigError: a run names none.
-        FileError: a file is missing or empty; says what makes it, where a dataset's name stands for it.
-    """
-    seen: set[str] = set()
-    for trial in trials:
-        d = trial.config.data
-        if not d.train_data:
-            raise ConfigError(f"run {trial.name}: train_data: found none; expected --train-data FILE")
-        for text in (*d.train_data.split(","), d.val_data, d.tokenizer):
-            path = Path(text)
-            if text and text not in seen and path.is_file() and not path.stat().st_size:
-                raise FileError(f"{path}: empty file; expected the data of the sweep")
-            if text and text not in seen and not path.exists():
-                of = dataset if dataset and path.name.startswith(f"{dataset}_") else ""
-                if path.parts[-3:-1] == ("data", "processed"):  # of a dataset that one variant names
-                    of = of or path.stem.rpartition("_")[0]
-                how = f"make it with: bpe-train --dataset {of} && bpe-encode --dataset {of}"
-                if of.endswith("-char"):
-                    how = f"make it with: bpe-encode TEXT --characters --dataset {of}"
-                raise FileError(f"{path}: no such file; {how if of else 'expected the data of the sweep'}")
-            seen.add(text)

@@ -209,7 +209,7 @@ class Journal:
                 self._take(event)
         except OSError as exc:
             raise self._trouble(exc) from None
-        except (ValueError, KeyError, TypeError) as exc:
+        except (ValueError, KeyError, TypeError, RecursionError) as exc:
             raise FormatError(
                 f"{self.path}: line {self._read + 1}: {exc}; expected a sweep's journal (without the file, "
                 "what the runs themselves have written counts)"

@@ -88,7 +88,7 @@ def read_mark(place: Path) -> tuple[Old, RunConfig]:
         old = Old(**parts, own=tuple(Path(p) for p in said["own"]))
     except OSError as exc:
         raise FileError(f"{path}: {(exc.strerror or 'unreadable').lower()}; expected where a run was") from None
-    except (ValueError, KeyError, TypeError) as exc:
+    except (ValueError, KeyError, TypeError, RecursionError) as exc:
         what = f"found no {exc.args[0]}" if isinstance(exc, KeyError) else str(exc)
         raise FormatError(
             f"{path}: {what}; expected {FORMAT}, version {VERSION} (a killed adoption is finished by the version of "
@@ -153,7 +153,7 @@ def check_whole(old: Path, target: Path) -> None:
             sums = dict(json.loads((path / SUMS).read_bytes())["sha256"])
         except FileNotFoundError:
             raise FormatError(f"{path / SUMS}: no such file; {way}") from None
-        except (ValueError, KeyError, TypeError) as exc:
+        except (ValueError, KeyError, TypeError, RecursionError) as exc:
             raise FormatError(f"{path / SUMS}: found no checksums ({exc}); {way}") from None
         for name, wanted in sums.items():
             if not (path / name).is_file():

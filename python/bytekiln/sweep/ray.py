@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -39,7 +41,7 @@ class RayStart:
             raise MissingExtraError(f"--ray: {said}") from None
         self._ray: Any = ray
         if not self._ray.is_initialized():
-            where = os.environ.get("RAY_ADDRESS", "auto")
+            where, before = os.environ.get("RAY_ADDRESS", "auto"), signal.getsignal(signal.SIGTERM)
             try:
                 self._ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, RuntimeError, ValueError) as exc:
@@ -47,6 +49,8 @@ class RayStart:
                 raise ConfigError(
                     f"--ray: found no cluster at {where} ({said}); expected a running one: ray start --head"
                 ) from None
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, before)  # Ray's own ends the sweep with exit status 15
         self._gpus = float(self._ray.cluster_resources().get("GPU", 0))
 
     def _processors(self) -> list[int]:

@@ -77,6 +77,8 @@ OF_RUN = (
     "final_bits_per_byte steps tokens parameters tokens_per_s"
 ).split()
 """Fields that a run's own `result.json` has by the same names."""
+WHOLE = ("steps", "max_steps", "best_step", "tokens", "parameters")
+"""Those of them that count something."""
 _FIELDS = {f.name: f for f in dataclasses.fields(TrialResult)}
 
 
@@ -91,7 +93,7 @@ def read_results(path: Path) -> list[TrialResult]:
         found = json.loads(path.read_bytes())
     except OSError as exc:
         raise FileError(f"{path}: {(exc.strerror or 'unreadable').lower()}; expected a sweep's results") from None
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise FormatError(f"{path}: {exc}; expected a sweep's results in JSON") from None
     if not isinstance(found, list):
         raise FormatError(f"{path}: found {type(found).__name__}; expected an array of runs")
@@ -199,7 +201,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         return None
     except OSError as exc:
         raise FileError(f"{path}: {(exc.strerror or 'unreadable').lower()}; expected the result of a run") from None
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise FormatError(f"{path}: {exc}; expected the result of a run in JSON") from None
     if not isinstance(found, dict) or found.get("status") not in STATUSES:
         raise FormatError(f"{path}: found no status of a run; expected the result of a run")
@@ -207,6 +209,8 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         value = found.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float | None):
             raise FormatError(f"{path}: {name}: found {value!r}; expected a number")
+        if name in WHOLE and value is not None and not (isinstance(value, int) and 0 <= value < 2**63):
+            raise FormatError(f"{path}: {name}: found {str(value)[:30]}; expected a whole number")
     return found
 
 

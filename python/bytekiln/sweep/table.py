@@ -9,6 +9,7 @@ import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -121,6 +122,21 @@ def seeds_of(value: Any, where: str) -> tuple[int, ...]:  # noqa: ANN401 - whate
     if not whole or len(set(value)) < len(value):
         raise ConfigError(f"{where}: seeds: found {value!r}; expected how many, or a list of different whole numbers")
     return tuple(value)
+
+
+def rates_of(text: str, where: str) -> list[float]:
+    """The numbers of a flag.
+
+    >>> rates_of("3e-4, 1e-3 2", "--lrs")
+    [0.0003, 0.001, 2.0]
+
+    Raises:
+        ConfigError: something else, or nothing, as an empty variable of a shell gives.
+    """
+    with suppress(ValueError):
+        if found := [float(part) for part in text.replace(",", " ").split()]:
+            return found
+    raise ConfigError(f"{where}: found {text!r}; expected numbers, as '3e-4 1e-3'")
 
 
 def variant_name(name: object, where: str) -> str:
