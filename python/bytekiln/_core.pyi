@@ -139,12 +139,16 @@ def train_bpe(
     extend: Tokenizer | None = None,
     threads: int | None = None,
     chunk_bytes: int | None = None,
+    checkpoint: _StrPath | None = None,
+    checkpoint_every: float = 30.0,
     progress: _Progress | None = None,
 ) -> tuple[list[Tokenizer], dict[str, Any]]:
     """Returns a tokenizer for each size and the statistics of the run, those of the largest one:
     bytes, pretokens, distinct_pretokens, kept_pretokens (frequent enough), merges, requested_merges (fewer merges than
-    requested: no pair was left), prior_merges (of `extend`), ties (merges at which the tie rule decided), count_s,
-    layout_s, merge_s, threads, longest_token (bytes), top_merges (left, right, occurrences).
+    requested: no pair was left), prior_merges (of `extend`), resumed_bytes and resumed_merges (of `checkpoint`),
+    ties (merges at which the tie rule decided), count_s, layout_s, merge_s, threads, longest_token (bytes),
+    top_merges (left, right, occurrences).
+    The run is kept in `checkpoint` and `checkpoint + ".merges"` and goes on from there; the caller deletes them.
     A `progress` that has a method `detail` gets `detail(pretokens, None | (left, right, occurrences))` too."""
 
 def train_bpe_from_iterator(

@@ -68,6 +68,19 @@ def length(text: str) -> int:
     return value
 
 
+def seconds(text: str) -> float:
+    """A time of 0 s or more."""
+    value = float(text)
+    if not 0 <= value < 1e9:
+        raise ArgumentTypeError(f"found {text}; expected seconds, 0 or more")
+    return value
+
+
+def kept_in(checkpoint: Path | None) -> list[Path]:
+    """The files of a checkpoint."""
+    return [checkpoint, checkpoint.with_name(checkpoint.name + ".merges")] if checkpoint else []
+
+
 def outputs(out: Path, sizes: Sequence[Size]) -> list[Path]:
     """The file of each size: `{size}` in the name becomes the size as it was written, else it comes behind the stem.
 
@@ -91,6 +104,7 @@ def make_parser() -> Parser:
             'bpe-train corpus.txt --vocab-size 4096 --special-token "<|endoftext|>" --out tokenizer.json',
             "bpe-train a.txt b.txt --vocab-size 8k,16k,32k --pattern cl100k --out 'tokenizer-{size}.json' --json",
             "bpe-train code.txt --extend tokenizer.json --vocab-size 50k --out larger.json",
+            "bpe-train big.txt --vocab-size 32k --out tokenizer.json --checkpoint run.ck   # twice: it goes on",
             "bpe-train --dataset owt        # data/owt_train.txt, 32,000 tokens",
         ],
     )
@@ -131,6 +145,13 @@ def make_parser() -> Parser:
         "--extend", type=Path, metavar="F", help="go on from this tokenizer: its tokens keep their ids, new ones follow"
     )
     add_text_flags(parser)
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="F",
+        help="keep the run in F and F.merges, and go on from there after Ctrl-C or a crash; deleted at the end",
+    )
+    add("--checkpoint-every", type=seconds, default=30.0, metavar="S", help="seconds between two of them (30)")
     add("--dataset", metavar="X", help="train on data/X_train.txt into data/processed/X_tokenizer.json")
     add("--overwrite", action="store_true", help="replace an existing output")
     add("--json", action="store_true", help="print the statistics as one JSON object")
@@ -161,6 +182,10 @@ def train(argv: Sequence[str]) -> int:
         parser.error("--out is missing; expected the file to write, such as --out tokenizer.json")
     outs = outputs(args.out, args.vocab_size)
     read = [*args.inputs, *([args.extend] if args.extend else [])]
+    for kept in kept_in(args.checkpoint):
+        check_output(kept, [*read, *outs, *([args.stats] if args.stats else [])], overwrite=True, flag="--checkpoint")
+        if kept in [*outs, args.stats]:
+            parser.error(f"--checkpoint names {kept}, an output; expected another file")
     for out in [*outs, *([args.stats] if args.stats else [])]:
         check_output(out, read, overwrite=args.overwrite, flag="--stats" if out == args.stats else "--out")
     if args.stats in outs:
@@ -171,11 +196,18 @@ def train(argv: Sequence[str]) -> int:
     saving = time.perf_counter()
     for tokenizer, out in zip(tokenizers, outs, strict=True):
         tokenizer.save(out, overwrite=args.overwrite)
+    for kept in kept_in(args.checkpoint):
+        kept.unlink(missing_ok=True)
     now = time.perf_counter()
     found = statistics(args, outs, tokenizers, stats, save_s=now - saving, seconds=now - start)
     if args.stats:
         line = json.dumps(found, indent=2) + "\n"
         atomic.write_file(args.stats, line.encode(), overwrite=args.overwrite)
+    if stats["resumed_bytes"]:
+        notice(
+            f"bpe-train: went on from {args.checkpoint}: {human_bytes(stats['resumed_bytes'])} counted, "
+            f"{stats['resumed_merges']:,} merges done before"
+        )
     if warning := _too_few(args, tokenizers, stats):
         notice(f"bpe-train: {warning}")
     print(json.dumps(found) if args.json else _summary(found, stats))
@@ -197,6 +229,8 @@ def _learn(args: Namespace) -> tuple[list[Tokenizer], dict[str, Any]]:
                 max_token_length=args.max_token_length,
                 extend=extend,
                 threads=args.threads,
+                checkpoint=args.checkpoint,
+                checkpoint_every=args.checkpoint_every,
                 progress=StageProgress(bars) if sys.stderr.isatty() else None,
             )
         except ConfigError as error:
@@ -237,6 +271,7 @@ def statistics(
             for out, t, s in zip(outs, tokenizers, args.vocab_size, strict=True)
         ],
         **{k: stats[k] for k in ("merges", "requested_merges", "prior_merges", "ties", "bytes", "pretokens")},
+        **{k: stats[k] for k in ("resumed_bytes", "resumed_merges")},
         "distinct_pretokens": stats["distinct_pretokens"],
         "kept_pretokens": stats["kept_pretokens"],
         "longest_token": _text(longest[:SHOWN_TOKEN]),

@@ -95,7 +95,7 @@ impl WordCounts {
 
     /// Counts `word` another `count` times.
     pub fn add_many(&mut self, word: &[u8], count: u64) {
-        self.seen += count;
+        self.seen = self.seen.saturating_add(count);
         match pack(word) {
             Some(key) => self.add_packed(key, count),
             None if word.is_empty() => {}
@@ -220,7 +220,7 @@ impl WordCounts {
         if other.used > self.used {
             std::mem::swap(self, &mut other);
         }
-        self.seen += other.seen;
+        self.seen = self.seen.saturating_add(other.seen);
         for (key, count) in other.slots.into_iter().filter(|slot| slot.0 != 0) {
             self.add_packed(key, count);
         }
@@ -228,6 +228,19 @@ impl WordCounts {
         for (word, count) in other.long {
             *self.long.entry(word).or_default() += count;
         }
+    }
+
+    /// Number of words counted, repeats included.
+    pub(crate) fn seen(&self) -> u64 {
+        self.seen
+    }
+
+    /// Calls `f` with every word and its count, in no order.
+    pub(crate) fn for_each(&self, mut f: impl FnMut(&[u8], u64) -> Result<()>) -> Result<()> {
+        for slot in self.slots.iter().filter(|slot| slot.0 != 0) {
+            f(&slot.0.to_le_bytes()[..packed_len(slot.0)], slot.1)?;
+        }
+        self.long.iter().try_for_each(|(word, &count)| f(word, count))
     }
 
     /// Number of distinct words.
@@ -281,11 +294,23 @@ pub fn count_files(
 ) -> Result<WordCounts> {
     progress.begin(Stage::Count, inputs.total_bytes());
     let reader = ChunkReader::new(inputs, splitter, chunk_bytes);
+    count_chunks(&reader, inputs, splitter, policy, threads, progress, &|| progress.check().map(|()| false))
+}
+
+/// Counts chunks until there is none or `pause` says so: then every chunk that was handed out is counted.
+pub(crate) fn count_chunks(
+    reader: &ChunkReader<'_>,
+    inputs: &Inputs,
+    splitter: &Splitter,
+    policy: TextPolicy,
+    threads: usize,
+    progress: &Progress,
+    pause: &(dyn Fn() -> Result<bool> + Sync),
+) -> Result<WordCounts> {
     let work = || -> Result<WordCounts> {
         let mut counts = WordCounts::default();
         let mut chunk = Chunk::default();
-        while reader.next(&mut chunk)? {
-            progress.check()?;
+        while !pause()? && reader.next(&mut chunk)? {
             let before = counts.seen;
             count_text(&chunk.bytes, splitter, policy, &mut counts).map_err(|e| inputs.locate(&chunk, e))?;
             progress.add(chunk.bytes.len() as u64);

@@ -6,9 +6,11 @@
 //! Called by `count` and `corpus`, by several threads in turn.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::pretokenize::{Splitter, describe_invalid, first_invalid};
@@ -29,6 +31,15 @@ pub struct Chunk {
     pub bytes: Vec<u8>,
     /// Whether the file ends here.
     pub ends_file: bool,
+}
+
+/// A place between two chunks: all text before it is handed out.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    /// Which of the files.
+    pub file: usize,
+    /// Offset in it.
+    pub offset: u64,
 }
 
 /// Input files, checked: each exists, is a file, can be opened and is not empty.
@@ -117,6 +128,20 @@ impl<'a> ChunkReader<'a> {
         Self { inputs, splitter, chunk_bytes: chunk_bytes.max(1), state: Mutex::default() }
     }
 
+    /// Goes on behind what another reader has handed out.
+    #[must_use]
+    pub fn starting_at(self, Position { file, offset }: Position) -> Self {
+        let state = State { file_index: file, offset, ..State::default() };
+        Self { state: state.into(), ..self }
+    }
+
+    /// Up to where chunks were handed out; none: all were.
+    pub fn position(&self) -> Option<Position> {
+        let state = self.state.lock().ok()?;
+        (state.file_index < self.inputs.paths.len())
+            .then_some(Position { file: state.file_index, offset: state.offset })
+    }
+
     /// Fills `chunk` (whose memory is used again) with the next one; `false` once all is handed out.
     pub fn next(&self, chunk: &mut Chunk) -> Result<bool> {
         let mut guard = self.state.lock().map_err(|_| Error::Interrupted)?;
@@ -124,7 +149,11 @@ impl<'a> ChunkReader<'a> {
         let Some(path) = self.inputs.paths.get(state.file_index) else { return Ok(false) };
         let file = match &mut state.file {
             Some(file) => file,
-            none => none.insert(open_text(path)?),
+            none => {
+                let mut file = open_text(path)?;
+                file.seek(SeekFrom::Start(state.offset)).map_err(|e| Error::io(path, &e))?;
+                none.insert(file)
+            }
         };
         let bytes = &mut chunk.bytes;
         bytes.clear();

@@ -6,6 +6,7 @@
 //! `formats` reads and writes a `vocab`; `naive` is the specification that tests hold all of it to.
 
 pub mod atomic;
+pub mod checkpoint;
 pub mod corpus;
 pub mod count;
 pub mod encode;

@@ -67,6 +67,8 @@ struct Neighbour {
 const NOWHERE: u32 = u32::MAX;
 /// Postings ahead of the one in work whose cells are asked for.
 const AHEAD: usize = 24;
+/// Occurrences between two looks at whether to stop.
+const LOOK_EVERY: usize = 1 << 16;
 
 /// Where the posting `end` goes. Postings of merged pairs are not used again, so that there can be three for each byte.
 fn place(end: usize) -> Result<u32> {
@@ -124,12 +126,10 @@ impl<C: Cell> Merger<C> {
         let Entry { pair, from, len, .. } = entry;
         let (a, b) = pair;
         let (len_a, len_b) = (ties.len_of(a), ties.len_of(b));
-        self.find_live(from as usize..from as usize + len as usize, pair, len_a);
-        progress.check()?;
-        self.replace(pair, (len_a, len_b), id);
-        progress.check()?;
+        self.find_live(from as usize..from as usize + len as usize, pair, len_a, progress)?;
+        self.replace(pair, (len_a, len_b), id, progress)?;
         self.settle(ties, queue, pair, id)?;
-        self.post(ties);
+        self.post(ties, progress)?;
         for id in self.lefts.drain(..) {
             self.left[id as usize] = Neighbour::default();
         }
@@ -140,12 +140,21 @@ impl<C: Cell> Merger<C> {
     }
 
     /// Postings whose pair is still there.
-    fn find_live(&mut self, range: std::ops::Range<usize>, (a, b): Pair, len_a: usize) {
+    fn find_live(
+        &mut self,
+        range: std::ops::Range<usize>,
+        (a, b): Pair,
+        len_a: usize,
+        progress: &Progress,
+    ) -> Result<()> {
         let (a, b) = (C::of(a), C::of(b));
         let postings = &self.postings[range];
         self.live.resize(postings.len(), Posting { at: 0, count: 0 });
         let mut found = 0;
         for (i, &posting) in postings.iter().enumerate() {
+            if i % LOOK_EVERY == 0 {
+                progress.check()?;
+            }
             if let Some(later) = postings.get(i + AHEAD) {
                 prefetch(&self.cells, later.at as usize);
             }
@@ -155,14 +164,24 @@ impl<C: Cell> Merger<C> {
             found += usize::from(self.cells[at] == a) & usize::from(self.cells[at + len_a] == b);
         }
         self.live.truncate(found);
+        Ok(())
     }
 
     /// Writes the new token, and adds up what is lost and gained by neighbour.
-    fn replace(&mut self, (a, b): Pair, (len_a, len_b): (usize, usize), id: TokenId) {
+    fn replace(
+        &mut self,
+        (a, b): Pair,
+        (len_a, len_b): (usize, usize),
+        id: TokenId,
+        progress: &Progress,
+    ) -> Result<()> {
         let nobody = self.left.len() as TokenId - 1;
         let neighbour = |cell: C| if cell == C::DEAD { nobody } else { cell.id() };
         self.occurrences.clear();
         for i in 0..self.live.len() {
+            if i % LOOK_EVERY == 0 {
+                progress.check()?;
+            }
             let posting = self.live[i];
             let p = posting.at as usize;
             let q = p + len_a;
@@ -188,6 +207,7 @@ impl<C: Cell> Merger<C> {
             }
             self.occurrences.push(Occurrence { at: posting.at, count: posting.count, left, right });
         }
+        Ok(())
     }
 
     /// Takes the lost edges off their pairs and enters the new pairs, each with room for its postings.
@@ -234,8 +254,11 @@ impl<C: Cell> Merger<C> {
     }
 
     /// Writes the postings of the new pairs, in the order of the cells.
-    fn post(&mut self, ties: &Ties) {
-        for &Occurrence { at, count, left, right } in &self.occurrences {
+    fn post(&mut self, ties: &Ties, progress: &Progress) -> Result<()> {
+        for (i, &Occurrence { at, count, left, right }) in self.occurrences.iter().enumerate() {
+            if i % LOOK_EVERY == 0 {
+                progress.check()?;
+            }
             let sum = &mut self.left[left as usize];
             if sum.to != NOWHERE {
                 self.postings[sum.to as usize] = Posting { at: at - ties.len_of(left) as u32, count };
@@ -247,5 +270,6 @@ impl<C: Cell> Merger<C> {
                 sum.to += 1;
             }
         }
+        Ok(())
     }
 }

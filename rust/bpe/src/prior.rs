@@ -90,16 +90,22 @@ impl Prior {
         Ok(prior)
     }
 
-    /// Merges that are not checked.
-    #[cfg(test)]
-    fn found(pairs: Vec<Pair>) -> Self {
-        let mut prior = Self { ranks: HashMap::with_hasher(hash::state()), ..Self::default() };
-        for (n, &(a, b)) in pairs.iter().enumerate() {
-            prior.lens.push((prior.len_of(a) + prior.len_of(b)) as u32);
-            prior.ranks.insert((a, b), n as u32);
+    /// These merges and more, which training has found behind them.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a merge of tokens that are not there yet.
+    pub(crate) fn and(mut self, more: &[Pair]) -> Result<Self> {
+        for &(a, b) in more {
+            let n = self.pairs.len();
+            if a.max(b) as usize >= 256 + n {
+                let what = format!("merge {n}: joins a token that no earlier merge makes; expected one that is there");
+                return Err(Error::Config(what));
+            }
+            self.lens.push((self.len_of(a) + self.len_of(b)) as u32);
+            self.ranks.insert((a, b), n as u32);
+            self.pairs.push((a, b));
         }
-        prior.pairs = pairs;
-        prior
+        Ok(self)
     }
 
     /// The merges, in their order.
@@ -123,11 +129,10 @@ impl Prior {
     pub(crate) fn apply(&self, word: &[u8], scratch: &mut Scratch, progress: &Progress) -> Result<()> {
         scratch.tokens.clear();
         scratch.tokens.extend(word.iter().map(|&byte| TokenId::from(byte)));
-        if word.len() <= SHORT {
-            self.short(scratch)
-        } else {
+        if word.len() > SHORT {
             return self.long(scratch, progress);
         }
+        self.short(scratch);
         Ok(())
     }
 
@@ -235,7 +240,7 @@ mod tests {
                     pairs.push(pair);
                 }
             }
-            let prior = Prior::found(pairs);
+            let prior = Prior::default().and(&pairs).unwrap();
             let (mut short, mut long) = (Scratch::default(), Scratch::default());
             short.tokens.extend(word.bytes().map(u32::from));
             long.tokens.clone_from(&short.tokens);

@@ -109,6 +109,11 @@ impl Progress {
         }
     }
 
+    /// Whether the caller has asked to stop.
+    pub(crate) fn stopped(&self) -> bool {
+        self.stop.load(Relaxed)
+    }
+
     /// Begins a stage.
     pub(crate) fn begin(&self, stage: Stage, total: u64) {
         if let Ok(mut began) = self.began.lock() {

@@ -34,7 +34,7 @@
 //! *Postings ascend.* The first ones are written in the order of the cells; a merge takes its postings in order
 //! and adds new ones in order. Overlapping occurrences of `a a` are therefore taken from the left.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::merge::{Cell, Merger};
 use crate::prior::Prior;
 use crate::progress::{MergeShown, Progress, SHOWN_BYTES, Stage};
@@ -111,8 +111,23 @@ pub(crate) fn byte_alphabet() -> [char; 256] {
     table
 }
 
+/// Is told of the pairs merged so far (prior ones too), the counts of the new ones and the ties met: after each merge,
+/// and once more, with `true`, when training is interrupted.
+pub(crate) type Keep<'k> = dyn FnMut(&[Pair], &[u64], u64, bool) -> Result<()> + 'k;
+
 /// Learns merges from distinct words and their counts; fewer than asked for where no pair is left.
 pub fn train(words: &Words, options: &Options, progress: &Progress) -> Result<Merges> {
+    train_and_keep(words, options, progress, None)
+}
+
+/// As [`train`], for a caller that keeps what is done.
+pub(crate) fn train_and_keep(
+    words: &Words,
+    options: &Options,
+    progress: &Progress,
+    keep: Option<&mut Keep<'_>>,
+) -> Result<Merges> {
+    progress.begin(Stage::Layout, 0);
     let frequent;
     let words = if options.min_frequency > 1 {
         frequent = words.at_least(options.min_frequency);
@@ -123,15 +138,20 @@ pub fn train(words: &Words, options: &Options, progress: &Progress) -> Result<Me
     // Each merge makes the words a token shorter at least: tables by id need no room for more.
     let prior = options.prior.pairs().len();
     let wanted = options.merges.min(prior.saturating_add(words.bytes())).max(prior);
-    progress.begin(Stage::Layout, 0);
     if 256 + wanted < usize::from(u16::MAX) {
-        run::<u16>(words, wanted, options, progress)
+        run::<u16>(words, wanted, options, progress, keep)
     } else {
-        run::<u32>(words, wanted, options, progress)
+        run::<u32>(words, wanted, options, progress, keep)
     }
 }
 
-fn run<C: Cell>(words: &Words, wanted: usize, options: &Options, progress: &Progress) -> Result<Merges> {
+fn run<C: Cell>(
+    words: &Words,
+    wanted: usize,
+    options: &Options,
+    progress: &Progress,
+    mut keep: Option<&mut Keep<'_>>,
+) -> Result<Merges> {
     let longest = options.max_token_length;
     let mut ties = Ties::new(options.rule);
     let mut queue = Queue::new(least_count(words, wanted, longest).max(options.min_frequency), longest);
@@ -141,22 +161,41 @@ fn run<C: Cell>(words: &Words, wanted: usize, options: &Options, progress: &Prog
     }
     let mut merger = Merger::<C>::new(words, &options.prior, 256 + wanted, &ties, &mut queue, progress)?;
     progress.begin(Stage::Merge, options.merges.saturating_sub(pairs.len()) as u64);
-    let (mut counts, mut tied) = (Vec::new(), 0);
+    let (mut counts, mut ruled) = (Vec::new(), 0);
     while pairs.len() < wanted {
-        progress.check()?;
-        let Some(index) = queue.pop(&ties) else { break };
-        let entry = *queue.entry(index);
-        tied += u64::from(queue.tied(&ties, entry.count));
-        let shown = |id| ties.bytes_of(id)[..ties.len_of(id).min(SHOWN_BYTES)].to_vec();
-        let (a, b) = entry.pair;
-        progress.show(|| MergeShown { left: shown(a), right: shown(b), count: entry.count });
-        let id = ties.join(entry.pair);
-        merger.merge(&ties, &mut queue, entry, id, progress)?;
-        pairs.push(entry.pair);
-        counts.push(entry.count);
+        let done = step(&mut merger, &mut queue, &mut ties, progress);
+        if let (Err(Error::Interrupted), Some(keep)) = (&done, &mut keep) {
+            keep(&pairs, &counts, ruled, true)?;
+        }
+        let Some((pair, count, tie)) = done? else { break };
+        pairs.push(pair);
+        counts.push(count);
+        ruled += u64::from(tie);
         progress.add(1);
+        if let Some(keep) = &mut keep {
+            keep(&pairs, &counts, ruled, false)?;
+        }
     }
-    Ok(Merges { pairs, tokens: ties.into_tokens(), counts, ties: tied })
+    Ok(Merges { pairs, tokens: ties.into_tokens(), counts, ties: ruled })
+}
+
+/// Merges the most frequent pair: which one, how often it occurred, and whether the rule chose it among equals.
+fn step<C: Cell>(
+    merger: &mut Merger<C>,
+    queue: &mut Queue,
+    ties: &mut Ties,
+    progress: &Progress,
+) -> Result<Option<(Pair, u64, bool)>> {
+    progress.check()?;
+    let Some(index) = queue.pop(ties) else { return Ok(None) };
+    let entry = *queue.entry(index);
+    let tie = queue.tied(ties, entry.count);
+    let shown = |id| ties.bytes_of(id)[..ties.len_of(id).min(SHOWN_BYTES)].to_vec();
+    let (a, b) = entry.pair;
+    progress.show(|| MergeShown { left: shown(a), right: shown(b), count: entry.count });
+    let id = ties.join(entry.pair);
+    merger.merge(ties, queue, entry, id, progress)?;
+    Ok(Some((entry.pair, entry.count, tie)))
 }
 
 /// A count that no merge will fall below: that of the `wanted`-th most frequent word of two to `longest` bytes.

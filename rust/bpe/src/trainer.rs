@@ -3,20 +3,21 @@
 //! In: files, or documents one after another. Out: a [`Vocab`] for each size asked for and the [`TrainStats`] of the
 //! run. Called by the binding; joins `count`, `train` and `vocab`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::count::{WordCounts, count_files, count_text};
+use crate::checkpoint::{Checkpoint, Done, input};
+use crate::count::{WordCounts, count_chunks, count_files, count_text};
 use crate::error::{Error, Result};
 use crate::extend::{extended, prior_of};
-use crate::input::Inputs;
-use crate::pretokenize::{Pattern, Splitter, TextPolicy, canonical_name};
+use crate::input::{ChunkReader, Inputs, Position};
+use crate::pretokenize::{Pattern, Splitter, TextPolicy, UNICODE_VERSION, canonical_name};
 use crate::prior::Prior;
-use crate::progress::Progress;
-use crate::train::{Merges, Options, TieBreak, train};
+use crate::progress::{Progress, Stage};
+use crate::train::{Keep, Merges, Options, Pair, TieBreak, train_and_keep};
 use crate::vocab::{Vocab, room_for_merges};
 
 /// Merges that the statistics show.
@@ -77,6 +78,10 @@ pub struct TrainStats {
     pub prior_merges: usize,
     /// Merges at which another pair was as frequent, so that the tie rule decided.
     pub ties: u64,
+    /// Bytes of text that an earlier process had counted, as a checkpoint says.
+    pub resumed_bytes: u64,
+    /// Merges that an earlier process had done.
+    pub resumed_merges: usize,
     /// Seconds of reading and counting.
     pub count_s: f64,
     /// Seconds of ordering the words and laying them out.
@@ -106,6 +111,10 @@ pub struct Trainer {
     bytes: u64,
     count_time: Duration,
     threads: usize,
+    checkpoint: Option<Checkpoint>,
+    /// What an earlier process had done.
+    done: Done,
+    resumed_bytes: u64,
 }
 
 impl Trainer {
@@ -156,8 +165,9 @@ impl Trainer {
         let merges = merges.collect::<Result<Vec<_>>>()?;
         let mut sorted = settings.vocab_sizes.clone();
         sorted.sort_unstable();
-        if let Some(twice) = sorted.windows(2).find(|two| two[0] == two[1]) {
-            return Err(Error::Config(format!("vocab_size: found {} twice; expected different sizes", twice[0])));
+        let twice = sorted.iter().zip(sorted.iter().skip(1)).find(|(a, b)| a == b);
+        if let Some((size, _)) = twice {
+            return Err(Error::Config(format!("vocab_size: found {size} twice; expected different sizes")));
         }
         if sorted.is_empty() {
             return Err(Error::Config("vocab_size: found none; expected one size or more".into()));
@@ -172,6 +182,9 @@ impl Trainer {
             bytes: 0,
             count_time: Duration::ZERO,
             threads: 1,
+            checkpoint: None,
+            done: Done::default(),
+            resumed_bytes: 0,
         })
     }
 
@@ -193,6 +206,68 @@ impl Trainer {
         Ok(())
     }
 
+    /// As [`Self::add_files`], kept at `checkpoint` every so often, when interrupted and when all is counted; the merges
+    /// that follow are kept there too. Goes on from what is there. No other text may be added.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn add_files_and_keep(
+        &mut self,
+        paths: &[PathBuf],
+        threads: usize,
+        chunk_bytes: usize,
+        (checkpoint, every): (&Path, Duration),
+        progress: &Progress,
+    ) -> Result<()> {
+        let start = Instant::now();
+        let inputs = Inputs::open(paths)?;
+        (self.threads, self.bytes) = (threads, inputs.total_bytes());
+        let mut settings = self.names();
+        for (n, path) in (1..).zip(paths) {
+            settings.push(input(n, path)?);
+        }
+        let (mut kept, state) = Checkpoint::open(checkpoint, settings, every)?;
+        (self.counts, self.done) = (state.counts, state.done);
+        progress.begin(Stage::Count, inputs.total_bytes());
+        let mut next = state.position;
+        self.resumed_bytes = bytes_before(&inputs, next)?;
+        progress.add(self.resumed_bytes);
+        progress.add_pretokens(self.counts.seen());
+        while let Some(from) = next {
+            let reader = ChunkReader::new(&inputs, &self.splitter, chunk_bytes).starting_at(from);
+            let due = kept.due();
+            let pause = || Ok(progress.stopped() || Instant::now() >= due);
+            let policy = self.settings.policy;
+            self.counts.merge(count_chunks(&reader, &inputs, &self.splitter, policy, threads, progress, &pause)?);
+            next = reader.position();
+            kept.save_counts(&self.counts, next)?;
+            progress.check()?;
+        }
+        self.checkpoint = Some(kept);
+        self.count_time += start.elapsed();
+        Ok(())
+    }
+
+    /// All that decides the result, besides the inputs.
+    fn names(&self) -> Vec<(String, String)> {
+        let Settings { vocab_sizes, rule, policy, min_frequency, max_token_length, extend, .. } = &self.settings;
+        let names = [
+            ("vocab_size", format!("{vocab_sizes:?}")),
+            ("special_tokens", format!("{:?}", self.specials)),
+            ("pattern", self.splitter.pattern().name().into()),
+            ("tie_break", format!("{rule:?}")),
+            ("errors", format!("{policy:?}")),
+            ("min_frequency", min_frequency.to_string()),
+            (
+                "max_token_length",
+                if *max_token_length == usize::MAX { "any".into() } else { max_token_length.to_string() },
+            ),
+            ("extend", extend.as_ref().map_or("none".into(), Vocab::hash)),
+            ("Unicode", UNICODE_VERSION.into()),
+        ];
+        names.map(|(name, value)| (name.to_string(), value)).into()
+    }
+
     /// Counts one document.
     pub fn add_document(&mut self, text: &[u8]) -> Result<()> {
         let start = Instant::now();
@@ -211,15 +286,27 @@ impl Trainer {
         let kept_pretokens = words.iter().filter(|word| word.1 >= least).count();
         let most = self.merges.iter().copied().max().unwrap_or_default();
         let prior_merges = self.prior.pairs().len();
+        let Done { pairs: done, counts: mut done_counts, ties: done_ties } = self.done;
         let options = Options {
             merges: most,
             rule: self.settings.rule,
             min_frequency: least,
             max_token_length: self.settings.max_token_length,
-            prior: self.prior,
+            prior: self.prior.and(&done)?,
         };
-        let merges = train(&words, &options, progress)?;
-        let merge_s = progress.began().map_or(0.0, |began| began.elapsed().as_secs_f64());
+        let (keeps, mut kept) = (self.checkpoint.is_some(), self.checkpoint);
+        let mut keep = |pairs: &[Pair], counts: &[u64], ties: u64, interrupted: bool| match &mut kept {
+            Some(kept) if interrupted || kept.is_due() => {
+                let counts = [&done_counts, counts].concat();
+                kept.save_merges(&pairs[prior_merges..], &counts, done_ties + ties)
+            }
+            _ => Ok(()),
+        };
+        let keep: Option<&mut Keep<'_>> = if keeps { Some(&mut keep) } else { None };
+        let mut merges = train_and_keep(&words, &options, progress, keep)?;
+        done_counts.append(&mut merges.counts);
+        (merges.counts, merges.ties) = (done_counts, merges.ties + done_ties);
+        let merge_time = progress.began().map_or(0.0, |began| began.elapsed().as_secs_f64());
         let token = |id: u32| merges.tokens[id as usize].clone();
         let news = merges.pairs[prior_merges..].iter().zip(&merges.counts);
         let stats = TrainStats {
@@ -231,9 +318,11 @@ impl Trainer {
             requested_merges: most - prior_merges,
             prior_merges,
             ties: merges.ties,
+            resumed_bytes: self.resumed_bytes,
+            resumed_merges: done.len(),
             count_s: self.count_time.as_secs_f64(),
-            layout_s: start.elapsed().as_secs_f64() - merge_s,
-            merge_s,
+            layout_s: start.elapsed().as_secs_f64() - merge_time,
+            merge_s: merge_time,
             threads: self.threads,
             longest_token: merges.tokens.iter().max_by_key(|token| token.len()).cloned().unwrap_or_default(),
             top_merges: news.take(TOP).map(|(&(a, b), &count)| (token(a), token(b), count)).collect(),
@@ -246,4 +335,12 @@ impl Trainer {
         let vocabs = self.merges.iter().map(|&len| vocab(merges.first(len))).collect::<Result<_>>()?;
         Ok((vocabs, stats))
     }
+}
+
+/// Bytes of the inputs before a place; none is their end.
+fn bytes_before(inputs: &Inputs, position: Option<Position>) -> Result<u64> {
+    let Some(Position { file, offset }) = position else { return Ok(inputs.total_bytes()) };
+    let whole = inputs.paths().get(..file).unwrap_or(inputs.paths());
+    let sizes = whole.iter().map(|path| path.metadata().map(|m| m.len()).map_err(|e| Error::io(path, &e)));
+    Ok(sizes.sum::<Result<u64>>()? + offset)
 }

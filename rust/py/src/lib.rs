@@ -155,7 +155,7 @@ fn trained(py: Python<'_>, (vocabs, stats): (Vec<Vocab>, TrainStats)) -> PyResul
 
 /// `bytekiln.train_bpe`, with the statistics of the run and the size of the chunks.
 #[pyfunction]
-#[pyo3(signature = (files, *, vocab_size, special_tokens=None, pattern=None, tie_break="lexicographic", errors="error", min_frequency=1, max_token_length=None, extend=None, threads=None, chunk_bytes=None, progress=None))]
+#[pyo3(signature = (files, *, vocab_size, special_tokens=None, pattern=None, tie_break="lexicographic", errors="error", min_frequency=1, max_token_length=None, extend=None, threads=None, chunk_bytes=None, checkpoint=None, checkpoint_every=30.0, progress=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword-only options of the Python function")]
 fn train_bpe(
     py: Python<'_>,
@@ -170,13 +170,22 @@ fn train_bpe(
     extend: Option<Bound<'_, Tokenizer>>,
     threads: Option<usize>,
     chunk_bytes: Option<usize>,
+    checkpoint: Option<PathBuf>,
+    checkpoint_every: f64,
     progress: Option<Bound<'_, PyAny>>,
 ) -> PyResult<(Vec<Tokenizer>, Py<PyAny>)> {
     let mut trainer =
         trainer(py, vocab_size, special_tokens, pattern, tie_break, errors, min_frequency, max_token_length, extend)?;
     let threads = threads_or_default(py, threads)?;
+    let every = Duration::try_from_secs_f64(checkpoint_every)
+        .map_err(|_| Error::Config(format!("checkpoint_every: found {checkpoint_every}; expected seconds, 0 or more")))
+        .or_raise(py)?;
     let done = watched(py, progress, |progress| {
-        trainer.add_files(&files, threads, chunk_bytes.unwrap_or(DEFAULT_CHUNK_BYTES), progress)?;
+        let chunk_bytes = chunk_bytes.unwrap_or(DEFAULT_CHUNK_BYTES);
+        match &checkpoint {
+            None => trainer.add_files(&files, threads, chunk_bytes, progress)?,
+            Some(path) => trainer.add_files_and_keep(&files, threads, chunk_bytes, (path, every), progress)?,
+        }
         trainer.finish(progress)
     })?;
     trained(py, done)

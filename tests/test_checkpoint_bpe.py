@@ -1,0 +1,202 @@
+"""`bpe-train --checkpoint`: whenever and however it is stopped, the tokenizer is the one of an undisturbed run."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bytekiln
+from bytekiln import _core
+
+LINE = [sys.executable, "-m", "bytekiln.cli", "bpe-train"]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Two files whose words come back, some of them long."""
+    folder = tmp_path_factory.mktemp("texts")
+    rng = np.random.default_rng(1)
+    words = [b" " + bytes(rng.integers(97, 107, size=n, dtype=np.uint8)) for n in rng.integers(2, 30, size=40_000)]
+    ranks = (40_000 ** rng.random(500_000)).astype(int) - 1
+    for n, part in enumerate(np.array_split(ranks, 2)):
+        (folder / f"{n}.txt").write_bytes(b"".join(words[rank] for rank in part))
+    yield folder
+
+
+def flags(out: str) -> list[str]:
+    return ["0.txt", "1.txt", "--vocab-size", "20k,25k", "--out", out, "--overwrite", "--min-frequency", "2"]
+
+
+def start(texts: Path, out: str, *more: object) -> subprocess.Popen[str]:
+    line = [*LINE, *flags(out), *map(str, more)]
+    return subprocess.Popen(line, cwd=texts, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def end(p: subprocess.Popen[str]) -> str:
+    _, said = p.communicate(timeout=120)
+    assert "Traceback" not in said and "panicked" not in said, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def undisturbed(texts: Path) -> tuple[list[bytes], float]:
+    """The tokenizers, and how long they took."""
+    began = time.monotonic()
+    p = start(texts, "whole.json")
+    end(p)
+    assert p.returncode == 0
+    return [(texts / f"whole-{size}.json").read_bytes() for size in ("20k", "25k")], time.monotonic() - began
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_stopped_at_any_moment(texts: Path, undisturbed: tuple[list[bytes], float], how: signal.Signals) -> None:
+    whole, seconds = undisturbed
+    rng = random.Random(how)
+    out, kept = f"{how.name}.json", texts / f"{how.name}.ck"
+    stopped = finished = 0
+    went_on: list[str] = []
+    while stopped < 12 or not finished:
+        p = start(texts, out, "--checkpoint", kept.name, "--checkpoint-every", 0.02)
+        if how != signal.SIGKILL:  # before that it is Python which is interrupted, and says so
+            while p.poll() is None and "_core" not in Path(f"/proc/{p.pid}/maps").read_text():
+                time.sleep(0.01)
+        try:
+            # Long enough to get somewhere; at last to the end.
+            p.wait(timeout=None if stopped >= 12 else seconds * rng.uniform(0.1, 0.8))
+        except subprocess.TimeoutExpired:
+            p.send_signal(how)
+        said = end(p)
+        went_on += [line for line in said.splitlines() if "went on" in line]
+        # A signal to Python's own end, behind the last line of the command, is no interruption.
+        over = p.returncode == 0 or (p.returncode == -how != -signal.SIGKILL and not kept.exists())
+        if over:
+            finished += 1
+            assert [(texts / out.replace(".json", f"-{size}.json")).read_bytes() for size in ("20k", "25k")] == whole
+            assert not list(texts.glob(f"*{kept.name}*"))
+        else:
+            assert p.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[how], said
+            stopped += 1
+    assert went_on, "no run found what another one had left"
+
+
+def test_counting_goes_on_within_a_file_and_merging_within_the_list(texts: Path, tmp_path: Path) -> None:
+    """Both kinds of checkpoint are met: a callback stops the run at a given place, again and again."""
+    files, kept = [texts / "0.txt", texts / "1.txt"], tmp_path / "run.ck"
+    options = {"vocab_size": 3000, "chunk_bytes": 1 << 16, "threads": 2}
+    (expected,), _ = _core.train_bpe(files, **options)
+    places = [("count", 1e6), ("count", 3e6), ("count", 6e6), ("merge", 100), ("merge", 700), ("merge", 1)]
+
+    def train(place: tuple[str, float] | None) -> tuple[list[bytekiln.Tokenizer], dict[str, int]]:
+        def stop(stage: str, done: int, total: int) -> None:
+            if place and stage == place[0] and done >= place[1]:
+                raise KeyboardInterrupt
+
+        return _core.train_bpe(files, **options, checkpoint=kept, checkpoint_every=3600, progress=stop)
+
+    for place in places:
+        try:
+            (made,), stats = train(place)
+        except KeyboardInterrupt:
+            assert kept.exists()
+            continue
+        assert made.hash == expected.hash  # it was over before it was looked at
+    (made,), stats = train(None)
+    assert made.hash == expected.hash and made.merges == expected.merges
+    assert stats["resumed_bytes"] == stats["bytes"] and stats["resumed_merges"] > 0
+    assert len(stats["top_merges"]) == 10 and stats["merges"] == 2744
+
+
+@pytest.fixture
+def begun(command, corpus: Path, tmp_path: Path) -> Path:
+    """What a run has left that was stopped when it began to merge."""
+
+    def stop(stage: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    kept = tmp_path / "run.ck"
+    with pytest.raises(KeyboardInterrupt):
+        while True:
+            _core.train_bpe(
+                [corpus], vocab_size=[300], special_tokens=["<|endoftext|>"], checkpoint=kept, progress=stop
+            )
+    if not kept.exists():  # stopped before any text was read
+        _core.train_bpe([corpus], vocab_size=[300], special_tokens=["<|endoftext|>"], checkpoint=kept)
+    return kept
+
+
+SAME = ["corpus.txt", "--special-token", "<|endoftext|>", "--vocab-size", "300", "--out", "t.json"]
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["--vocab-size", "301"], "vocab_size"),
+        (["--special-token", "<x>"], "special_tokens"),
+        (["--pattern", "cl100k"], "pattern"),
+        (["--tie-break", "huggingface"], "tie_break"),
+        (["--errors", "replace"], "errors"),
+        (["--min-frequency", "2"], "min_frequency"),
+        (["--max-token-length", "5"], "max_token_length"),
+        (["corpus2.txt"], "input 2"),
+    ],
+)
+def test_another_setting_is_refused_by_name(
+    command, begun: Path, corpus: Path, tmp_path: Path, more: list[str], named: str
+) -> None:
+    (tmp_path / "corpus2.txt").write_bytes(corpus.read_bytes())
+    before = begun.read_bytes()
+    said = command("bpe-train", *SAME, *more, "--checkpoint", "run.ck", status=2).stderr
+    assert "run.ck" in said and named in said and "expected the same" in said, said
+    assert begun.read_bytes() == before and not (tmp_path / "t.json").exists()
+    said = command("bpe-train", *SAME, "--checkpoint", "run.ck").stderr
+    assert "went on from run.ck" in said and not begun.exists()
+
+
+def test_a_changed_input_is_refused(command, begun: Path, corpus: Path) -> None:
+    corpus.write_bytes(corpus.read_bytes()[:-100])
+    said = command("bpe-train", *SAME, "--checkpoint", "run.ck", status=2).stderr
+    assert "input 1" in said and "corpus.txt" in said and "bytes" in said
+
+
+def test_a_broken_checkpoint_is_refused(command, begun: Path, corpus: Path, tmp_path: Path) -> None:
+    whole = begun.read_bytes()
+    for broken, words in (
+        (whole[:-1], "broken checkpoint"),
+        (whole[:40] + b"!" + whole[41:], "broken checkpoint"),
+        (b"", "no checkpoint"),
+        (b"my own notes", "no checkpoint"),
+    ):
+        begun.write_bytes(broken)
+        said = command("bpe-train", *SAME, "--checkpoint", "run.ck", status=2).stderr
+        assert words in said and "run.ck" in said and begun.read_bytes() == broken
+    said = command("bpe-train", *SAME, "--checkpoint", "t.json", status=2).stderr
+    assert "--checkpoint names t.json" in said
+    assert "is one of the inputs" in command("bpe-train", *SAME, "--checkpoint", "corpus.txt", status=2).stderr
+    assert "no/such" in command("bpe-train", *SAME, "--checkpoint", "no/such/run.ck", status=2).stderr
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("letters", ["abcdefghijklmnopqrstuvwxyz", "a"])
+@pytest.mark.parametrize("share", [0.15, 0.4, 0.7])
+def test_ctrl_c_within_one_giant_word(tmp_path: Path, letters: str, share: float) -> None:
+    """50 MB without a border: reading, laying out and long merges are left at once."""
+    rng = np.random.default_rng(0)
+    alphabet = np.frombuffer(letters.encode(), dtype=np.uint8)
+    (tmp_path / "t.txt").write_bytes(alphabet[rng.integers(0, len(alphabet), size=50_000_000)].tobytes())
+    line = [*LINE, "t.txt", "--vocab-size", "2000", "--out", "t.json"]
+    p = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    time.sleep(0.3 + 3 * share)
+    assert p.poll() is None, "too quick to be interrupted"
+    began = time.monotonic()
+    p.send_signal(signal.SIGINT)
+    end(p)
+    assert p.returncode == 130 and not (tmp_path / "t.json").exists()
+    assert time.monotonic() - began < 1  # 0.2 s on a machine that has nothing else to do
