@@ -11,7 +11,7 @@ use foldhash::fast::FixedState;
 use crate::error::Result;
 use crate::hash::{self, prefetch};
 use crate::input::{Chunk, ChunkReader, Inputs};
-use crate::pretokenize::{Piece, Splitter, TextPolicy};
+use crate::pretokenize::{Ends, Piece, Splitter, TextPolicy};
 use crate::progress::{Progress, Stage};
 use crate::words::Words;
 
@@ -134,15 +134,16 @@ impl WordCounts {
         }
     }
 
-    /// Counts the words of `text` that end at `ends`; the first of them begins at `start`.
+    /// Counts words of `text`.
     ///
     /// The slots of a batch are asked for before the first of them is looked at: the table is larger than the caches,
     /// and so the waits overlap.
-    fn add_run(&mut self, text: &[u8], mut start: usize, ends: &[usize]) {
-        for ends in ends.chunks(BATCH) {
-            self.make_room(ends.len());
-            start = self.ask(text, start, ends);
-            self.seen += self.waiting.1 as u64;
+    fn add_run(&mut self, text: &[u8], ends: Ends<'_>) {
+        let Ends { mut start, base, offsets } = ends;
+        for offsets in offsets.chunks(BATCH) {
+            self.make_room(offsets.len());
+            start = self.ask(text, start, base, offsets);
+            self.seen = self.seen.saturating_add(self.waiting.1 as u64);
             let Self { slots, used, waiting, .. } = self;
             let mask = slots.len() - 1;
             for &(key, at) in &waiting.0[..waiting.1] {
@@ -166,12 +167,13 @@ impl WordCounts {
 
     /// Packs words and asks for their slots; long words are counted at once. Returns the end of the last one.
     #[inline]
-    fn ask(&mut self, text: &[u8], mut start: usize, ends: &[usize]) -> usize {
+    fn ask(&mut self, text: &[u8], mut start: usize, base: usize, offsets: &[u32]) -> usize {
         let Self { slots, waiting: (waiting, found), seed, .. } = self;
         let (slots, seed, mask) = (&slots[..], *seed, slots.len() - 1);
         let mut n = 0;
         let mut long = Vec::new();
-        for &end in ends {
+        for &offset in offsets {
+            let end = base.wrapping_add(offset as usize);
             let len = end.wrapping_sub(start);
             // One load whatever the length, where the text goes on for so long.
             let key = match text.get(start..).and_then(|rest| rest.first_chunk()) {
@@ -335,7 +337,7 @@ pub(crate) fn count_chunks(
 }
 
 /// Words whose slots are asked for together.
-const BATCH: usize = 256;
+const BATCH: usize = 512;
 
 /// All bits of the first so many bytes.
 const FIRST: [u128; 16] = {
@@ -357,7 +359,7 @@ pub fn count_text(bytes: &[u8], splitter: &Splitter, policy: TextPolicy, counts:
             }
         });
     };
-    splitter.runs(text, |text, start, ends| counts.add_run(text, start, ends))
+    splitter.split_ends(text, |ends| counts.add_run(bytes, ends), |_| {})
 }
 
 #[cfg(test)]

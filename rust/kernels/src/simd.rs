@@ -31,7 +31,7 @@ pub(crate) fn run<J: Job>(level: Level, job: J) -> J::Out {
         Level::Avx2 => unsafe { on_avx2(job) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the processor has AVX-512 F, as was just asserted.
-        Level::Avx512 => unsafe { on_avx512(job) },
+        Level::Avx512 | Level::Avx512Vbmi2 => unsafe { on_avx512(job) },
         _ => job.run(Portable(())),
     }
 }

@@ -4,29 +4,36 @@
 use std::env;
 use std::sync::OnceLock;
 
-/// The environment variable that forces a level: `scalar`, `avx2` or `avx512`.
+/// The environment variable that forces a level: `scalar`, `neon`, `avx2`, `avx512` or `avx512-vbmi2`.
 pub const VARIABLE: &str = "BYTEKILN_SIMD";
+
 /// A set of instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
-    /// Whatever the target has without asking: SSE2 on x86-64, NEON on `AArch64`.
+    /// Whatever the compiler makes for the target without asking: SSE2 on x86-64, NEON on `AArch64`.
     Scalar,
+    /// NEON by name, of `AArch64`.
+    Neon,
     /// AVX2, FMA, and the counting of bits that came with them (BMI 1 and 2, LZCNT, POPCNT).
     Avx2,
     /// AVX-512 F and BW, and all of the former.
     Avx512,
+    /// AVX-512 VBMI 2, which packs bytes, and all of the former.
+    Avx512Vbmi2,
 }
 
 impl Level {
     /// All levels, the least first.
-    pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512];
+    pub const ALL: [Self; 5] = [Self::Scalar, Self::Neon, Self::Avx2, Self::Avx512, Self::Avx512Vbmi2];
 
     /// As the environment spells it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
+            Self::Neon => "neon",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Avx512Vbmi2 => "avx512-vbmi2",
         }
     }
 
@@ -47,7 +54,11 @@ impl Level {
             Self::Avx512 => {
                 is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && Self::Avx2.is_here()
             }
-            #[cfg(not(target_arch = "x86_64"))]
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vbmi2 => is_x86_feature_detected!("avx512vbmi2") && Self::Avx512.is_here(),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => true,
+            #[allow(unreachable_patterns, reason = "which levels are left depends on the target")]
             _ => false,
         }
     }
