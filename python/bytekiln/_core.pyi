@@ -132,7 +132,7 @@ def train_bpe(
     vocab_size: int,
     special_tokens: Sequence[str] = (),
     pattern: str = "gpt2",
-    tie_break: Literal["lexicographic", "huggingface"] = "lexicographic",
+    tie_break: Literal["lexicographic", "huggingface", "raw-bytes"] = "lexicographic",
     errors: Literal["error", "replace", "bytes"] = "error",
     threads: int | None = None,
     chunk_bytes: int | None = None,
@@ -148,7 +148,7 @@ def train_bpe_from_iterator(
     vocab_size: int,
     special_tokens: Sequence[str] = (),
     pattern: str = "gpt2",
-    tie_break: Literal["lexicographic", "huggingface"] = "lexicographic",
+    tie_break: Literal["lexicographic", "huggingface", "raw-bytes"] = "lexicographic",
     errors: Literal["error", "replace", "bytes"] = "error",
     progress: _Progress | None = None,
 ) -> tuple[Tokenizer, dict[str, Any]]: ...

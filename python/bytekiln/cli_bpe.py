@@ -75,10 +75,10 @@ def train(argv: Sequence[str]) -> int:
     )
     add(
         "--tie-break",
-        choices=("lexicographic", "huggingface"),
+        choices=("lexicographic", "huggingface", "raw-bytes"),
         default="lexicographic",
-        help="which of equally frequent pairs merges first: the greatest pair of byte strings (default), or as "
-        "Hugging Face's trainer does",
+        help="which of equally frequent pairs merges first: the greatest pair of byte strings (default), as "
+        "Hugging Face's trainer does, or the smallest pair of ids, as rustbpe and bpeasy do",
     )
     add_text_flags(parser)
     add("--dataset", metavar="X", help="train on data/X_train.txt into data/processed/X_tokenizer.json")

@@ -19,7 +19,7 @@ __all__ = ["Tokenizer", "encode_files", "train_bpe", "train_bpe_from_iterator"]
 
 Progress = Callable[[str, int, int], object]
 """Called with the stage, the units done and the units in all."""
-TieBreak = Literal["lexicographic", "huggingface"]
+TieBreak = Literal["lexicographic", "huggingface", "raw-bytes"]
 TextPolicy = Literal["error", "replace", "bytes"]
 
 
@@ -43,7 +43,8 @@ def train_bpe(
         pattern: `gpt2`, `cl100k`, `o200k`, or a regular expression of the fancy-regex dialect; text that it
             does not match becomes pre-tokens of its own, so that nothing is lost.
         tie_break: which of the equally frequent pairs merges first: `lexicographic` takes the greatest pair of
-            byte strings, `huggingface` the smallest pair of ids as Hugging Face's trainer numbers them.
+            byte strings, `huggingface` the smallest pair of ids as Hugging Face's trainer numbers them, `raw-bytes`
+            the smallest pair of ids, bytes by value and then tokens in the order they were made (rustbpe, bpeasy).
         errors: what to do with invalid UTF-8: `error` (names file and byte offset), `replace` (U+FFFD),
             `bytes` (keep the bytes; pre-token borders fall as if each were U+FFFD).
         threads: default: one a core. The result never depends on it.

@@ -29,6 +29,7 @@ pub fn train(words: &[(Vec<u8>, u64)], wanted: usize, rule: TieBreak) -> Merges 
                     let number = |p: Pair| (alphabetical(p.0), alphabetical(p.1));
                     number(b.0).cmp(&number(a.0))
                 }
+                TieBreak::RawBytes => b.0.cmp(&a.0),
             })
         });
         let Some((pair, _)) = best else { break };
