@@ -6,6 +6,7 @@ VENV := $(or $(BYTEKILN_VENV),.venv)
 BIN := $(VENV)/bin
 PYTEST_FLAGS ?=
 CORPUS ?=
+ARM := aarch64-unknown-linux-gnu
 # One Python for maturin and cargo, so that neither rebuilds what the other has built.
 export PYO3_PYTHON := $(abspath $(BIN)/python)
 
@@ -49,9 +50,12 @@ lint-python: setup ## ruff, mypy --strict, and the stub of the Rust core against
 	$(BIN)/python -m mypy.stubtest bytekiln._core --concise
 
 .PHONY: lint-rust
-lint-rust: setup ## rustfmt and clippy, warnings are errors
+lint-rust: setup ## rustfmt and clippy, warnings are errors; NEON too where the target is installed
 	cargo fmt --all --check
 	cargo clippy --quiet --workspace --all-targets -- -D warnings
+	@if rustup target list --installed 2>/dev/null | grep -q '^$(ARM)$$'; then \
+		cargo clippy --quiet --target $(ARM) -p bytekiln-bpe -p bytekiln-simd -- -D warnings; \
+	else echo "lint-rust: without $(ARM) (rustup target add $(ARM)) the NEON code is not checked"; fi
 
 .PHONY: format
 format: setup ## bring all source files into form

@@ -66,7 +66,10 @@ def test_train_stops_early_and_says_so(command, corpus: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("flags", [[], ["--pattern", "cl100k"], ["--tie-break", "huggingface"], ["--threads", "1"]])
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--pattern", "cl100k"], ["--tie-break", "huggingface"], ["--tie-break", "raw-bytes"], ["--threads", "1"]],
+)
 def test_train_then_encode_then_decode(command, corpus: Path, tmp_path: Path, flags: list[str]) -> None:
     command("bpe-train", corpus, "--vocab-size", 320, "--special-token", EOT, "--out", "t.json", *flags)
     command("bpe-encode", corpus, "--tokenizer", "t.json", "--out", "t.npy")

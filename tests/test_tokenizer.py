@@ -207,7 +207,7 @@ def test_the_result_depends_on_nothing_but_the_text(tmp_path: Path) -> None:
         ({"vocab_size": 300, "special_tokens": [""]}, "special token: found an empty one"),
         ({"vocab_size": 300, "pattern": "("}, 'pattern "("'),
         ({"vocab_size": 300, "pattern": ""}, "pattern: found an empty one"),
-        ({"vocab_size": 300, "tie_break": "first"}, "expected lexicographic or huggingface"),
+        ({"vocab_size": 300, "tie_break": "first"}, "expected lexicographic, huggingface or raw-bytes"),
         ({"vocab_size": 300, "errors": "drop"}, "expected error, replace or bytes"),
     ],
 )

@@ -134,10 +134,10 @@ def make_parser() -> Parser:
     add("--pattern", type=text, metavar="P", help="gpt2 (default), cl100k, o200k, or a regular expression")
     add(
         "--tie-break",
-        choices=("lexicographic", "huggingface"),
+        choices=("lexicographic", "huggingface", "raw-bytes"),
         default="lexicographic",
-        help="which of equally frequent pairs merges first: the greatest pair of byte strings (default), or as "
-        "Hugging Face's trainer does",
+        help="which of equally frequent pairs merges first: the greatest pair of byte strings (default), as "
+        "Hugging Face's trainer does, or the smallest pair of ids, as rustbpe and bpeasy do",
     )
     add("--min-frequency", type=length, default=1, metavar="N", help="leave out words, and merge no pair, rarer than N")
     add("--max-token-length", type=length, metavar="N", help="most bytes of a token (default: any number)")

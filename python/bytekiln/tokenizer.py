@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Progress = Callable[[str, int, int], object]
     """Called with the stage, the units done and the units in all."""
-    TieBreak = Literal["lexicographic", "huggingface"]
+    TieBreak = Literal["lexicographic", "huggingface", "raw-bytes"]
     TextPolicy = Literal["error", "replace", "bytes"]
 
 else:
@@ -90,7 +90,8 @@ def train_bpe(
         pattern: `gpt2` (default), `cl100k`, `o200k`, or a regular expression of the fancy-regex dialect; text that it
             does not match becomes pre-tokens of its own, so that nothing is lost.
         tie_break: which of the equally frequent pairs merges first: `lexicographic` takes the greatest pair of
-            byte strings, `huggingface` the smallest pair of ids as Hugging Face's trainer numbers them.
+            byte strings, `huggingface` the smallest pair of ids as Hugging Face's trainer numbers them, `raw-bytes`
+            the smallest pair of ids, bytes by value and then tokens in the order they were made (rustbpe, bpeasy).
         errors: what to do with invalid UTF-8: `error` (names file and byte offset), `replace` (U+FFFD),
             `bytes` (keep the bytes; pre-token borders fall as if each were U+FFFD).
         min_frequency: pre-tokens that occur less often are left out, and of the rest no pair is merged that occurs

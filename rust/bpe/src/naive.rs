@@ -54,6 +54,7 @@ pub fn train(words: &[(Vec<u8>, u64)], options: &Options) -> Merges {
                     let number = |p: &Pair| (alphabetical(p.0), alphabetical(p.1));
                     number(b.0).cmp(&number(a.0))
                 }
+                TieBreak::RawBytes => b.0.cmp(a.0),
             })
         });
         let Some((&pair, &count)) = best else { break };

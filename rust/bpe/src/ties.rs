@@ -13,15 +13,20 @@ pub enum TieBreak {
     Lexicographic,
     /// The smallest pair of ids, single bytes numbered as in Hugging Face's alphabet.
     HuggingFace,
+    /// The smallest pair of ids: bytes by their value, then tokens in the order in which they were made.
+    RawBytes,
 }
 
 impl TieBreak {
-    /// The rule of a name: `lexicographic` or `huggingface`.
+    /// The rule of a name: `lexicographic`, `huggingface` or `raw-bytes`.
     pub fn from_name(name: &str) -> Result<Self> {
         match name {
             "lexicographic" => Ok(Self::Lexicographic),
             "huggingface" => Ok(Self::HuggingFace),
-            _ => Err(Error::Config(format!("tie_break: found {name:?}; expected lexicographic or huggingface"))),
+            "raw-bytes" => Ok(Self::RawBytes),
+            _ => Err(Error::Config(format!(
+                "tie_break: found {name:?}; expected lexicographic, huggingface or raw-bytes"
+            ))),
         }
     }
 }
@@ -110,6 +115,7 @@ impl Ties {
                 let numbers = |p: Pair| (self.number(p.0), self.number(p.1));
                 numbers(b).cmp(&numbers(a))
             }
+            TieBreak::RawBytes => b.cmp(&a),
         }
     }
 }
