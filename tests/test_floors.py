@@ -35,7 +35,7 @@ FLOORS = [
     ["atomic", "batch_search", "search.plan", "search.verdict", "sweep.model", "sweep.table"],
     ["characters", "bpe_flags", "score.records", "search.stages", "search.transfer", "sweep.spec"],
     ["characters_file", "metrics", "inspection", "hardware", "accounting", "schedule", "ranks", "guard", "bundle"],
-    ["kernels", "sweep.locks", "sweep.ready", "sweep.results"],
+    ["kernels", "tokenizer_diff", "sweep.locks", "sweep.ready", "sweep.results"],
     [
         "attention",
         "muon",

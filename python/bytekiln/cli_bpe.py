@@ -31,6 +31,7 @@ from bytekiln.characters import AnyTokenizer, CharTokenizer, load_any
 from bytekiln.console import Parser, human_bytes, human_time, table
 from bytekiln.inspection import measure
 from bytekiln.tokenizer import Tokenizer
+from bytekiln.tokenizer_diff import diff
 
 SHORT_BYTES = 1_000_000
 """Below this the speed is mostly that of starting up."""
@@ -216,6 +217,8 @@ def _encoding_summary(out: Path, manifest: dict[str, Any], seconds: float) -> st
 
 def inspect(argv: Sequence[str]) -> int:
     """`bpe-inspect`."""
+    if argv and argv[0] == "diff":
+        return diff(argv[1:])
     parser = Parser(
         "bpe-inspect",
         usage="bpe-inspect TOKENIZER… --text FILE [flags]",
@@ -223,6 +226,7 @@ def inspect(argv: Sequence[str]) -> int:
         examples=[
             "bpe-inspect tokenizer.json --text validation.txt",
             "bpe-inspect own.json foreign.json --text validation.txt --json",
+            "bpe-inspect diff own.json foreign.json --text validation.txt   # where they part",
             "bpe-inspect --dataset owt      # its tokenizer on data/owt_valid.txt",
         ],
     )

@@ -27,7 +27,7 @@ SHOWN = 60
 def show_token(token: bytes) -> str:
     r"""A token on one line, quoted, cut where it is long.
 
-    >>> print(show_token(b" accomplishment"), show_token(b"\xff"), show_token(b"\n"), show_token(b"a" * 61)[-12:])
+    >>> print(show_token(b" accomplishment"), show_token(b"\xff"), show_token(b"\n"), show_token(b"a" * 61)[-13:])
     ' accomplishment' '\xff' '\n' …' (61 bytes)
     """
     text = token[:SHOWN].decode("utf-8", "surrogateescape")

@@ -80,6 +80,16 @@ fn place(end: usize) -> Result<u32> {
     })
 }
 
+/// Makes room for `len` postings. Fresh memory of gigabytes takes a while, in which someone may want to stop.
+fn lengthen(postings: &mut Vec<Posting>, len: usize, progress: &Progress) -> Result<()> {
+    postings.reserve(len.saturating_sub(postings.len()));
+    while postings.len() < len {
+        progress.check()?;
+        postings.resize(len.min(postings.len() + (1 << 20)), Posting { at: 0, count: 0 });
+    }
+    Ok(())
+}
+
 /// A live occurrence of the pair that is being merged.
 #[derive(Clone, Copy)]
 struct Occurrence {
@@ -128,7 +138,7 @@ impl<C: Cell> Merger<C> {
         let (len_a, len_b) = (ties.len_of(a), ties.len_of(b));
         self.find_live(from as usize..from as usize + len as usize, pair, len_a, progress)?;
         self.replace(pair, (len_a, len_b), id, progress)?;
-        self.settle(ties, queue, pair, id)?;
+        self.settle(ties, queue, pair, id, progress)?;
         self.post(ties, progress)?;
         for id in self.lefts.drain(..) {
             self.left[id as usize] = Neighbour::default();
@@ -149,7 +159,8 @@ impl<C: Cell> Merger<C> {
     ) -> Result<()> {
         let (a, b) = (C::of(a), C::of(b));
         let postings = &self.postings[range];
-        self.live.resize(postings.len(), Posting { at: 0, count: 0 });
+        self.live.truncate(postings.len());
+        lengthen(&mut self.live, postings.len(), progress)?;
         let mut found = 0;
         for (i, &posting) in postings.iter().enumerate() {
             if i % LOOK_EVERY == 0 {
@@ -211,7 +222,7 @@ impl<C: Cell> Merger<C> {
     }
 
     /// Takes the lost edges off their pairs and enters the new pairs, each with room for its postings.
-    fn settle(&mut self, ties: &Ties, queue: &mut Queue, pair: Pair, id: TokenId) -> Result<()> {
+    fn settle(&mut self, ties: &Ties, queue: &mut Queue, pair: Pair, id: TokenId, progress: &Progress) -> Result<()> {
         let (a, b) = pair;
         let nobody = self.left.len() as TokenId - 1;
         // An occurrence directly behind another: its left neighbour is the new token, and the edge (new, a) that the
@@ -249,8 +260,7 @@ impl<C: Cell> Merger<C> {
                 end += sum.edges as usize;
             }
         }
-        self.postings.resize(end, Posting { at: 0, count: 0 });
-        Ok(())
+        lengthen(&mut self.postings, end, progress)
     }
 
     /// Writes the postings of the new pairs, in the order of the cells.

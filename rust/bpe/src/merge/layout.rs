@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use foldhash::fast::FixedState;
 
-use super::{Cell, Merger, NOWHERE, Neighbour, Posting};
+use super::{Cell, Merger, NOWHERE, Neighbour, Posting, lengthen};
 use crate::error::{Error, Result};
 use crate::hash;
 use crate::prior::{Prior, Scratch};
@@ -130,7 +130,7 @@ impl<C: Cell> Merger<C> {
             }
             self.cells.push(C::DEAD);
         }
-        self.enter(&mut sums, ties, queue);
+        self.enter(&mut sums, ties, queue, progress)?;
         let mut at = 1;
         for (word, count) in words.iter() {
             let count = u32::try_from(count).unwrap_or(u32::MAX);
@@ -193,7 +193,7 @@ impl<C: Cell> Merger<C> {
             }
             self.cells.push(C::DEAD);
         }
-        self.enter(&mut sums, ties, queue);
+        self.enter(&mut sums, ties, queue, progress)?;
         let mut at = 1;
         for (word, count) in words.iter() {
             let count = u32::try_from(count).unwrap_or(u32::MAX);
@@ -223,7 +223,7 @@ impl<C: Cell> Merger<C> {
     }
 
     /// Gives each pair that can ever be merged a place in the queue and room for its postings.
-    fn enter(&mut self, sums: &mut impl Sums, ties: &Ties, queue: &mut Queue) {
+    fn enter(&mut self, sums: &mut impl Sums, ties: &Ties, queue: &mut Queue, progress: &Progress) -> Result<()> {
         let mut from = 0;
         for pair in sums.pairs() {
             let sum = sums.of(pair);
@@ -233,6 +233,6 @@ impl<C: Cell> Merger<C> {
                 from += sum.edges;
             }
         }
-        self.postings = vec![Posting { at: 0, count: 0 }; from as usize];
+        lengthen(&mut self.postings, from as usize, progress)
     }
 }
