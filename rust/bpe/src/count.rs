@@ -186,7 +186,7 @@ impl WordCounts {
     }
 }
 
-/// Counts the pre-tokens of text files on `threads` threads, each with a table of its own.
+/// Counts the pre-tokens of inputs on `threads` threads, each with a table of its own.
 pub fn count_files(
     inputs: &Inputs,
     splitter: &Splitter,
@@ -196,14 +196,17 @@ pub fn count_files(
     progress: &Progress,
 ) -> Result<WordCounts> {
     progress.begin(Stage::Count, inputs.total_bytes());
-    let reader = ChunkReader::new(inputs, splitter, chunk_bytes);
+    let reader = ChunkReader::new(inputs, splitter, chunk_bytes).stopped_by(progress);
     let work = || -> Result<WordCounts> {
         let mut counts = WordCounts::default();
         let mut chunk = Chunk::default();
         while reader.next(&mut chunk)? {
             progress.check()?;
-            count_text(&chunk.bytes, splitter, policy, &mut counts).map_err(|e| inputs.locate(&chunk, e))?;
-            progress.add(chunk.bytes.len() as u64);
+            for (start, text) in chunk.texts() {
+                let counted = count_text(text, reader.splitter(&chunk), policy, &mut counts);
+                counted.map_err(|e| inputs.locate(&chunk, start, e))?;
+            }
+            progress.add(chunk.read_bytes);
         }
         Ok(counts)
     };

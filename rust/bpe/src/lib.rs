@@ -1,7 +1,7 @@
 //! Byte-level BPE: training, encoding and tokenizing of datasets, exact whatever the number of threads, the
 //! chunk sizes and the splits of the input.
 //!
-//! Floors: `error` < `scan` < `pretokenize` < `input` < `words` < `count` < `ties` < `queue` < `merge` < `train` <
+//! Floors: `error` < `scan` < `pretokenize` < `sources` < `input` < `words` < `count` < `ties` < `queue` < `merge` < `train` <
 //! `vocab` < `encode` < `corpus`; `atomic` < `tokens` < `corpus`; `trainer` joins `count`, `train` and `vocab`;
 //! `formats` reads and writes a `vocab`; `naive` is the specification that tests hold all of it to.
 
@@ -19,6 +19,7 @@ pub mod pretokenize;
 pub mod progress;
 mod queue;
 mod scan;
+pub mod sources;
 mod ties;
 pub mod tokens;
 pub mod train;

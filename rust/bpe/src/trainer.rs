@@ -3,7 +3,6 @@
 //! In: files, or documents one after another. Out: a [`Vocab`] and the [`TrainStats`] of the run. Called by the
 //! binding; joins `count`, `train` and `vocab`.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,6 +13,7 @@ use crate::error::Result;
 use crate::input::Inputs;
 use crate::pretokenize::{Pattern, Splitter, TextPolicy};
 use crate::progress::Progress;
+use crate::sources::InputSpec;
 use crate::train::{TieBreak, train};
 use crate::vocab::{Vocab, room_for_merges};
 
@@ -77,20 +77,20 @@ impl Trainer {
         })
     }
 
-    /// Counts the text of files; no pre-token crosses from one to the next.
+    /// Counts the text of inputs; no pre-token crosses from one document to the next.
     pub fn add_files(
         &mut self,
-        paths: &[PathBuf],
+        inputs: InputSpec,
         threads: usize,
         chunk_bytes: usize,
         progress: &Progress,
     ) -> Result<()> {
         let start = Instant::now();
-        let inputs = Inputs::open(paths)?;
+        let inputs = Inputs::of(inputs)?;
         let counts = count_files(&inputs, &self.splitter, self.policy, threads, chunk_bytes, progress)?;
         self.counts.merge(counts);
         self.threads = threads;
-        self.bytes += inputs.total_bytes();
+        self.bytes += inputs.text_bytes();
         self.count_time += start.elapsed();
         Ok(())
     }

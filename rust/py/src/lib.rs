@@ -5,6 +5,7 @@
 #![allow(clippy::doc_markdown, reason = "these texts are shown by Python's help")]
 
 mod error;
+mod inputs;
 mod kernels;
 mod tokenizer;
 
@@ -27,6 +28,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyIterator, PyString};
 
 use crate::error::{OrRaise, to_python};
+use crate::inputs::Spec;
 use crate::tokenizer::{TokenIterator, Tokenizer, text_of};
 
 /// How often a running job is looked at: signals and the progress call.
@@ -121,7 +123,7 @@ fn trained(py: Python<'_>, (vocab, stats): (Vocab, TrainStats)) -> PyResult<(Tok
 #[expect(clippy::too_many_arguments, reason = "keyword-only options of the Python function")]
 fn train_bpe(
     py: Python<'_>,
-    files: Vec<PathBuf>,
+    files: Spec,
     vocab_size: i64,
     special_tokens: Vec<String>,
     pattern: &str,
@@ -134,7 +136,7 @@ fn train_bpe(
     let mut trainer = trainer(py, vocab_size, special_tokens, pattern, tie_break, errors)?;
     let threads = threads_or_default(py, threads)?;
     let done = watched(py, progress, |progress| {
-        trainer.add_files(&files, threads, chunk_bytes.unwrap_or(DEFAULT_CHUNK_BYTES), progress)?;
+        trainer.add_files(files.0, threads, chunk_bytes.unwrap_or(DEFAULT_CHUNK_BYTES), progress)?;
         trainer.finish(progress)
     })?;
     trained(py, done)
@@ -182,7 +184,7 @@ fn train_bpe_from_iterator(
 fn encode_files<'py>(
     py: Python<'py>,
     tokenizer: &Bound<'py, Tokenizer>,
-    inputs: Vec<PathBuf>,
+    inputs: Spec,
     out: PathBuf,
     dtype: Option<&str>,
     append_eot: Option<bool>,
@@ -203,10 +205,16 @@ fn encode_files<'py>(
         chunk_bytes: chunk_bytes.unwrap_or(DEFAULT_CHUNK_BYTES),
     };
     let manifest = watched(py, progress, |progress| {
-        let inputs = Inputs::open(&inputs)?;
+        let inputs = Inputs::of(inputs.0)?;
         corpus::encode_files(encoder, &inputs, &out, &options, progress)?.to_json()
     })?;
     py.import("json")?.call_method1("loads", (manifest,))
+}
+
+/// The files of an input, in the order of the text; opens none.
+#[pyfunction]
+fn find_inputs(py: Python<'_>, inputs: Spec) -> PyResult<Vec<PathBuf>> {
+    inputs.0.find().or_raise(py)
 }
 
 /// Checksum of a file's bytes from `offset` on, as manifests spell it.
@@ -222,7 +230,9 @@ mod _core {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use super::{TokenIterator, Tokenizer, encode_files, payload_checksum, train_bpe, train_bpe_from_iterator};
+    use super::{
+        TokenIterator, Tokenizer, encode_files, find_inputs, payload_checksum, train_bpe, train_bpe_from_iterator,
+    };
 
     #[pymodule_export]
     use super::kernels::{
