@@ -11,11 +11,13 @@ matplotlib are imported by the modules that use them (`bytekiln.train`, `bytekil
 
 from bytekiln._core import __version__
 from bytekiln.errors import BytekilnError
+from bytekiln.inputs import Inputs
 from bytekiln.tokenfile import TokenFile
 from bytekiln.tokenizer import Tokenizer, encode_files, train_bpe, train_bpe_from_iterator
 
 __all__ = [
     "BytekilnError",
+    "Inputs",
     "TokenFile",
     "Tokenizer",
     "__version__",

@@ -19,12 +19,17 @@ from typing import Any
 
 from bytekiln import _core, characters_file
 from bytekiln.bpe_flags import (
+    INPUT_HELP,
     PATTERN_HELP,
     Dataset,
     StageProgress,
+    add_input_flags,
     add_text_flags,
     check_output,
+    files_of,
     in_processed,
+    inputs_of,
+    plain_files,
     share,
     size,
     text,
@@ -54,7 +59,7 @@ def train(argv: Sequence[str]) -> int:
         ],
     )
     add = parser.add_argument
-    add("inputs", nargs="*", type=Path, metavar="INPUT", help="UTF-8 text files; no word crosses a file's border")
+    add("inputs", nargs="*", type=Path, metavar="INPUT", help=INPUT_HELP)
     add("--vocab-size", type=size, metavar="N", help="tokens in all: 256 bytes + merges + special tokens; 32k is fine")
     add(
         "--special-token",
@@ -80,6 +85,7 @@ def train(argv: Sequence[str]) -> int:
         help="which of equally frequent pairs merges first: the greatest pair of byte strings (default), or as "
         "Hugging Face's trainer does",
     )
+    add_input_flags(parser)
     add_text_flags(parser)
     add("--dataset", metavar="X", help="train on data/X_train.txt into data/processed/X_tokenizer.json")
     add("--overwrite", action="store_true", help="replace an existing output")
@@ -101,12 +107,12 @@ def train(argv: Sequence[str]) -> int:
         parser.error("--vocab-size is missing; expected 257 or more, such as --vocab-size 4096")
     if args.out is None:
         parser.error("--out is missing; expected the file to write, such as --out tokenizer.json")
-    check_output(args.out, args.inputs, overwrite=args.overwrite)
+    check_output(args.out, files_of(args.inputs), overwrite=args.overwrite)
 
     start = time.perf_counter()
     with ExitStack() as bars:
         tokenizer, stats = _core.train_bpe(
-            args.inputs,
+            inputs_of(args, args.inputs),
             vocab_size=args.vocab_size,
             special_tokens=args.special_token,
             pattern=args.pattern,
@@ -185,7 +191,7 @@ def encode(argv: Sequence[str]) -> int:
         ],
     )
     add = parser.add_argument
-    add("inputs", nargs="*", type=Path, metavar="INPUT", help="UTF-8 text files")
+    add("inputs", nargs="*", type=Path, metavar="INPUT", help=INPUT_HELP)
     add("--data-path", action="append", type=Path, default=[], metavar="F", help="another way to name an input")
     add("--tokenizer", type=Path, metavar="T", help="tokenizer.json, or .tiktoken ranks")
     add("--vocab-path", type=Path, metavar="F", help="vocab.json, instead of --tokenizer, with --merges-path")
@@ -209,6 +215,7 @@ def encode(argv: Sequence[str]) -> int:
     )
     add("--no-append-eot", dest="append_eot", action="store_false", help="add none")
     add("--method", choices=("streaming",), help="accepted; encoding always streams, in bounded memory")
+    add_input_flags(parser)
     add_text_flags(parser)
     add("--dataset", metavar="X", help="encode data/X_{train,valid}.txt into data/processed/X_{train,valid}.npy")
     add("--characters", action="store_true", help="every character is a token: make the tokenizer and both parts here")
@@ -236,17 +243,18 @@ def encode(argv: Sequence[str]) -> int:
             parser.error("no input; expected one text file or more, or --dataset X")
         if out is None:
             parser.error("--out is missing; expected the file to write, such as --out train.npy")
-        read = [*inputs, *(p for p in (args.tokenizer, args.vocab_path, args.merges_path) if p)]
+        read = [*files_of(inputs), *(p for p in (args.tokenizer, args.vocab_path, args.merges_path) if p)]
         check_output(out, read, overwrite=args.overwrite)
     tokenizer = _tokenizer_of(args, parser)
     for inputs, out in jobs:
         start = time.perf_counter()
         with ExitStack() as bars:
             if isinstance(tokenizer, CharTokenizer):
-                _refuse_words(args, parser, f"{args.tokenizer}, a tokenizer of characters")
+                why = f"{args.tokenizer}, a tokenizer of characters"
+                _refuse_words(args, parser, why)
                 manifest = characters_file.encode(
                     tokenizer,
-                    inputs,
+                    plain_files(args, inputs, why),
                     out,
                     dtype=args.dtype,
                     overwrite=args.overwrite,
@@ -255,7 +263,7 @@ def encode(argv: Sequence[str]) -> int:
             else:
                 manifest = _core.encode_files(
                     tokenizer,
-                    inputs,
+                    inputs_of(args, inputs),
                     out,
                     dtype=args.dtype,
                     append_eot=args.append_eot,
@@ -284,11 +292,12 @@ def _encode_characters(args: Namespace, parser: Parser) -> int:
         if args.val_out:
             parser.error("--val-out with --val-share 0; expected a share above 0")
         val = None
+    files = plain_files(args, args.inputs, "--characters")
     named = {"--out": train, "--tokenizer-out": tokenizer_out, **({"--val-out": val} if val_share else {})}
     for flag, path in named.items():
         if path is None:
             parser.error(f"{flag} is missing; expected the file to write, or --dataset X")
-        check_output(path, args.inputs, overwrite=args.overwrite, flag=flag)
+        check_output(path, files, overwrite=args.overwrite, flag=flag)
     written = [p.resolve() for p in named.values()]
     written += [p.with_name(p.name + ".json").resolve() for p in (train, val) if p]
     if len(set(written)) < len(written):
@@ -296,7 +305,7 @@ def _encode_characters(args: Namespace, parser: Parser) -> int:
     start = time.perf_counter()
     with ExitStack() as bars:
         tokenizer, manifests = characters_file.prepare(
-            args.inputs,
+            files,
             characters_file.Outputs(tokenizer_out, train, val),
             val_share=val_share,
             dtype=args.dtype,
@@ -362,8 +371,9 @@ def inspect(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("tokenizers", nargs="*", type=Path, metavar="TOKENIZER", help="tokenizer.json; several are compared")
     add("--pattern", type=text, metavar="P", help=PATTERN_HELP)
-    add("--text", action="append", type=Path, default=[], metavar="FILE", help="UTF-8 text; repeat for several")
+    add("--text", action="append", type=Path, default=[], metavar="FILE", help="what to measure on; repeat for several")
     add("--longest", type=size, default=10, metavar="N", help="how many of the longest tokens to show (default: 10)")
+    add_input_flags(parser)
     add_text_flags(parser)
     add("--dataset", metavar="X", help="the tokenizer and validation text of a dataset")
     add("--json", action="store_true", help="print one JSON object (a list of them for several tokenizers)")
@@ -376,6 +386,8 @@ def inspect(argv: Sequence[str]) -> int:
         parser.error("no tokenizer; expected a tokenizer.json, or --dataset X")
     if not args.text:
         parser.error("--text is missing; expected a text file to measure on")
+    if Path("-") in args.text:
+        parser.error("--text -: standard input can be read only once; expected a file, which is read several times")
 
     found = []
     for path in args.tokenizers:
@@ -383,7 +395,7 @@ def inspect(argv: Sequence[str]) -> int:
             found.append(
                 measure(
                     path,
-                    args.text,
+                    inputs_of(args, args.text),
                     longest=args.longest,
                     errors=args.errors,
                     threads=args.threads,
