@@ -270,8 +270,14 @@ impl<'a> ChunkReader<'a> {
     }
 
     fn take(&self, chunk: &mut Chunk) -> Result<bool> {
-        let mut guard = self.state.lock().map_err(|_| Error::Interrupted)?;
-        let state = &mut *guard;
+        let mut state = self.state.lock().map_err(|_| Error::Interrupted)?;
+        let taken = self.take_next(&mut state, chunk);
+        // Before the lock is given up: whoever waits for it would read on behind the error.
+        state.finished |= taken.is_err();
+        taken
+    }
+
+    fn take_next(&self, state: &mut State<'a>, chunk: &mut Chunk) -> Result<bool> {
         if state.finished || state.file_index == self.inputs.files.len() {
             return Ok(false);
         }
