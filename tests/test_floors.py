@@ -17,6 +17,7 @@ FLOORS = [
     ["errors", "signals"],
     [
         "_core",
+        "parquet",
         "sweep.detach",
         "score.paired",
         "report.curves",
@@ -26,7 +27,7 @@ FLOORS = [
         "student",
         "score.tasks",
     ],
-    ["console", "search.rate_fit"],
+    ["console", "inputs", "search.rate_fit"],
     ["section", "tokenfile"],
     ["model_config", "training_config", "sweep.journal"],
     ["fields"],

@@ -15,10 +15,12 @@ from bytekiln.tokenizer import Tokenizer, encode_files, train_bpe, train_bpe_fro
 
 TYPE_CHECKING = False  # checkers take it for typing's own, which would have to be loaded
 if TYPE_CHECKING:
+    from bytekiln.inputs import Inputs
     from bytekiln.tokenfile import TokenFile
 
 __all__ = [
     "BytekilnError",
+    "Inputs",
     "TokenFile",
     "Tokenizer",
     "__version__",
@@ -31,9 +33,14 @@ __all__ = [
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
-        """`TokenFile` when it is first asked for: json and pathlib take longer to load than all the rest."""
+        """What not every process needs, when it is first asked for: json, pathlib and typing take longer to load than
+        all the rest."""
         if name == "TokenFile":
             from bytekiln.tokenfile import TokenFile
 
             return TokenFile
+        if name == "Inputs":
+            from bytekiln.inputs import Inputs
+
+            return Inputs
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from bytekiln.inputs import Inputs
 
 __all__ = [
     "UNICODE_VERSION",
@@ -18,6 +21,7 @@ __all__ = [
     "attention_forward",
     "borrow_threads",
     "encode_files",
+    "find_inputs",
     "payload_checksum",
     "simd_level",
     "swiglu_backward",
@@ -30,6 +34,7 @@ __version__: str
 UNICODE_VERSION: str
 
 _StrPath: TypeAlias = str | PathLike[str]
+_Inputs: TypeAlias = Sequence[_StrPath] | Inputs
 _Progress: TypeAlias = Callable[[str, int, int], object]
 
 @final
@@ -127,7 +132,7 @@ class TokenIterator(Iterator[int]):
     def __next__(self) -> int: ...
 
 def train_bpe(
-    files: Sequence[_StrPath],
+    files: _Inputs,
     *,
     vocab_size: int | Sequence[int],
     special_tokens: Sequence[str] | None = None,
@@ -166,7 +171,7 @@ def train_bpe_from_iterator(
 ) -> tuple[list[Tokenizer], dict[str, Any]]: ...
 def encode_files(
     tokenizer: Tokenizer,
-    inputs: Sequence[_StrPath],
+    inputs: _Inputs,
     out: _StrPath,
     *,
     dtype: Literal["uint16", "uint32"] | None = None,
@@ -178,6 +183,9 @@ def encode_files(
     progress: _Progress | None = None,
 ) -> dict[str, Any]:
     """Writes `out` (.bin: raw little-endian; anything else: .npy) and `out + ".json"`; returns the manifest."""
+
+def find_inputs(inputs: _Inputs) -> list[Path]:
+    """The files of an input, in the order of the text: folders walked, globs expanded, `-` as it is. Opens none."""
 
 def payload_checksum(path: _StrPath, offset: int = 0) -> str: ...
 

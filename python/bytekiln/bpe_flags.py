@@ -7,15 +7,17 @@ and `cli_train`.
 from __future__ import annotations
 
 import os
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
+from bytekiln import _core
 from bytekiln.console import Parser, Progress
-from bytekiln.errors import FileError, OutputExistsError
+from bytekiln.errors import ConfigError, FileError, OutputExistsError
+from bytekiln.inputs import Inputs
 
 DATA = Path("data")
 
@@ -62,6 +64,47 @@ def size(text: str) -> int:
     if not value.is_integer() or not 0 <= value < 2**32:
         raise ArgumentTypeError(f"found {text}; expected a whole number below 2^32, such as 4096 or 32k")
     return int(value)
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def byte_size(text: str) -> int:
+    """A number of bytes such as 500MB, 2G or 1.5GiB; 1 or more.
+
+    >>> byte_size("500MB"), byte_size("2k"), byte_size("1.5GiB"), byte_size("10_000")
+    (500000000, 2000, 1610612736, 10000)
+    """
+    number = text.replace("_", "").replace(",", "").lower().removesuffix("b")
+    digits = number.rstrip("kmgti ")
+    factor = _UNITS.get(number[len(digits) :].strip())
+    try:
+        value = Fraction(digits) * factor if factor else None
+    except ValueError:
+        value = None
+    if value is None or value < 1 or value >= 2**63:
+        raise ArgumentTypeError(f"found {text}; expected a number of bytes, such as 500MB, 2G or 1.5GiB")
+    return int(value)
+
+
+def sample_share(text: str) -> float:
+    """A share of documents such as 0.1: above 0, at most 1.
+
+    >>> sample_share("0.1")
+    0.1
+    """
+    value = float(text)
+    if not 0 < value <= 1:
+        raise ArgumentTypeError(f"found {text}; expected a share above 0 and at most 1, such as 0.1")
+    return value
+
+
+def seed(text: str) -> int:
+    """A whole number from 0, below 2^64."""
+    value = int(text)
+    if not 0 <= value < 2**64:
+        raise ArgumentTypeError(f"found {text}; expected a whole number from 0, below 2^64")
+    return value
 
 
 def text(argument: str) -> str:
@@ -172,6 +215,55 @@ def add_text_flags(parser: Parser) -> None:
         help="invalid UTF-8: stop and name the byte (default), put U+FFFD in its place, or keep the bytes",
     )
     parser.add_argument("--threads", type=threads, metavar="N", help="default: one a core; results never depend on it")
+
+
+INPUT_HELP = "text, .jsonl or .parquet, also .gz .zst .xz .bz2; folders; globs; - for standard input (docs/inputs.md)"
+
+
+def add_input_flags(parser: Parser) -> None:
+    """The flags that say which part of the inputs is read; `inputs_of` takes them up."""
+    add = parser.add_argument
+    add("--field", type=text, metavar="NAME", help="field of jsonl, column of parquet (default: text)")
+    add(
+        "--limit-bytes",
+        type=byte_size,
+        metavar="SIZE",
+        help="stop after so much text, such as 500MB, between two words",
+    )
+    add("--sample", type=sample_share, metavar="SHARE", help="read only this share of the documents, such as 0.1")
+    add("--seed", type=seed, metavar="N", help="which documents --sample takes (default: 0)")
+
+
+def inputs_of(args: Namespace, paths: Sequence[str | os.PathLike[str]]) -> Inputs:
+    """What the core reads: some paths, and the part of them that the flags name.
+
+    Raises:
+        ConfigError: a seed without a sample.
+    """
+    if args.seed is not None and args.sample is None:
+        raise ConfigError("--seed without --sample; expected both, or neither")
+    return Inputs(list(paths), args.field, args.limit_bytes, args.sample, args.seed or 0)
+
+
+def files_of(paths: Sequence[Path]) -> list[Path]:
+    """The files of folders, globs and files, in the order of their text; `-` stays."""
+    return _core.find_inputs(list(paths)) if paths else []
+
+
+def plain_files(args: Namespace, paths: Sequence[Path], why: str) -> list[Path]:
+    """The files of some paths, for what reads plain text files only.
+
+    Raises:
+        ConfigError: packed files, records, standard input, or flags that choose a part.
+    """
+    for flag in ("field", "limit_bytes", "sample", "seed"):
+        if getattr(args, flag) is not None:
+            raise ConfigError(f"--{flag.replace('_', '-')} with {why}; expected it without")
+    found = files_of(paths)
+    for path in found:
+        if str(path) == "-" or path.suffix.lower() in (".gz", ".zst", ".xz", ".bz2", ".jsonl", ".ndjson", ".parquet"):
+            raise ConfigError(f"{path} with {why}; expected plain text files")
+    return found
 
 
 def in_processed(path: Path) -> Path:

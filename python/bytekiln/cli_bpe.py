@@ -17,12 +17,17 @@ from typing import Any
 
 from bytekiln import _core, characters_file
 from bytekiln.bpe_flags import (
+    INPUT_HELP,
     PATTERN_HELP,
     Dataset,
     StageProgress,
+    add_input_flags,
     add_text_flags,
     check_output,
+    files_of,
     in_processed,
+    inputs_of,
+    plain_files,
     share,
     size,
     text,
@@ -53,7 +58,7 @@ def encode(argv: Sequence[str]) -> int:
         ],
     )
     add = parser.add_argument
-    add("inputs", nargs="*", type=Path, metavar="INPUT", help="UTF-8 text files")
+    add("inputs", nargs="*", type=Path, metavar="INPUT", help=INPUT_HELP)
     add("--data-path", action="append", type=Path, default=[], metavar="F", help="another way to name an input")
     add("--tokenizer", type=Path, metavar="T", help="tokenizer.json, or .tiktoken ranks")
     add("--vocab-path", type=Path, metavar="F", help="vocab.json, instead of --tokenizer, with --merges-path")
@@ -77,6 +82,7 @@ def encode(argv: Sequence[str]) -> int:
     )
     add("--no-append-eot", dest="append_eot", action="store_false", help="add none")
     add("--method", choices=("streaming",), help="accepted; encoding always streams, in bounded memory")
+    add_input_flags(parser)
     add_text_flags(parser)
     add("--dataset", metavar="X", help="encode data/X_{train,valid}.txt into data/processed/X_{train,valid}.npy")
     add("--characters", action="store_true", help="every character is a token: make the tokenizer and both parts here")
@@ -104,17 +110,18 @@ def encode(argv: Sequence[str]) -> int:
             parser.error("no input; expected one text file or more, or --dataset X")
         if out is None:
             parser.error("--out is missing; expected the file to write, such as --out train.npy")
-        read = [*inputs, *(p for p in (args.tokenizer, args.vocab_path, args.merges_path) if p)]
+        read = [*files_of(inputs), *(p for p in (args.tokenizer, args.vocab_path, args.merges_path) if p)]
         check_output(out, read, overwrite=args.overwrite)
     tokenizer = _tokenizer_of(args, parser)
     for inputs, out in jobs:
         start = time.perf_counter()
         with ExitStack() as bars:
             if isinstance(tokenizer, CharTokenizer):
-                _refuse_words(args, parser, f"{args.tokenizer}, a tokenizer of characters")
+                why = f"{args.tokenizer}, a tokenizer of characters"
+                _refuse_words(args, parser, why)
                 manifest = characters_file.encode(
                     tokenizer,
-                    inputs,
+                    plain_files(args, inputs, why),
                     out,
                     dtype=args.dtype,
                     overwrite=args.overwrite,
@@ -123,7 +130,7 @@ def encode(argv: Sequence[str]) -> int:
             else:
                 manifest = _core.encode_files(
                     tokenizer,
-                    inputs,
+                    inputs_of(args, inputs),
                     out,
                     dtype=args.dtype,
                     append_eot=args.append_eot,
@@ -152,11 +159,12 @@ def _encode_characters(args: Namespace, parser: Parser) -> int:
         if args.val_out:
             parser.error("--val-out with --val-share 0; expected a share above 0")
         val = None
+    files = plain_files(args, args.inputs, "--characters")
     named = {"--out": train, "--tokenizer-out": tokenizer_out, **({"--val-out": val} if val_share else {})}
     for flag, path in named.items():
         if path is None:
             parser.error(f"{flag} is missing; expected the file to write, or --dataset X")
-        check_output(path, args.inputs, overwrite=args.overwrite, flag=flag)
+        check_output(path, files, overwrite=args.overwrite, flag=flag)
     written = [p.resolve() for p in named.values()]
     written += [p.with_name(p.name + ".json").resolve() for p in (train, val) if p]
     if len(set(written)) < len(written):
@@ -164,7 +172,7 @@ def _encode_characters(args: Namespace, parser: Parser) -> int:
     start = time.perf_counter()
     with ExitStack() as bars:
         tokenizer, manifests = characters_file.prepare(
-            args.inputs,
+            files,
             characters_file.Outputs(tokenizer_out, train, val),
             val_share=val_share,
             dtype=args.dtype,
@@ -233,8 +241,9 @@ def inspect(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("tokenizers", nargs="*", type=Path, metavar="TOKENIZER", help="tokenizer.json; several are compared")
     add("--pattern", type=text, metavar="P", help=PATTERN_HELP)
-    add("--text", action="append", type=Path, default=[], metavar="FILE", help="UTF-8 text; repeat for several")
+    add("--text", action="append", type=Path, default=[], metavar="FILE", help="what to measure on; repeat for several")
     add("--longest", type=size, default=10, metavar="N", help="how many of the longest tokens to show (default: 10)")
+    add_input_flags(parser)
     add_text_flags(parser)
     add("--dataset", metavar="X", help="the tokenizer and validation text of a dataset")
     add("--json", action="store_true", help="print one JSON object (a list of them for several tokenizers)")
@@ -247,6 +256,8 @@ def inspect(argv: Sequence[str]) -> int:
         parser.error("no tokenizer; expected a tokenizer.json, or --dataset X")
     if not args.text:
         parser.error("--text is missing; expected a text file to measure on")
+    if Path("-") in args.text:
+        parser.error("--text -: standard input can be read only once; expected a file, which is read several times")
 
     found = []
     for path in args.tokenizers:
@@ -254,7 +265,7 @@ def inspect(argv: Sequence[str]) -> int:
             found.append(
                 measure(
                     path,
-                    args.text,
+                    inputs_of(args, args.text),
                     longest=args.longest,
                     errors=args.errors,
                     threads=args.threads,

@@ -18,7 +18,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bytekiln import _core, atomic
-from bytekiln.bpe_flags import Dataset, StageProgress, add_text_flags, check_output, in_processed, size, text
+from bytekiln.bpe_flags import (
+    INPUT_HELP,
+    Dataset,
+    StageProgress,
+    add_input_flags,
+    add_text_flags,
+    check_output,
+    files_of,
+    in_processed,
+    inputs_of,
+    size,
+    text,
+)
 from bytekiln.console import Parser, human_bytes, human_time, notice, table
 from bytekiln.errors import ConfigError
 from bytekiln.inspection import show_token
@@ -109,7 +121,7 @@ def make_parser() -> Parser:
         ],
     )
     add = parser.add_argument
-    add("inputs", nargs="*", type=Path, metavar="INPUT", help="UTF-8 text files; no word crosses a file's border")
+    add("inputs", nargs="*", type=Path, metavar="INPUT", help=INPUT_HELP)
     add(
         "--vocab-size",
         type=sizes,
@@ -144,6 +156,7 @@ def make_parser() -> Parser:
     add(
         "--extend", type=Path, metavar="F", help="go on from this tokenizer: its tokens keep their ids, new ones follow"
     )
+    add_input_flags(parser)
     add_text_flags(parser)
     add(
         "--checkpoint",
@@ -181,7 +194,7 @@ def train(argv: Sequence[str]) -> int:
     if args.out is None:
         parser.error("--out is missing; expected the file to write, such as --out tokenizer.json")
     outs = outputs(args.out, args.vocab_size)
-    read = [*args.inputs, *([args.extend] if args.extend else [])]
+    read = [*files_of(args.inputs), *([args.extend] if args.extend else [])]
     for kept in kept_in(args.checkpoint):
         check_output(kept, [*read, *outs, *([args.stats] if args.stats else [])], overwrite=True, flag="--checkpoint")
         if kept in [*outs, args.stats]:
@@ -219,7 +232,7 @@ def _learn(args: Namespace) -> tuple[list[Tokenizer], dict[str, Any]]:
     with ExitStack() as bars:
         try:
             return _core.train_bpe(
-                args.inputs,
+                inputs_of(args, args.inputs),
                 vocab_size=[s.tokens for s in args.vocab_size],
                 special_tokens=args.special_token,
                 pattern=args.pattern,

@@ -7,11 +7,12 @@ imported only when something is measured.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from bytekiln import _core
+from bytekiln.inputs import Inputs
 from bytekiln.tokenizer import Tokenizer
 
 PILE_BYTES = 825e9
@@ -68,7 +69,7 @@ def _kind(token: bytes) -> str:
 
 def measure(
     path: Path,
-    texts: Sequence[Path],
+    texts: Inputs,
     *,
     longest: int,
     errors: Literal["error", "replace", "bytes"],
@@ -113,7 +114,7 @@ def measure(
         "vocab_size": tokenizer.n_vocab,
         "vocabulary": vocabulary_kinds(tokenizer),
         "longest_tokens": [show_token(t)[1:-1] for t in sorted(ordinary, key=lambda t: (-len(t), t))[:longest]],
-        "text": [str(t) for t in texts],
+        "text": [str(t) for t in texts.paths],
         "bytes": manifest["text_bytes"],
         "tokens": manifest["tokens"],
         "bytes_per_token": manifest["text_bytes"] / max(manifest["tokens"], 1),

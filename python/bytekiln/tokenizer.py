@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from typing import Literal, overload
 
+    from bytekiln.inputs import Inputs
     from bytekiln.tokenfile import TokenFile
 
     Progress = Callable[[str, int, int], object]
@@ -37,7 +38,7 @@ __all__ = ["Tokenizer", "encode_files", "train_bpe", "train_bpe_from_iterator"]
 
 @overload
 def train_bpe(
-    files: str | PathLike[str] | Sequence[str | PathLike[str]],
+    files: str | PathLike[str] | Sequence[str | PathLike[str]] | Inputs,
     *,
     vocab_size: int,
     special_tokens: Sequence[str] | None = None,
@@ -52,7 +53,7 @@ def train_bpe(
 ) -> Tokenizer: ...
 @overload
 def train_bpe(
-    files: str | PathLike[str] | Sequence[str | PathLike[str]],
+    files: str | PathLike[str] | Sequence[str | PathLike[str]] | Inputs,
     *,
     vocab_size: Sequence[int],
     special_tokens: Sequence[str] | None = None,
@@ -66,7 +67,7 @@ def train_bpe(
     progress: Progress | None = None,
 ) -> list[Tokenizer]: ...
 def train_bpe(
-    files: str | PathLike[str] | Sequence[str | PathLike[str]],
+    files: str | PathLike[str] | Sequence[str | PathLike[str]] | Inputs,
     *,
     vocab_size: int | Sequence[int],
     special_tokens: Sequence[str] | None = None,
@@ -82,7 +83,7 @@ def train_bpe(
     """Train a byte-level BPE tokenizer (Sennrich et al. 2016) on text files.
 
     Args:
-        files: one path or several; each is a separate text, no pre-token crosses a file border.
+        files: one path or several, or `Inputs`; no pre-token crosses the border of a file or a record.
         vocab_size: tokens in all: 256 bytes + merges + special tokens. Fewer come out where no pair is left. Several
             sizes give a list of tokenizers for the work of the largest: their merges are beginnings of the same list.
         special_tokens: hard boundaries in the text, never part of a merge; they get the highest ids. Default: none,
@@ -106,12 +107,12 @@ def train_bpe(
     Raises:
         FileError: a file is missing, unreadable, empty or a directory.
         TextError: invalid UTF-8 under `errors="error"`.
+        FormatError: a packed file that is corrupt or truncated, a line that is no record.
         ConfigError: vocabulary too small, empty or duplicate special token, unknown pattern; `extend` with merges that
             training could not have found (one that makes a token again, or a token that is never reached).
     """
-    paths = [files] if isinstance(files, str | PathLike) else list(files)
     tokenizers, _ = _core.train_bpe(
-        paths,
+        _inputs(files),
         vocab_size=vocab_size,
         special_tokens=special_tokens,
         pattern=pattern,
@@ -194,7 +195,7 @@ def train_bpe_from_iterator(
 
 def encode_files(
     tokenizer: Tokenizer,
-    inputs: str | PathLike[str] | Sequence[str | PathLike[str]],
+    inputs: str | PathLike[str] | Sequence[str | PathLike[str]] | Inputs,
     out: str | PathLike[str],
     *,
     dtype: Literal["uint16", "uint32"] | None = None,
@@ -206,15 +207,16 @@ def encode_files(
 ) -> TokenFile:
     """Encode text files, in their order, into one token file with its manifest (docs/formats.md).
 
-    Special tokens that stand in the text are recognised; each occurrence is one id.
+    Special tokens that stand in text files are recognised; each occurrence is one id. Inside records (jsonl,
+    parquet) they are text, and each record is ended with the end-of-text token.
 
     Args:
         tokenizer: the tokenizer; its hash goes into the manifest.
-        inputs: one path or several, UTF-8 text.
+        inputs: one path or several, or `Inputs`.
         out: `.bin` for raw little-endian ids, any other name for `.npy`. Written atomically.
         dtype: default: uint16 when every id fits, else uint32. uint16 for a larger vocabulary is refused.
         append_eot: end the text after a file's last end-of-text token with one more; None: only in files that
-            contain one.
+            contain one. Records are ended unless it is False.
         errors: invalid UTF-8, as in `train_bpe`.
         overwrite: replace an existing output; refused otherwise.
         threads: default: one a core. The bytes written never depend on it.
@@ -225,10 +227,9 @@ def encode_files(
     """
     from bytekiln.tokenfile import TokenFile
 
-    paths = [inputs] if isinstance(inputs, str | PathLike) else list(inputs)
     _core.encode_files(
         tokenizer,
-        paths,
+        _inputs(inputs),
         out,
         dtype=dtype,
         append_eot=append_eot,
@@ -238,3 +239,12 @@ def encode_files(
         progress=progress,
     )
     return TokenFile.open(out)
+
+
+def _inputs(
+    files: str | PathLike[str] | Sequence[str | PathLike[str]] | Inputs,
+) -> Sequence[str | PathLike[str]] | Inputs:
+    """As the core takes them; `Inputs` itself, which not every process needs, is not loaded for that."""
+    if isinstance(files, str | PathLike):
+        return [files]
+    return files if hasattr(files, "limit_bytes") else list(files)

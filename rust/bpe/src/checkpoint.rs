@@ -44,8 +44,8 @@ enum Kind {
 struct Head {
     kind: Kind,
     settings: Vec<Setting>,
-    /// Up to where the inputs are counted; none: to their end.
-    position: Option<Position>,
+    /// Up to where the inputs are counted.
+    position: Position,
     /// Words, or merges, in the body.
     items: u64,
     ties: u64,
@@ -67,8 +67,8 @@ pub struct Done {
 pub struct State {
     /// Counts of all text before `position`.
     pub counts: WordCounts,
-    /// Where counting goes on; none: it is over.
-    pub position: Option<Position>,
+    /// Where counting goes on.
+    pub position: Position,
     /// Merges done; none while counting is not over.
     pub done: Done,
 }
@@ -107,7 +107,7 @@ impl Checkpoint {
     pub fn open(path: &Path, settings: Vec<Setting>, every: Duration) -> Result<(Self, State)> {
         check_output(path, true)?;
         let this = Self { path: path.into(), settings, every, last: Instant::now() };
-        let mut state = State { position: Some(Position::default()), ..State::default() };
+        let mut state = State::default();
         if let Some((head, body)) = this.read(path, Kind::Counts)? {
             let mut rest = &body[..];
             for _ in 0..head.items {
@@ -117,7 +117,7 @@ impl Checkpoint {
             }
             state.position = head.position;
         }
-        if state.position.is_none()
+        if state.position.whole
             && let Some((head, body)) = this.read(&merges_path(path), Kind::Merges)?
         {
             let (items, []) = body.as_chunks::<16>() else { return Err(broken(&merges_path(path))) };
@@ -140,8 +140,8 @@ impl Checkpoint {
         self.last + self.every
     }
 
-    /// Saves the counts of all text before `position`; none: of all text.
-    pub fn save_counts(&mut self, counts: &WordCounts, position: Option<Position>) -> Result<()> {
+    /// Saves the counts of all text before `position`.
+    pub fn save_counts(&mut self, counts: &WordCounts, position: Position) -> Result<()> {
         let mut file = self.begin(&self.path, Kind::Counts, position, counts.len() as u64, 0)?;
         counts.for_each(|word, count| {
             file.number(word.len() as u64);
@@ -154,7 +154,8 @@ impl Checkpoint {
 
     /// Saves the merges done so far.
     pub fn save_merges(&mut self, pairs: &[Pair], counts: &[u64], ties: u64) -> Result<()> {
-        let mut file = self.begin(&merges_path(&self.path), Kind::Merges, None, pairs.len() as u64, ties)?;
+        let mut file =
+            self.begin(&merges_path(&self.path), Kind::Merges, Position::default(), pairs.len() as u64, ties)?;
         for (&(a, b), count) in pairs.iter().zip(counts) {
             file.buffer.extend([a.to_le_bytes(), b.to_le_bytes()].concat());
             file.buffer.extend(count.to_le_bytes());
@@ -163,7 +164,7 @@ impl Checkpoint {
         self.end(file)
     }
 
-    fn begin(&self, path: &Path, kind: Kind, position: Option<Position>, items: u64, ties: u64) -> Result<Sealed> {
+    fn begin(&self, path: &Path, kind: Kind, position: Position, items: u64, ties: u64) -> Result<Sealed> {
         let head = Head { kind, settings: self.settings.clone(), position, items, ties };
         let head = serde_json::to_vec(&head).map_err(|e| Error::format(path.display().to_string(), e.to_string()))?;
         let (file, mut buffer) = (AtomicFile::create(path, true)?, MAGIC.to_vec());
@@ -297,22 +298,22 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("run.ck");
         let (mut kept, fresh) = Checkpoint::open(&path, settings("a"), Duration::ZERO).unwrap();
-        assert!(fresh.counts.is_empty() && fresh.position == Some(Position::default()));
+        assert!(fresh.counts.is_empty() && fresh.position == Position::default());
         let mut counts = WordCounts::default();
         let long = vec![7; 300];
         for (word, count) in [(&b"the"[..], 1), (b" kiln", u64::MAX), (&long, 128)] {
             counts.add_many(word, count);
         }
-        let at = Position { file: 1, offset: 1 << 40 };
-        kept.save_counts(&counts, Some(at)).unwrap();
+        let at = Position { chunks: 3, text_bytes: 1 << 40, whole: false };
+        kept.save_counts(&counts, at).unwrap();
         let state = open(&path, settings("a")).unwrap();
-        assert_eq!((state.position, state.done), (Some(at), Done::default()));
+        assert_eq!((state.position, state.done), (at, Done::default()));
         assert_eq!(state.counts.into_sorted(), counts.clone().into_sorted());
-        kept.save_counts(&counts, None).unwrap();
+        kept.save_counts(&counts, Position { whole: true, ..at }).unwrap();
         let done = Done { pairs: vec![(97, 98), (256, 70_000)], counts: vec![u64::MAX, 3], ties: 5 };
         kept.save_merges(&done.pairs, &done.counts, done.ties).unwrap();
         let state = open(&path, settings("a")).unwrap();
-        assert_eq!((state.position, state.done), (None, done));
+        assert_eq!((state.position, state.done), (Position { whole: true, ..at }, done));
     }
 
     #[test]
@@ -322,7 +323,7 @@ mod tests {
         let (mut kept, _) = Checkpoint::open(&path, settings("a"), Duration::ZERO).unwrap();
         let mut counts = WordCounts::default();
         counts.add_many(b"the", 3);
-        kept.save_counts(&counts, None).unwrap();
+        kept.save_counts(&counts, Position { whole: true, ..Position::default() }).unwrap();
         let said = open(&path, settings("b")).unwrap_err().to_string();
         assert!(said.contains("input 1 a; found input 1 b"), "{said}");
         let said = open(&path, settings("a")[..1].to_vec()).unwrap_err().to_string();

@@ -1,6 +1,6 @@
-//! Text files → one token file.
+//! Text → one token file.
 //!
-//! In: paths and an [`Encoder`]. Out: a token file and its [`Manifest`]. Called by the binding.
+//! In: inputs and an [`Encoder`]. Out: a token file and its [`Manifest`]. Called by the binding.
 //!
 //! Every thread takes the next chunk, encodes it, waits for its turn and writes; so the bytes written do not
 //! depend on the threads, and memory is threads × chunk whatever the input's size.
@@ -11,10 +11,10 @@ use std::thread;
 
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::encode::Encoder;
+use crate::encode::{Encoder, Scratch};
 use crate::error::{Error, Result};
 use crate::input::{Chunk, ChunkReader, Inputs};
-use crate::pretokenize::{Piece, TextPolicy};
+use crate::pretokenize::{Piece, Splitter, TextPolicy};
 use crate::progress::{Progress, Stage};
 use crate::tokens::{Dtype, Manifest, Source, TokenWriter, checksum_text, manifest_path};
 use crate::train::TokenId;
@@ -59,6 +59,7 @@ struct Output {
     /// Of the file that is being written: end-of-text tokens so far, and text behind the last one.
     file_ends: u64,
     file_open: bool,
+    file_bytes: u64,
     file_hash: Xxh3,
     sources: Vec<Source>,
     failed: bool,
@@ -82,7 +83,7 @@ pub fn encode_files(
     }
     refuse_input_as_output(inputs, out)?;
     progress.begin(Stage::Encode, inputs.total_bytes());
-    let reader = ChunkReader::new(inputs, encoder.splitter(), options.chunk_bytes);
+    let reader = ChunkReader::new(inputs, encoder.splitter(), options.chunk_bytes).stopped_by(progress);
     let output = Mutex::new(Output {
         writer: TokenWriter::create(out, dtype, options.overwrite)?,
         turn: 0,
@@ -91,6 +92,7 @@ pub fn encode_files(
         max_id: None,
         file_ends: 0,
         file_open: false,
+        file_bytes: 0,
         file_hash: Xxh3::new(),
         sources: Vec::new(),
         failed: false,
@@ -103,7 +105,7 @@ pub fn encode_files(
         let mut done = Encoded::default();
         while reader.next(&mut chunk)? {
             progress.check()?;
-            encoder.with_scratch(|scratch| job.encode(&chunk, &mut done, scratch))?;
+            encoder.with_scratch(|scratch| job.encode(&chunk, reader.splitter(&chunk), &mut done, scratch))?;
             let guard = output.lock().map_err(|_| Error::Interrupted)?;
             let waited = turn_changed.wait_while(guard, |o| o.turn != chunk.index && !o.failed);
             let mut output = waited.map_err(|_| Error::Interrupted)?;
@@ -114,7 +116,7 @@ pub fn encode_files(
             output.turn += 1;
             drop(output);
             turn_changed.notify_all();
-            progress.add(chunk.bytes.len() as u64);
+            progress.add(chunk.read_bytes);
         }
         Ok(())
     };
@@ -178,28 +180,38 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    fn encode(&self, chunk: &Chunk, done: &mut Encoded, scratch: &mut crate::encode::Scratch) -> Result<()> {
+    fn encode(&self, chunk: &Chunk, splitter: &Splitter, done: &mut Encoded, scratch: &mut Scratch) -> Result<()> {
         let Encoded { ids, packed, text_bytes, max_id, ends, open_text } = done;
         ids.clear();
         packed.clear();
         (*text_bytes, *ends, *open_text) = (0, 0, false);
         let special_ids = self.encoder.special_ids();
-        let split = self.encoder.splitter().split_bytes(&chunk.bytes, self.options.policy, |piece| {
-            match piece {
-                Piece::Word(word) => {
-                    *text_bytes += word.len() as u64;
-                    *open_text = *open_text || !word.iter().all(u8::is_ascii_whitespace);
+        let end_record = self.eot.filter(|_| chunk.records && self.options.append_eot != Some(false));
+        for (start, text) in chunk.texts() {
+            let split = splitter.split_bytes(text, self.options.policy, |piece| {
+                match piece {
+                    Piece::Word(word) => {
+                        *text_bytes += word.len() as u64;
+                        *open_text = *open_text || !word.iter().all(u8::is_ascii_whitespace);
+                    }
+                    Piece::Special(index) if Some(special_ids[index]) == self.eot => {
+                        *ends += 1;
+                        *open_text = false;
+                    }
+                    Piece::Special(_) => *open_text = true,
                 }
-                Piece::Special(index) if Some(special_ids[index]) == self.eot => {
-                    *ends += 1;
-                    *open_text = false;
-                }
-                Piece::Special(_) => *open_text = true,
+                self.encoder.piece(piece, special_ids, scratch, ids);
+            });
+            split.map_err(|e| self.inputs.locate(chunk, start, e))?;
+            if let Some(eot) = end_record {
+                self.encoder.flush(scratch, ids);
+                ids.push(eot);
             }
-            self.encoder.piece(piece, special_ids, scratch, ids);
-        });
-        split.map_err(|e| self.inputs.locate(chunk, e))?;
+        }
         self.encoder.flush(scratch, ids);
+        if chunk.records {
+            (*ends, *open_text) = (chunk.record_count(), false);
+        }
         *max_id = ids.iter().copied().max();
         self.dtype.pack(ids, packed);
         Ok(())
@@ -209,6 +221,7 @@ impl Job<'_> {
     fn write(&self, chunk: &Chunk, done: &Encoded, output: &mut Output) -> Result<()> {
         output.writer.write(&done.packed)?;
         output.file_hash.update(&chunk.bytes);
+        output.file_bytes += chunk.bytes.len() as u64;
         output.text_bytes += done.text_bytes;
         output.max_id = output.max_id.max(done.max_id);
         output.documents += done.ends;
@@ -227,10 +240,10 @@ impl Job<'_> {
                 output.max_id = output.max_id.max(Some(eot));
             }
         }
-        let path = &self.inputs.paths()[chunk.file];
+        let name = self.inputs.paths().nth(chunk.file).and_then(Path::file_name);
         output.sources.push(Source {
-            name: path.file_name().unwrap_or_default().to_string_lossy().into(),
-            bytes: chunk.offset + chunk.bytes.len() as u64,
+            name: name.unwrap_or_default().to_string_lossy().into(),
+            bytes: std::mem::take(&mut output.file_bytes),
             checksum: checksum_text(&output.file_hash),
         });
         output.file_hash.reset();
@@ -243,7 +256,7 @@ impl Job<'_> {
 fn refuse_input_as_output(inputs: &Inputs, out: &Path) -> Result<()> {
     for written in [out.to_path_buf(), manifest_path(out)] {
         let Ok(real) = written.canonicalize() else { continue };
-        if inputs.paths().iter().any(|path| path.canonicalize().is_ok_and(|input| input == real)) {
+        if inputs.paths().any(|path| path.canonicalize().is_ok_and(|input| input == real)) {
             return Err(Error::File { path: written, what: "is one of the inputs; expected another output".into() });
         }
     }

@@ -285,7 +285,7 @@ impl WordCounts {
     }
 }
 
-/// Counts the pre-tokens of text files on `threads` threads, each with a table of its own.
+/// Counts the pre-tokens of inputs on `threads` threads, each with a table of its own.
 pub fn count_files(
     inputs: &Inputs,
     splitter: &Splitter,
@@ -295,15 +295,14 @@ pub fn count_files(
     progress: &Progress,
 ) -> Result<WordCounts> {
     progress.begin(Stage::Count, inputs.total_bytes());
-    let reader = ChunkReader::new(inputs, splitter, chunk_bytes);
-    count_chunks(&reader, inputs, splitter, policy, threads, progress, &|| progress.check().map(|()| false))
+    let reader = ChunkReader::new(inputs, splitter, chunk_bytes).stopped_by(progress);
+    count_chunks(&reader, inputs, policy, threads, progress, &|| progress.check().map(|()| false))
 }
 
 /// Counts chunks until there is none or `pause` says so: then every chunk that was handed out is counted.
 pub(crate) fn count_chunks(
     reader: &ChunkReader<'_>,
     inputs: &Inputs,
-    splitter: &Splitter,
     policy: TextPolicy,
     threads: usize,
     progress: &Progress,
@@ -314,8 +313,11 @@ pub(crate) fn count_chunks(
         let mut chunk = Chunk::default();
         while !pause()? && reader.next(&mut chunk)? {
             let before = counts.seen;
-            count_text(&chunk.bytes, splitter, policy, &mut counts).map_err(|e| inputs.locate(&chunk, e))?;
-            progress.add(chunk.bytes.len() as u64);
+            for (start, text) in chunk.texts() {
+                let counted = count_text(text, reader.splitter(&chunk), policy, &mut counts);
+                counted.map_err(|e| inputs.locate(&chunk, start, e))?;
+            }
+            progress.add(chunk.read_bytes);
             progress.add_pretokens(counts.seen - before);
         }
         Ok(counts)

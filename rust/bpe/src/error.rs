@@ -37,6 +37,9 @@ pub enum Error {
     /// A parameter that cannot work.
     #[error("{0}")]
     Config(String),
+    /// An error of the caller's own code, which was called for input.
+    #[error("{0}")]
+    Called(Box<dyn std::error::Error + Send + Sync>),
     /// The caller asked to stop.
     #[error("interrupted")]
     Interrupted,

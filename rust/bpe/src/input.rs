@@ -1,22 +1,38 @@
-//! Text files → chunks that may be worked on independently.
+//! Inputs → chunks that may be worked on independently.
 //!
-//! In: paths. Out: [`Chunk`]s in the order of the text, each cut at a place where no pre-token and no special
-//! token can span the cut, so that neither chunk size nor threads change a result. Memory: one chunk a caller
-//! (a text without any certain border, such as one huge word, has to fit as a whole).
-//! Called by `count` and `corpus`, by several threads in turn.
+//! In: an [`InputSpec`] or paths. Out: [`Chunk`]s in the order of the text, each cut at a place where no pre-token
+//! and no special token can span the cut, so that neither chunk size nor threads change a result. Memory: one
+//! chunk a caller (a text without any certain border, such as one huge word, has to fit as a whole, up to
+//! [`MOST_UNCUT_BYTES`]). Called by `count` and `corpus`, by several threads in turn; `sources` does the reading.
 
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::pretokenize::{Splitter, describe_invalid, first_invalid};
+use crate::progress::Progress;
+use crate::sources::feed::FeedSource;
+use crate::sources::find::{Found, Kind, files};
+use crate::sources::jsonl::{self, Jsonl, Records};
+use crate::sources::sample::Sample;
+use crate::sources::text::Text;
+use crate::sources::unpack::{Stream, open_file};
+use crate::sources::{DEFAULT_FIELD, End, InputSpec, Job, MOST_UNCUT_BYTES, Source};
 
 /// Bytes of text that a thread takes at a time.
 pub const DEFAULT_CHUNK_BYTES: usize = 1 << 20;
+
+/// Where a part of a chunk stands in its file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// Where the part begins in the chunk.
+    pub start: usize,
+    /// In text files: its offset in the (unpacked) text. In records: its line or row, from 1.
+    pub at: u64,
+}
 
 /// A part of a file that begins and ends at certain borders.
 #[derive(Debug, Default)]
@@ -25,164 +41,296 @@ pub struct Chunk {
     pub index: u64,
     /// Which of the files.
     pub file: usize,
-    /// Offset of `bytes` in its file.
-    pub offset: u64,
-    /// The text.
+    /// The text; of records, their texts one behind the other.
     pub bytes: Vec<u8>,
+    /// Whether it consists of records: each a document, in which special tokens are text.
+    pub records: bool,
+    /// Bytes of the file that were read for it, for progress.
+    pub read_bytes: u64,
     /// Whether the file ends here.
     pub ends_file: bool,
+    pub(crate) places: Vec<Place>,
+    /// Lines of records that are still to be made into texts, and the number of the first.
+    pub(crate) raw: Vec<u8>,
+    pub(crate) first_line: u64,
 }
 
-/// A place between two chunks: all text before it is handed out.
+/// How far a reader has come.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Position {
-    /// Which of the files.
-    pub file: usize,
-    /// Offset in it.
-    pub offset: u64,
+    /// Chunks that were handed out: the same ones each time, if their size is.
+    pub chunks: u64,
+    /// Bytes of text in them.
+    pub text_bytes: u64,
+    /// Whether that is all.
+    pub whole: bool,
 }
 
-/// Input files, checked: each exists, is a file, can be opened and is not empty.
+impl Chunk {
+    /// The texts that no pre-token crosses, with their places in `bytes`: all of it, or record by record.
+    pub fn texts(&self) -> impl Iterator<Item = (usize, &[u8])> {
+        let whole = (!self.records).then_some((0, &*self.bytes));
+        let records = if self.records { &*self.places } else { &[] };
+        let ends = records.iter().skip(1).map(|place| place.start).chain([self.bytes.len()]);
+        whole
+            .into_iter()
+            .chain(records.iter().zip(ends).map(|(place, end)| (place.start, &self.bytes[place.start..end])))
+    }
+
+    /// Number of records.
+    pub fn record_count(&self) -> u64 {
+        if self.records { self.places.len() as u64 } else { 0 }
+    }
+}
+
+/// Input files, checked: each exists, is a file, can be opened, is what it says and is not empty.
 #[derive(Debug)]
 pub struct Inputs {
-    paths: Vec<PathBuf>,
+    files: Vec<Found>,
+    spec: InputSpec,
     total_bytes: u64,
+    text_bytes: AtomicU64,
 }
 
 impl Inputs {
-    /// Checks every path before any work begins.
+    /// All of some files.
     pub fn open(paths: &[PathBuf]) -> Result<Self> {
-        if paths.is_empty() {
-            return Err(Error::Config("inputs: found none; expected at least one text file".into()));
-        }
-        let mut total_bytes = 0;
-        for path in paths {
-            let found = open_text(path)?.metadata().map_err(|e| Error::io(path, &e))?;
-            if !found.is_file() {
-                let what = "is a pipe or a device; expected a text file".into();
-                return Err(Error::File { path: path.clone(), what });
-            }
-            let size = found.len();
-            if size == 0 {
-                return Err(Error::File { path: path.clone(), what: "empty file (0 bytes); expected text".into() });
-            }
-            total_bytes += size;
-        }
-        Ok(Self { paths: paths.to_vec(), total_bytes })
+        Self::of(InputSpec::of(paths))
     }
 
-    /// The paths, as given.
-    pub fn paths(&self) -> &[PathBuf] {
-        &self.paths
+    /// Finds and checks every file before any work begins.
+    pub fn of(spec: InputSpec) -> Result<Self> {
+        spec.check()?;
+        let files = files(&spec.paths, spec.field.is_some())?;
+        if let (Some(field), true) = (&spec.field, files.iter().all(|file| file.kind == Kind::Text)) {
+            let what = format!("field: found {field:?} for text files only; expected jsonl or parquet, or no field");
+            return Err(Error::Config(what));
+        }
+        let mut this = Self { files, spec, total_bytes: 0, text_bytes: AtomicU64::new(0) };
+        let sizes = (0..this.files.len()).map(|file| this.check(file)).collect::<Result<Vec<_>>>()?;
+        // What comes through a pipe is not known in advance: then nothing is.
+        let known = !this.files.iter().any(|file| file.stdin);
+        this.total_bytes = if known { sizes.iter().sum() } else { 0 };
+        Ok(this)
     }
 
-    /// Sum of the sizes.
+    /// The file's size, once it can be read.
+    fn check(&self, file: usize) -> Result<u64> {
+        let found = &self.files[file];
+        let path = &found.path;
+        if found.stdin {
+            return Ok(0);
+        }
+        let metadata = open_file(path)?.metadata().map_err(|e| Error::io(path, &e))?;
+        if !metadata.is_file() {
+            let what = "is a pipe or a device; expected a text file, or - for standard input".into();
+            return Err(Error::File { path: path.clone(), what });
+        }
+        if metadata.len() == 0 {
+            return Err(Error::File { path: path.clone(), what: "empty file (0 bytes); expected text".into() });
+        }
+        if found.kind == Kind::Parquet {
+            self.open_file(file, None)?;
+        } else if Stream::open(found, None)?.read_to(&mut Vec::new(), 1)? {
+            let what = "unpacks to nothing (0 bytes); expected text".into();
+            return Err(Error::File { path: path.clone(), what });
+        }
+        Ok(metadata.len())
+    }
+
+    /// The files, in the order of the text; `standard input` where that is one.
+    pub fn paths(&self) -> impl ExactSizeIterator<Item = &Path> {
+        self.files.iter().map(|file| &*file.path)
+    }
+
+    /// Sum of the files' sizes, packed as they are; 0 where it is not known.
     pub fn total_bytes(&self) -> u64 {
         self.total_bytes
     }
 
-    /// Adds the file and the offset in it to an error of the text policy.
-    pub fn locate(&self, chunk: &Chunk, error: Error) -> Error {
-        let Error::Text(what) = error else { return error };
-        let path = self.paths[chunk.file].display();
-        match first_invalid(&chunk.bytes) {
-            Some(at) => {
-                let offset = chunk.offset + at as u64;
-                Error::Text(format!("{path}: byte offset {offset}: {}", describe_invalid(&chunk.bytes, at)))
-            }
-            None => Error::Text(format!("{path}: {what}")),
-        }
+    /// Bytes of text handed out so far by all readers.
+    pub fn text_bytes(&self) -> u64 {
+        self.text_bytes.load(Relaxed)
     }
-}
 
-fn open_text(path: &Path) -> Result<File> {
-    let file = File::open(path).map_err(|e| Error::io(path, &e))?;
-    if file.metadata().is_ok_and(|m| m.is_dir()) {
-        return Err(Error::File { path: path.into(), what: "is a directory; expected a text file".into() });
+    /// Whether the inputs can be read again.
+    pub fn can_be_read_again(&self) -> bool {
+        !self.files.iter().any(|file| file.stdin)
     }
-    Ok(file)
+
+    /// Adds the file and the place in it to an error of the text policy, met in the text that begins at `start`.
+    pub fn locate(&self, chunk: &Chunk, start: usize, error: Error) -> Error {
+        let Error::Text(what) = error else { return error };
+        let file = &self.files[chunk.file];
+        let path = file.path.display();
+        // Empty records may begin at the same place: the last one there has the text.
+        let text = chunk.texts().filter(|text| text.0 == start).last().map_or(&[][..], |text| text.1);
+        let place = |at: usize| {
+            let index = chunk.places.partition_point(|place| place.start <= at).saturating_sub(1);
+            chunk.places.get(index).copied().unwrap_or(Place { start: 0, at: 0 })
+        };
+        if !chunk.records {
+            return Error::Text(match first_invalid(text) {
+                Some(at) => {
+                    let offset = place(at).at + (at - place(at).start) as u64;
+                    format!("{path}: byte offset {offset}: {}", describe_invalid(text, at))
+                }
+                None => format!("{path}: {what}"),
+            });
+        }
+        let (number, unit) = (place(start).at, if file.kind == Kind::Parquet { "row" } else { "line" });
+        Error::Text(match first_invalid(text) {
+            Some(at) => format!("{path}: {unit} {number}: byte {at} of the text: {}", describe_invalid(text, at)),
+            None => format!("{path}: {unit} {number}: {what}"),
+        })
+    }
+
+    fn records(&self, file: usize) -> Records<'_> {
+        let field = self.spec.field.as_deref().unwrap_or(DEFAULT_FIELD);
+        Records { field, sample: self.sample(), path: &self.files[file].path }
+    }
+
+    fn sample(&self) -> Option<Sample> {
+        self.spec.sample.map(|share| Sample::new(share, self.spec.seed))
+    }
+
+    fn open_file<'a>(&'a self, file: usize, progress: Option<&'a Progress>) -> Result<Box<dyn Source + 'a>> {
+        let found = &self.files[file];
+        Ok(match found.kind {
+            Kind::Text => Box::new(Text::new(Stream::open(found, progress)?, self.sample().map(|s| (s, file)))),
+            Kind::Jsonl => Box::new(Jsonl::new(Stream::open(found, progress)?, self.records(file))),
+            Kind::Parquet => {
+                let Some(open) = &self.spec.open_feed else {
+                    let what = "is parquet, for which no reader was given; expected text or jsonl".into();
+                    return Err(Error::File { path: found.path.clone(), what });
+                };
+                let feed = open(&found.path, self.records(file).field)?;
+                let size = found.path.metadata().map_or(0, |m| m.len());
+                Box::new(FeedSource::new(feed, self.sample(), size))
+            }
+        })
+    }
 }
 
 /// Hands out the chunks of [`Inputs`] to any number of threads.
-#[derive(Debug)]
 pub struct ChunkReader<'a> {
     inputs: &'a Inputs,
     splitter: &'a Splitter,
+    /// For records, in which special tokens are text.
+    plain: Splitter,
     chunk_bytes: usize,
-    state: Mutex<State>,
+    most_uncut: usize,
+    progress: Option<&'a Progress>,
+    state: Mutex<State<'a>>,
 }
 
-#[derive(Debug, Default)]
-struct State {
+struct State<'a> {
     next_index: u64,
     file_index: usize,
-    file: Option<File>,
-    offset: u64,
-    /// Bytes that were read behind the last cut.
-    rest: Vec<u8>,
+    open: Option<Box<dyn Source + 'a>>,
+    /// Of the open file.
+    used: u64,
+    /// Bytes of text until the limit.
+    room: u64,
+    finished: bool,
 }
 
 impl<'a> ChunkReader<'a> {
     /// A reader at the beginning of the first file. `chunk_bytes` is a wish; 0 counts as 1.
     pub fn new(inputs: &'a Inputs, splitter: &'a Splitter, chunk_bytes: usize) -> Self {
-        Self { inputs, splitter, chunk_bytes: chunk_bytes.max(1), state: Mutex::default() }
+        let room = inputs.spec.limit_bytes.unwrap_or(u64::MAX);
+        let state = State { next_index: 0, file_index: 0, open: None, used: 0, room, finished: false };
+        let (plain, state) = (splitter.without_specials(), Mutex::new(state));
+        let (chunk_bytes, most_uncut) = (chunk_bytes.max(1), MOST_UNCUT_BYTES);
+        Self { inputs, splitter, plain, chunk_bytes, most_uncut, progress: None, state }
     }
 
-    /// Goes on behind what another reader has handed out.
+    /// How far it has come.
+    pub fn position(&self) -> Result<Position> {
+        let state = self.state.lock().map_err(|_| Error::Interrupted)?;
+        let whole = state.finished || state.file_index == self.inputs.files.len();
+        Ok(Position { chunks: state.next_index, text_bytes: self.inputs.text_bytes(), whole })
+    }
+
+    /// Reads on to where another reader has come, and forgets what it reads.
+    pub fn skip_to(&self, position: Position, progress: &Progress) -> Result<()> {
+        let mut chunk = Chunk::default();
+        for _ in 0..position.chunks {
+            progress.check()?;
+            self.next(&mut chunk)?;
+            progress.add(chunk.read_bytes);
+        }
+        Ok(())
+    }
+
+    /// Lets `progress` stop a reader that waits for standard input.
     #[must_use]
-    pub fn starting_at(self, Position { file, offset }: Position) -> Self {
-        let state = State { file_index: file, offset, ..State::default() };
-        Self { state: state.into(), ..self }
+    pub fn stopped_by(self, progress: &'a Progress) -> Self {
+        Self { progress: Some(progress), ..self }
     }
 
-    /// Up to where chunks were handed out; none: all were.
-    pub fn position(&self) -> Option<Position> {
-        let state = self.state.lock().ok()?;
-        (state.file_index < self.inputs.paths.len())
-            .then_some(Position { file: state.file_index, offset: state.offset })
+    /// Another bound than [`MOST_UNCUT_BYTES`].
+    #[must_use]
+    pub fn with_most_uncut(self, most_uncut: usize) -> Self {
+        Self { most_uncut, ..self }
     }
 
-    /// Fills `chunk` (whose memory is used again) with the next one; `false` once all is handed out.
+    /// What splits a chunk's texts: in records special tokens are text.
+    pub fn splitter(&self, chunk: &Chunk) -> &Splitter {
+        if chunk.records { &self.plain } else { self.splitter }
+    }
+
+    /// Fills `chunk` (whose memory is used again) with the next one; `false` once all is handed out, or another
+    /// thread has met an error.
     pub fn next(&self, chunk: &mut Chunk) -> Result<bool> {
-        let mut guard = self.state.lock().map_err(|_| Error::Interrupted)?;
-        let state = &mut *guard;
-        let Some(path) = self.inputs.paths.get(state.file_index) else { return Ok(false) };
-        let file = match &mut state.file {
-            Some(file) => file,
-            none => {
-                let mut file = open_text(path)?;
-                file.seek(SeekFrom::Start(state.offset)).map_err(|e| Error::io(path, &e))?;
-                none.insert(file)
+        let filled = self.take(chunk).and_then(|more| {
+            // Outside of the lock: other threads read on meanwhile.
+            if more && !chunk.raw.is_empty() {
+                jsonl::unpack(chunk, self.inputs.records(chunk.file), &self.plain, u64::MAX)?;
             }
+            Ok(more)
+        });
+        match &filled {
+            Ok(true) => {
+                self.inputs.text_bytes.fetch_add(chunk.bytes.len() as u64, Relaxed);
+            }
+            Ok(false) => {}
+            Err(_) => self.state.lock().map_err(|_| Error::Interrupted)?.finished = true,
+        }
+        filled
+    }
+
+    fn take(&self, chunk: &mut Chunk) -> Result<bool> {
+        let mut state = self.state.lock().map_err(|_| Error::Interrupted)?;
+        let taken = self.take_next(&mut state, chunk);
+        // Before the lock is given up: whoever waits for it would read on behind the error.
+        state.finished |= taken.is_err();
+        taken
+    }
+
+    fn take_next(&self, state: &mut State<'a>, chunk: &mut Chunk) -> Result<bool> {
+        if state.finished || state.file_index == self.inputs.files.len() {
+            return Ok(false);
+        }
+        let source = match &mut state.open {
+            Some(source) => source,
+            none => none.insert(self.inputs.open_file(state.file_index, self.progress)?),
         };
-        let bytes = &mut chunk.bytes;
-        bytes.clear();
-        bytes.append(&mut state.rest);
-        let mut wanted = self.chunk_bytes;
-        let mut searched = 0;
-        let (cut, ends_file) = loop {
-            let missing = wanted.saturating_sub(bytes.len());
-            let read = file.take(missing as u64).read_to_end(bytes).map_err(|e| Error::io(path, &e))?;
-            if read < missing {
-                break (bytes.len(), true);
-            }
-            if bytes.len() > searched {
-                searched = bytes.len();
-                if let Some(cut) = self.splitter.safe_cut(bytes) {
-                    break (cut, false);
-                }
-            }
-            // No certain border yet: twice as much, so that the searches stay linear in sum.
-            wanted = bytes.len().max(self.chunk_bytes) * 2;
-        };
-        state.rest.extend_from_slice(&bytes[cut..]);
-        bytes.truncate(cut);
-        (chunk.index, chunk.file, chunk.offset, chunk.ends_file) =
-            (state.next_index, state.file_index, state.offset, ends_file);
+        (chunk.index, chunk.file) = (state.next_index, state.file_index);
+        chunk.raw.clear();
+        let (splitter, plain) = (self.splitter, &self.plain);
+        let (chunk_bytes, most_uncut, room) = (self.chunk_bytes, self.most_uncut, state.room);
+        let end = source.fill(chunk, Job { splitter, plain, chunk_bytes, most_uncut, room })?;
+        chunk.read_bytes = source.used().saturating_sub(state.used);
+        chunk.ends_file = end != End::Open;
+        state.used += chunk.read_bytes;
         state.next_index += 1;
-        state.offset += cut as u64;
-        if ends_file {
-            (state.file, state.offset) = (None, 0);
+        if room < u64::MAX {
+            state.room -= chunk.bytes.len() as u64;
+        }
+        state.finished = end == End::Limit || state.room == 0;
+        if chunk.ends_file {
+            (state.open, state.used) = (None, 0);
             state.file_index += 1;
         }
         Ok(true)

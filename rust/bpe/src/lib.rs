@@ -1,8 +1,8 @@
 //! Byte-level BPE: training, encoding and tokenizing of datasets, exact whatever the number of threads, the
 //! chunk sizes and the splits of the input.
 //!
-//! Floors: `error` < `scan` < `pretokenize` (two rooms with floors of their own) < `input` < `words` < `count` < `ties` <
-//! `prior` < `queue` < `merge` < `train` < `vocab` < `encode` < `corpus`; `atomic` < `tokens` < `corpus`; `extend` joins
+//! Floors: `error` < `scan` < `pretokenize` (two rooms with floors of their own) < `sources` < `input` < `words` < `count` <
+//! `ties` < `prior` < `queue` < `merge` < `train` < `vocab` < `encode` < `corpus`; `atomic` < `tokens` < `corpus`; `extend` joins
 //! `prior` and `vocab`, `trainer` all of training;
 //! `formats` reads and writes a `vocab`; `naive` is the specification that tests hold all of it to.
 
@@ -23,6 +23,7 @@ pub mod prior;
 pub mod progress;
 mod queue;
 mod scan;
+pub mod sources;
 mod ties;
 pub mod tokens;
 pub mod train;

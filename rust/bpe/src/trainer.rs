@@ -3,7 +3,7 @@
 //! In: files, or documents one after another. Out: a [`Vocab`] for each size asked for and the [`TrainStats`] of the
 //! run. Called by the binding; joins `count`, `train` and `vocab`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,10 +13,11 @@ use crate::checkpoint::{Checkpoint, Done, input};
 use crate::count::{WordCounts, count_chunks, count_files, count_text};
 use crate::error::{Error, Result};
 use crate::extend::{extended, prior_of};
-use crate::input::{ChunkReader, Inputs, Position};
+use crate::input::{ChunkReader, Inputs};
 use crate::pretokenize::{Pattern, Splitter, TextPolicy, UNICODE_VERSION, canonical_name};
 use crate::prior::Prior;
 use crate::progress::{Progress, Stage};
+use crate::sources::InputSpec;
 use crate::train::{Keep, Merges, Options, Pair, TieBreak, train_and_keep};
 use crate::vocab::{Vocab, room_for_merges};
 
@@ -188,20 +189,20 @@ impl Trainer {
         })
     }
 
-    /// Counts the text of files; no pre-token crosses from one to the next.
+    /// Counts the text of inputs; no pre-token crosses from one document to the next.
     pub fn add_files(
         &mut self,
-        paths: &[PathBuf],
+        inputs: InputSpec,
         threads: usize,
         chunk_bytes: usize,
         progress: &Progress,
     ) -> Result<()> {
         let start = Instant::now();
-        let inputs = Inputs::open(paths)?;
+        let inputs = Inputs::of(inputs)?;
         let counts = count_files(&inputs, &self.splitter, self.settings.policy, threads, chunk_bytes, progress)?;
         self.counts.merge(counts);
         self.threads = threads;
-        self.bytes += inputs.total_bytes();
+        self.bytes += inputs.text_bytes();
         self.count_time += start.elapsed();
         Ok(())
     }
@@ -213,35 +214,44 @@ impl Trainer {
     /// As [`Checkpoint::open`].
     pub fn add_files_and_keep(
         &mut self,
-        paths: &[PathBuf],
+        inputs: InputSpec,
         threads: usize,
         chunk_bytes: usize,
         (checkpoint, every): (&Path, Duration),
         progress: &Progress,
     ) -> Result<()> {
         let start = Instant::now();
-        let inputs = Inputs::open(paths)?;
-        (self.threads, self.bytes) = (threads, inputs.total_bytes());
         let mut settings = self.names();
-        for (n, path) in (1..).zip(paths) {
+        let InputSpec { field, limit_bytes, sample, seed, .. } = &inputs;
+        settings.push(("part of the inputs".into(), format!("{field:?} {limit_bytes:?} {sample:?} {seed}")));
+        settings.push(("bytes of a chunk".into(), chunk_bytes.to_string()));
+        let inputs = Inputs::of(inputs)?;
+        if !inputs.can_be_read_again() {
+            let what = "checkpoint: found standard input, which cannot be read again; expected files";
+            return Err(Error::Config(what.into()));
+        }
+        self.threads = threads;
+        for (n, path) in (1..).zip(inputs.paths()) {
             settings.push(input(n, path)?);
         }
         let (mut kept, state) = Checkpoint::open(checkpoint, settings, every)?;
         (self.counts, self.done) = (state.counts, state.done);
         progress.begin(Stage::Count, inputs.total_bytes());
-        let mut next = state.position;
-        self.resumed_bytes = bytes_before(&inputs, next)?;
-        progress.add(self.resumed_bytes);
         progress.add_pretokens(self.counts.seen());
-        while let Some(from) = next {
-            let reader = ChunkReader::new(&inputs, &self.splitter, chunk_bytes).starting_at(from);
+        let reader = ChunkReader::new(&inputs, &self.splitter, chunk_bytes).stopped_by(progress);
+        (self.bytes, self.resumed_bytes) = (state.position.text_bytes, state.position.text_bytes);
+        if !state.position.whole {
+            reader.skip_to(state.position, progress)?;
+        }
+        let mut position = state.position;
+        while !position.whole {
             let due = kept.due();
             let pause = || Ok(progress.stopped() || Instant::now() >= due);
-            let policy = self.settings.policy;
-            self.counts.merge(count_chunks(&reader, &inputs, &self.splitter, policy, threads, progress, &pause)?);
-            next = reader.position();
-            kept.save_counts(&self.counts, next)?;
+            self.counts.merge(count_chunks(&reader, &inputs, self.settings.policy, threads, progress, &pause)?);
+            position = reader.position()?;
+            kept.save_counts(&self.counts, position)?;
             progress.check()?;
+            self.bytes = position.text_bytes;
         }
         self.checkpoint = Some(kept);
         self.count_time += start.elapsed();
@@ -335,12 +345,4 @@ impl Trainer {
         let vocabs = self.merges.iter().map(|&len| vocab(merges.first(len))).collect::<Result<_>>()?;
         Ok((vocabs, stats))
     }
-}
-
-/// Bytes of the inputs before a place; none is their end.
-fn bytes_before(inputs: &Inputs, position: Option<Position>) -> Result<u64> {
-    let Some(Position { file, offset }) = position else { return Ok(inputs.total_bytes()) };
-    let whole = inputs.paths().get(..file).unwrap_or(inputs.paths());
-    let sizes = whole.iter().map(|path| path.metadata().map(|m| m.len()).map_err(|e| Error::io(path, &e)));
-    Ok(sizes.sum::<Result<u64>>()? + offset)
 }

@@ -12,6 +12,10 @@ pub fn to_python(py: Python<'_>, error: &Error) -> PyErr {
         Error::Text(_) => "TextError",
         Error::Format { .. } => "FormatError",
         Error::Config(_) => "ConfigError",
+        Error::Called(own) => match own.downcast_ref::<PyErr>() {
+            Some(own) => return own.clone_ref(py),
+            None => "FileError",
+        },
         Error::Interrupted => return PyKeyboardInterrupt::new_err(()),
     };
     let made = py.import("bytekiln.errors").and_then(|m| m.getattr(class)).and_then(|c| c.call1((error.to_string(),)));

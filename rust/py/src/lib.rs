@@ -5,6 +5,7 @@
 #![allow(clippy::doc_markdown, reason = "these texts are shown by Python's help")]
 
 mod error;
+mod inputs;
 mod kernels;
 mod tokenizer;
 
@@ -27,6 +28,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyIterator, PyString};
 
 use crate::error::{OrRaise, to_python};
+use crate::inputs::Spec;
 use crate::tokenizer::{TokenIterator, Tokenizer, text_of};
 
 /// How often a running job is looked at: signals and the progress call.
@@ -159,7 +161,7 @@ fn trained(py: Python<'_>, (vocabs, stats): (Vec<Vocab>, TrainStats)) -> PyResul
 #[expect(clippy::too_many_arguments, reason = "keyword-only options of the Python function")]
 fn train_bpe(
     py: Python<'_>,
-    files: Vec<PathBuf>,
+    files: Spec,
     vocab_size: Sizes,
     special_tokens: Option<Vec<String>>,
     pattern: Option<String>,
@@ -183,8 +185,8 @@ fn train_bpe(
     let done = watched(py, progress, |progress| {
         let chunk_bytes = chunk_bytes.unwrap_or(DEFAULT_CHUNK_BYTES);
         match &checkpoint {
-            None => trainer.add_files(&files, threads, chunk_bytes, progress)?,
-            Some(path) => trainer.add_files_and_keep(&files, threads, chunk_bytes, (path, every), progress)?,
+            None => trainer.add_files(files.0, threads, chunk_bytes, progress)?,
+            Some(path) => trainer.add_files_and_keep(files.0, threads, chunk_bytes, (path, every), progress)?,
         }
         trainer.finish(progress)
     })?;
@@ -237,7 +239,7 @@ fn train_bpe_from_iterator(
 fn encode_files<'py>(
     py: Python<'py>,
     tokenizer: &Bound<'py, Tokenizer>,
-    inputs: Vec<PathBuf>,
+    inputs: Spec,
     out: PathBuf,
     dtype: Option<&str>,
     append_eot: Option<bool>,
@@ -258,10 +260,16 @@ fn encode_files<'py>(
         chunk_bytes: chunk_bytes.unwrap_or(DEFAULT_CHUNK_BYTES),
     };
     let manifest = watched(py, progress, |progress| {
-        let inputs = Inputs::open(&inputs)?;
+        let inputs = Inputs::of(inputs.0)?;
         corpus::encode_files(encoder, &inputs, &out, &options, progress)?.to_json()
     })?;
     py.import("json")?.call_method1("loads", (manifest,))
+}
+
+/// The files of an input, in the order of the text; opens none.
+#[pyfunction]
+fn find_inputs(py: Python<'_>, inputs: Spec) -> PyResult<Vec<PathBuf>> {
+    inputs.0.find().or_raise(py)
 }
 
 /// Checksum of a file's bytes from `offset` on, as manifests spell it.
@@ -277,7 +285,9 @@ mod _core {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use super::{TokenIterator, Tokenizer, encode_files, payload_checksum, train_bpe, train_bpe_from_iterator};
+    use super::{
+        TokenIterator, Tokenizer, encode_files, find_inputs, payload_checksum, train_bpe, train_bpe_from_iterator,
+    };
 
     #[pymodule_export]
     use super::kernels::{

@@ -79,6 +79,25 @@ impl Splitter {
         &self.specials
     }
 
+    /// The same pattern, for texts in which special tokens are ordinary text.
+    #[must_use]
+    pub fn without_specials(&self) -> Self {
+        Self { pattern: self.pattern.clone(), specials: Vec::new(), matcher: None, longest_special: 0 }
+    }
+
+    /// Length of the longest special token; 0 where there is none.
+    pub(crate) fn longest_special(&self) -> usize {
+        self.longest_special
+    }
+
+    /// Start and end of every special token, and whether it ends documents: `<|endoftext|>`, else the only one.
+    pub(crate) fn specials_in<'b>(&'b self, bytes: &'b [u8]) -> impl Iterator<Item = (usize, usize, bool)> + 'b {
+        let named = self.specials.iter().position(|special| special == "<|endoftext|>");
+        let ends = named.or((self.specials.len() == 1).then_some(0));
+        let found = self.matcher.iter().flat_map(move |matcher| matcher.find_iter(bytes));
+        found.map(move |m| (m.start(), m.end(), Some(m.pattern().as_usize()) == ends))
+    }
+
     /// Calls `f` with every piece of `text`, in order.
     pub fn split<'t>(&self, text: &'t str, f: impl FnMut(Piece<'t>)) -> Result<()> {
         // Both closures below want it; they never run at once.

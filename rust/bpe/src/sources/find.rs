@@ -1,0 +1,152 @@
+//! What was named → files: folders are walked, globs expanded, kinds read off the names.
+//!
+//! In: paths as the user gave them. Out: files in the order of the text; of each, its kind and packing by name.
+//! Nothing is opened here. Called by `input`.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+use crate::sources::unpack::Packing;
+
+/// What a file's name says of its contents.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// UTF-8 text, its documents delimited by special tokens.
+    Text,
+    /// One JSON object a line.
+    Jsonl,
+    /// A table with a column of text.
+    Parquet,
+}
+
+/// A file to read.
+#[derive(Debug, Clone)]
+pub(crate) struct Found {
+    /// The file; `standard input` for that.
+    pub path: PathBuf,
+    pub stdin: bool,
+    pub kind: Kind,
+    /// How its name says that it is packed.
+    pub packing: Option<Packing>,
+}
+
+/// Endings of text; a packed file may also have none before its packing's.
+const TEXT: [&str; 3] = ["txt", "text", "md"];
+/// Endings of containers that hold many files or that nothing here unpacks.
+const FOREIGN: [&str; 9] = ["zip", "7z", "tar", "tgz", "rar", "z", "lz4", "lzma", "br"];
+
+/// The files of what was named, in order.
+pub(crate) fn files(named: &[PathBuf], stdin_is_jsonl: bool) -> Result<Vec<Found>> {
+    let mut found = Vec::new();
+    for path in named {
+        if path.as_os_str() == "-" {
+            if found.iter().any(|f: &Found| f.stdin) {
+                return Err(Error::Config("inputs: found - twice; expected standard input at most once".into()));
+            }
+            let kind = if stdin_is_jsonl { Kind::Jsonl } else { Kind::Text };
+            found.push(Found { path: "standard input".into(), stdin: true, kind, packing: None });
+        } else if path.is_dir() {
+            walk(path, &mut found)?;
+        } else if let Some(pattern) = glob_of(path) {
+            expand(pattern, &mut found)?;
+        } else {
+            found.push(named_file(path)?);
+        }
+    }
+    Ok(found)
+}
+
+/// The text of a path that is a glob: a file of just that name comes first.
+fn glob_of(path: &Path) -> Option<&str> {
+    let text = path.to_str().filter(|text| text.contains(['*', '?', '[']))?;
+    path.symlink_metadata().is_err().then_some(text)
+}
+
+fn expand(pattern: &str, found: &mut Vec<Found>) -> Result<()> {
+    let options = glob::MatchOptions {
+        case_sensitive: true,
+        require_literal_separator: true,
+        // Hidden files are left out, as a shell does.
+        require_literal_leading_dot: true,
+    };
+    let matches = glob::glob_with(pattern, options).map_err(|e| {
+        Error::Config(format!("{pattern}: {e}; expected a file, a folder or a glob such as data/*.txt"))
+    })?;
+    let mut paths = Vec::new();
+    for path in matches {
+        paths.push(path.map_err(|e| Error::io(e.path(), e.error()))?);
+    }
+    if paths.is_empty() {
+        let what = "no file matches; expected at least one".into();
+        return Err(Error::File { path: pattern.into(), what });
+    }
+    paths.sort();
+    for path in paths {
+        if path.is_dir() { walk(&path, found)? } else { found.push(named_file(&path)?) }
+    }
+    Ok(())
+}
+
+/// The files of a folder with known endings, in the order of their paths.
+fn walk(folder: &Path, found: &mut Vec<Found>) -> Result<()> {
+    let before = found.len();
+    let hidden = |name: &std::ffi::OsStr| name.as_encoded_bytes().starts_with(b".");
+    let entries = walkdir::WalkDir::new(folder).follow_links(true).sort_by_file_name().into_iter();
+    for entry in entries.filter_entry(|e| e.depth() == 0 || !hidden(e.file_name())) {
+        let entry = entry.map_err(|e| {
+            let path = e.path().unwrap_or(folder).to_path_buf();
+            e.io_error().map_or_else(
+                || Error::File {
+                    path: path.clone(),
+                    what: "is a link to a folder that it lies in; expected a folder without loops".into(),
+                },
+                |io| Error::io(&path, io),
+            )
+        })?;
+        if !entry.file_type().is_file() {
+            continue;
+        }
+        let (kind, packing, foreign) = read_name(entry.path());
+        let packed_parquet = kind == Some(Kind::Parquet) && packing.is_some();
+        if let (Some(kind), None, false) = (kind, foreign, packed_parquet) {
+            found.push(Found { path: entry.into_path(), stdin: false, kind, packing });
+        }
+    }
+    if found.len() == before {
+        let what = "no file with a known ending in this directory; expected .txt, .text, .md, .jsonl, .ndjson or \
+                    .parquet, the first five also packed (.gz .zst .xz .bz2)";
+        return Err(Error::File { path: folder.into(), what: what.into() });
+    }
+    Ok(())
+}
+
+/// A file that was named itself: whatever its ending, it is read, unless that is known to be something else.
+fn named_file(path: &Path) -> Result<Found> {
+    let (kind, packing, foreign) = read_name(path);
+    if let Some(ending) = foreign {
+        let what = format!("found a .{ending}; expected text, jsonl or parquet, plain or as .gz, .zst, .xz or .bz2");
+        return Err(Error::File { path: path.into(), what });
+    }
+    let kind = kind.unwrap_or(Kind::Text);
+    if kind == Kind::Parquet && packing.is_some() {
+        let what = "is a packed parquet; expected it unpacked (parquet packs its own columns)".into();
+        return Err(Error::File { path: path.into(), what });
+    }
+    Ok(Found { path: path.into(), stdin: false, kind, packing })
+}
+
+/// Kind, packing and, where there is one, the ending of a foreign container, by the name alone.
+fn read_name(path: &Path) -> (Option<Kind>, Option<Packing>, Option<String>) {
+    let ending = |path: &Path| path.extension().map(|e| e.to_string_lossy().to_lowercase());
+    let packing = ending(path).as_deref().and_then(Packing::of_ending);
+    let inner = if packing.is_some() { path.with_extension("") } else { path.to_path_buf() };
+    let inner = ending(&inner);
+    let kind = match inner.as_deref() {
+        Some("jsonl" | "ndjson") => Some(Kind::Jsonl),
+        Some("parquet") => Some(Kind::Parquet),
+        Some(text) if TEXT.contains(&text) => Some(Kind::Text),
+        None if packing.is_some() => Some(Kind::Text),
+        _ => None,
+    };
+    (kind, packing, inner.filter(|e| FOREIGN.contains(&e.as_str())))
+}

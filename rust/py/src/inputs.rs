@@ -1,0 +1,93 @@
+//! What describes an input changes language: paths, or an object with the fields of `bytekiln.inputs.Inputs`.
+//! Parquet is read by `bytekiln.parquet`, whose columns the core takes as a [`Feed`].
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytekiln_bpe::sources::{Feed, InputSpec};
+use bytekiln_bpe::{Error, Result};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+/// An input as the core takes it.
+pub struct Spec(pub InputSpec);
+
+#[derive(FromPyObject)]
+struct Fields {
+    paths: Vec<PathBuf>,
+    field: Option<String>,
+    limit_bytes: Option<u64>,
+    sample: Option<f64>,
+    seed: u64,
+}
+
+impl<'py> FromPyObject<'_, 'py> for Spec {
+    type Error = PyErr;
+
+    fn extract(value: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        let fields = if value.hasattr("limit_bytes")? {
+            value.extract()?
+        } else {
+            Fields { paths: value.extract()?, field: None, limit_bytes: None, sample: None, seed: 0 }
+        };
+        let Fields { paths, field, limit_bytes, sample, seed } = fields;
+        Ok(Self(InputSpec { paths, field, limit_bytes, sample, seed, open_feed: Some(Arc::new(open_column)) }))
+    }
+}
+
+fn open_column(path: &Path, field: &str) -> Result<Box<dyn Feed>> {
+    let open = |py: Python<'_>| -> PyResult<Parquet> {
+        let path = path.to_string_lossy();
+        let column = py.import("bytekiln.parquet")?.getattr("Column")?.call1((path, field))?;
+        let rows = column.getattr("num_rows")?.extract()?;
+        Ok(Parquet { column: column.unbind(), rows, seen: 0 })
+    };
+    Ok(Box::new(Python::attach(open).map_err(called)?))
+}
+
+fn called(error: PyErr) -> Error {
+    Error::Called(Box::new(error))
+}
+
+/// A `bytekiln.parquet.Column`.
+struct Parquet {
+    column: Py<PyAny>,
+    rows: u64,
+    seen: u64,
+}
+
+impl Feed for Parquet {
+    fn next(&mut self, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<bool> {
+        // pyarrow lets the interpreter go while it unpacks.
+        let next = |py: Python<'_>| -> PyResult<Option<(Py<PyBytes>, Py<PyBytes>)>> {
+            self.column.bind(py).call_method0("next")?.extract()
+        };
+        let Some((borders, texts)) = Python::attach(next).map_err(called)? else { return Ok(false) };
+        let hand_over = |py: Python<'_>| -> PyResult<u64> {
+            let (borders, texts) = (borders.bind(py).as_bytes(), texts.bind(py).as_bytes());
+            let border = |b: &[u8]| b.try_into().ok().and_then(|b| usize::try_from(i64::from_le_bytes(b)).ok());
+            let mut start = None;
+            let mut rows = 0;
+            for end in borders.chunks_exact(8).map(border) {
+                if let Some(start) = start {
+                    let text = end.and_then(|end| texts.get(start..end));
+                    let text = text.ok_or_else(|| PyValueError::new_err("parquet: borders outside of the texts"))?;
+                    rows += 1;
+                    if !take(text) {
+                        break;
+                    }
+                }
+                start = end;
+            }
+            Ok(rows)
+        };
+        self.seen += Python::attach(hand_over).map_err(called)?;
+        Ok(true)
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "for a progress bar")]
+    fn share_done(&self) -> f64 {
+        if self.rows == 0 { 1.0 } else { self.seen as f64 / self.rows as f64 }
+    }
+}
