@@ -496,6 +496,8 @@ def test_wrong_inputs_from_python(tmp_path: Path) -> None:
         bytekiln.train_bpe([], vocab_size=300)
     with pytest.raises(ConfigError, match="sample"):
         bytekiln.train_bpe(Inputs([tmp_path / "x"], sample=2.0), vocab_size=300)
+    (tmp_path / "x.txt").write_text("one path")
+    assert bytekiln.train_bpe(Inputs(tmp_path / "x.txt", limit_bytes=5), vocab_size=300).merges
     with pytest.raises(FileError, match="no such file"):
         bytekiln.train_bpe(tmp_path / "missing.txt.gz", vocab_size=300)
 

@@ -15,15 +15,21 @@ class Inputs(NamedTuple):
     """Inputs of training, counting and encoding.
 
     Attributes:
-        paths: files (text, jsonl, parquet; also `.gz`, `.zst`, `.xz`, `.bz2`), folders, globs, `-` for standard input.
+        paths: one or several: files (text, jsonl, parquet; also `.gz`, `.zst`, `.xz`, `.bz2`), folders, globs, `-` for
+            standard input.
         field: the field or column of records that holds the text; None: `text`, and standard input is plain text.
         limit_bytes: stop after so many bytes of text, at the last certain border between words before them.
         sample: the share of documents to read, above 0 and at most 1.
         seed: which documents those are.
     """
 
-    paths: Sequence[str | PathLike[str]]
+    paths: str | PathLike[str] | Sequence[str | PathLike[str]]
     field: str | None = None
     limit_bytes: int | None = None
     sample: float | None = None
     seed: int = 0
+
+    @property
+    def listed(self) -> list[str | PathLike[str]]:
+        """The paths as a list."""
+        return [self.paths] if isinstance(self.paths, str | PathLike) else list(self.paths)

@@ -114,7 +114,7 @@ def measure(
         "vocab_size": tokenizer.n_vocab,
         "vocabulary": vocabulary_kinds(tokenizer),
         "longest_tokens": [show_token(t)[1:-1] for t in sorted(ordinary, key=lambda t: (-len(t), t))[:longest]],
-        "text": [str(t) for t in texts.paths],
+        "text": [str(t) for t in texts.listed],
         "bytes": manifest["text_bytes"],
         "tokens": manifest["tokens"],
         "bytes_per_token": manifest["text_bytes"] / max(manifest["tokens"], 1),

@@ -244,7 +244,11 @@ def encode_files(
 def _inputs(
     files: str | PathLike[str] | Sequence[str | PathLike[str]] | Inputs,
 ) -> Sequence[str | PathLike[str]] | Inputs:
-    """As the core takes them; `Inputs` itself, which not every process needs, is not loaded for that."""
+    """As the core takes them. `Inputs` itself, which not every process needs, is not loaded for that."""
     if isinstance(files, str | PathLike):
         return [files]
-    return files if hasattr(files, "limit_bytes") else list(files)
+    if not hasattr(files, "limit_bytes"):
+        return list(files)
+    from bytekiln.inputs import Inputs  # loaded, as there is one
+
+    return files._replace(paths=files.listed) if isinstance(files, Inputs) else files

@@ -13,7 +13,7 @@ use bytekiln_bpe::Result;
 use bytekiln_bpe::corpus::{EncodeOptions, encode_files};
 use bytekiln_bpe::count::{WordCounts, count_files};
 use bytekiln_bpe::encode::{Allowed, Encoder};
-use bytekiln_bpe::input::{Chunk, ChunkReader, Inputs};
+use bytekiln_bpe::input::{Chunk, ChunkReader, Inputs, Position};
 use bytekiln_bpe::pretokenize::{Pattern, Piece, Splitter, TextPolicy};
 use bytekiln_bpe::progress::Progress;
 use bytekiln_bpe::sources::{Feed, InputSpec};
@@ -238,6 +238,41 @@ proptest! {
         let counted = count_files(&inputs, &splitter, TextPolicy::Error, threads, chunk, &Progress::default()).unwrap();
         let (expected, bytes) = naive(&files, &spec, &splitter);
         prop_assert_eq!(counted.into_sorted().into_iter().collect::<BTreeMap<_, _>>(), expected);
+        prop_assert_eq!(inputs.text_bytes(), bytes);
+    }
+
+    #[test]
+    fn a_reader_goes_on_where_another_one_stopped(
+        files in prop::collection::vec(file(), 1..4),
+        limit in prop::option::of(1u64..150),
+        share in prop::option::of(prop::sample::select(vec![0.5, 0.9])),
+        seed in any::<u64>(),
+        chunks in prop::collection::vec(prop::sample::select(vec![1usize, 3, 16, 64, 1024]), 2),
+        stops in prop::collection::vec(0usize..6, 3),
+    ) {
+        let folder = tempfile::tempdir().unwrap();
+        let paths = files.iter().enumerate().map(|(place, file)| file.write(folder.path(), place)).collect();
+        let spec = InputSpec { limit_bytes: limit, sample: share, seed, ..spec(paths) };
+        let (splitter, inputs) = (splitter("gpt2"), Inputs::of(spec.clone()).unwrap());
+        let (mut counts, mut position, mut chunk) = (BTreeMap::new(), Some(Position::default()), Chunk::default());
+        for (i, stop) in stops.into_iter().chain([usize::MAX]).enumerate() {
+            let Some(start) = position else { break };
+            let reader = ChunkReader::new(&inputs, &splitter, chunks[i % 2]);
+            let reader = if i == 0 { reader } else { reader.starting_at(start) };
+            let mut read = 0;
+            while read < stop && reader.next(&mut chunk).unwrap() {
+                read += 1;
+                for (_, text) in chunk.texts() {
+                    reader.splitter(&chunk).split_bytes(text, TextPolicy::Error, |piece| if let Piece::Word(word) = piece {
+                        *counts.entry(word.to_vec()).or_insert(0u64) += 1;
+                    }).unwrap();
+                }
+            }
+            position = reader.position();
+        }
+        prop_assert_eq!(position, None);
+        let (expected, bytes) = naive(&files, &spec, &splitter);
+        prop_assert_eq!(counts, expected);
         prop_assert_eq!(inputs.text_bytes(), bytes);
     }
 }

@@ -33,19 +33,22 @@ const BUFFER: usize = 1 << 20;
 pub type Setting = (String, String);
 
 /// Which of the two files.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Kind {
+    #[default]
     Counts,
     Merges,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 struct Head {
     kind: Kind,
     settings: Vec<Setting>,
-    /// Up to where the inputs are counted.
-    position: Position,
+    /// Up to where the inputs are counted; none: to their end.
+    position: Option<Position>,
+    /// Bytes of text before it.
+    text_bytes: u64,
     /// Words, or merges, in the body.
     items: u64,
     ties: u64,
@@ -67,8 +70,10 @@ pub struct Done {
 pub struct State {
     /// Counts of all text before `position`.
     pub counts: WordCounts,
-    /// Where counting goes on.
-    pub position: Position,
+    /// Where counting goes on; none: it is over.
+    pub position: Option<Position>,
+    /// Bytes of text before it.
+    pub text_bytes: u64,
     /// Merges done; none while counting is not over.
     pub done: Done,
 }
@@ -107,7 +112,7 @@ impl Checkpoint {
     pub fn open(path: &Path, settings: Vec<Setting>, every: Duration) -> Result<(Self, State)> {
         check_output(path, true)?;
         let this = Self { path: path.into(), settings, every, last: Instant::now() };
-        let mut state = State::default();
+        let mut state = State { position: Some(Position::default()), ..State::default() };
         if let Some((head, body)) = this.read(path, Kind::Counts)? {
             let mut rest = &body[..];
             for _ in 0..head.items {
@@ -115,9 +120,9 @@ impl Checkpoint {
                 let (Some(word), Some(count)) = (word, number(&mut rest)) else { return Err(broken(path)) };
                 state.counts.add_many(word, count);
             }
-            state.position = head.position;
+            (state.position, state.text_bytes) = (head.position, head.text_bytes);
         }
-        if state.position.whole
+        if state.position.is_none()
             && let Some((head, body)) = this.read(&merges_path(path), Kind::Merges)?
         {
             let (items, []) = body.as_chunks::<16>() else { return Err(broken(&merges_path(path))) };
@@ -140,9 +145,10 @@ impl Checkpoint {
         self.last + self.every
     }
 
-    /// Saves the counts of all text before `position`.
-    pub fn save_counts(&mut self, counts: &WordCounts, position: Position) -> Result<()> {
-        let mut file = self.begin(&self.path, Kind::Counts, position, counts.len() as u64, 0)?;
+    /// Saves the counts of all text before `position`, so many bytes; none: of all text.
+    pub fn save_counts(&mut self, counts: &WordCounts, position: Option<Position>, text_bytes: u64) -> Result<()> {
+        let head = Head { kind: Kind::Counts, position, text_bytes, items: counts.len() as u64, ..Head::default() };
+        let mut file = self.begin(&self.path, head)?;
         counts.for_each(|word, count| {
             file.number(word.len() as u64);
             file.buffer.extend_from_slice(word);
@@ -154,8 +160,8 @@ impl Checkpoint {
 
     /// Saves the merges done so far.
     pub fn save_merges(&mut self, pairs: &[Pair], counts: &[u64], ties: u64) -> Result<()> {
-        let mut file =
-            self.begin(&merges_path(&self.path), Kind::Merges, Position::default(), pairs.len() as u64, ties)?;
+        let head = Head { kind: Kind::Merges, items: pairs.len() as u64, ties, ..Head::default() };
+        let mut file = self.begin(&merges_path(&self.path), head)?;
         for (&(a, b), count) in pairs.iter().zip(counts) {
             file.buffer.extend([a.to_le_bytes(), b.to_le_bytes()].concat());
             file.buffer.extend(count.to_le_bytes());
@@ -164,8 +170,8 @@ impl Checkpoint {
         self.end(file)
     }
 
-    fn begin(&self, path: &Path, kind: Kind, position: Position, items: u64, ties: u64) -> Result<Sealed> {
-        let head = Head { kind, settings: self.settings.clone(), position, items, ties };
+    fn begin(&self, path: &Path, head: Head) -> Result<Sealed> {
+        let head = Head { settings: self.settings.clone(), ..head };
         let head = serde_json::to_vec(&head).map_err(|e| Error::format(path.display().to_string(), e.to_string()))?;
         let (file, mut buffer) = (AtomicFile::create(path, true)?, MAGIC.to_vec());
         buffer.extend(VERSION.to_le_bytes());
@@ -298,22 +304,22 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("run.ck");
         let (mut kept, fresh) = Checkpoint::open(&path, settings("a"), Duration::ZERO).unwrap();
-        assert!(fresh.counts.is_empty() && fresh.position == Position::default());
+        assert!(fresh.counts.is_empty() && fresh.position == Some(Position::default()));
         let mut counts = WordCounts::default();
         let long = vec![7; 300];
         for (word, count) in [(&b"the"[..], 1), (b" kiln", u64::MAX), (&long, 128)] {
             counts.add_many(word, count);
         }
-        let at = Position { chunks: 3, text_bytes: 1 << 40, whole: false };
-        kept.save_counts(&counts, at).unwrap();
+        let at = Position { file: 1, offset: 1 << 40, room: Some(7) };
+        kept.save_counts(&counts, Some(at), 99).unwrap();
         let state = open(&path, settings("a")).unwrap();
-        assert_eq!((state.position, state.done), (at, Done::default()));
+        assert_eq!((state.position, state.text_bytes, state.done), (Some(at), 99, Done::default()));
         assert_eq!(state.counts.into_sorted(), counts.clone().into_sorted());
-        kept.save_counts(&counts, Position { whole: true, ..at }).unwrap();
+        kept.save_counts(&counts, None, 100).unwrap();
         let done = Done { pairs: vec![(97, 98), (256, 70_000)], counts: vec![u64::MAX, 3], ties: 5 };
         kept.save_merges(&done.pairs, &done.counts, done.ties).unwrap();
         let state = open(&path, settings("a")).unwrap();
-        assert_eq!((state.position, state.done), (Position { whole: true, ..at }, done));
+        assert_eq!((state.position, state.done), (None, done));
     }
 
     #[test]
@@ -323,7 +329,7 @@ mod tests {
         let (mut kept, _) = Checkpoint::open(&path, settings("a"), Duration::ZERO).unwrap();
         let mut counts = WordCounts::default();
         counts.add_many(b"the", 3);
-        kept.save_counts(&counts, Position { whole: true, ..Position::default() }).unwrap();
+        kept.save_counts(&counts, None, 100).unwrap();
         let said = open(&path, settings("b")).unwrap_err().to_string();
         assert!(said.contains("input 1 a; found input 1 b"), "{said}");
         let said = open(&path, settings("a")[..1].to_vec()).unwrap_err().to_string();

@@ -55,17 +55,6 @@ pub struct Chunk {
     pub(crate) first_line: u64,
 }
 
-/// How far a reader has come.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Position {
-    /// Chunks that were handed out: the same ones each time, if their size is.
-    pub chunks: u64,
-    /// Bytes of text in them.
-    pub text_bytes: u64,
-    /// Whether that is all.
-    pub whole: bool,
-}
-
 impl Chunk {
     /// The texts that no pre-token crosses, with their places in `bytes`: all of it, or record by record.
     pub fn texts(&self) -> impl Iterator<Item = (usize, &[u8])> {
@@ -81,6 +70,18 @@ impl Chunk {
     pub fn record_count(&self) -> u64 {
         if self.records { self.places.len() as u64 } else { 0 }
     }
+}
+
+/// A place between two chunks: all text before it is handed out.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    /// Which of the files.
+    pub file: usize,
+    /// What of it is handed out: bytes of a text as a sample leaves it, lines of jsonl, rows of parquet.
+    pub offset: u64,
+    /// Bytes of text until the limit, where there is one.
+    #[serde(default)]
+    pub room: Option<u64>,
 }
 
 /// Input files, checked: each exists, is a file, can be opened, is what it says and is not empty.
@@ -228,6 +229,8 @@ struct State<'a> {
     next_index: u64,
     file_index: usize,
     open: Option<Box<dyn Source + 'a>>,
+    /// Where to begin in the next file that is opened.
+    start: u64,
     /// Of the open file.
     used: u64,
     /// Bytes of text until the limit.
@@ -239,34 +242,34 @@ impl<'a> ChunkReader<'a> {
     /// A reader at the beginning of the first file. `chunk_bytes` is a wish; 0 counts as 1.
     pub fn new(inputs: &'a Inputs, splitter: &'a Splitter, chunk_bytes: usize) -> Self {
         let room = inputs.spec.limit_bytes.unwrap_or(u64::MAX);
-        let state = State { next_index: 0, file_index: 0, open: None, used: 0, room, finished: false };
+        let state = State { next_index: 0, file_index: 0, open: None, start: 0, used: 0, room, finished: false };
         let (plain, state) = (splitter.without_specials(), Mutex::new(state));
         let (chunk_bytes, most_uncut) = (chunk_bytes.max(1), MOST_UNCUT_BYTES);
         Self { inputs, splitter, plain, chunk_bytes, most_uncut, progress: None, state }
-    }
-
-    /// How far it has come.
-    pub fn position(&self) -> Result<Position> {
-        let state = self.state.lock().map_err(|_| Error::Interrupted)?;
-        let whole = state.finished || state.file_index == self.inputs.files.len();
-        Ok(Position { chunks: state.next_index, text_bytes: self.inputs.text_bytes(), whole })
-    }
-
-    /// Reads on to where another reader has come, and forgets what it reads.
-    pub fn skip_to(&self, position: Position, progress: &Progress) -> Result<()> {
-        let mut chunk = Chunk::default();
-        for _ in 0..position.chunks {
-            progress.check()?;
-            self.next(&mut chunk)?;
-            progress.add(chunk.read_bytes);
-        }
-        Ok(())
     }
 
     /// Lets `progress` stop a reader that waits for standard input.
     #[must_use]
     pub fn stopped_by(self, progress: &'a Progress) -> Self {
         Self { progress: Some(progress), ..self }
+    }
+
+    /// Goes on behind what another reader of the same inputs has handed out.
+    #[must_use]
+    pub fn starting_at(self, position: Position) -> Self {
+        let room = position.room.unwrap_or(u64::MAX);
+        let (file_index, start) = (position.file, position.offset);
+        let state = State { next_index: 0, file_index, open: None, start, used: 0, room, finished: false };
+        Self { state: Mutex::new(state), ..self }
+    }
+
+    /// Up to where chunks were handed out; none: all were.
+    pub fn position(&self) -> Option<Position> {
+        let state = self.state.lock().ok()?;
+        let offset = state.open.as_ref().map_or(state.start, |source| source.position());
+        let room = (state.room < u64::MAX).then_some(state.room);
+        let more = !state.finished && state.file_index < self.inputs.files.len();
+        more.then_some(Position { file: state.file_index, offset, room })
     }
 
     /// Another bound than [`MOST_UNCUT_BYTES`].
@@ -314,7 +317,20 @@ impl<'a> ChunkReader<'a> {
         }
         let source = match &mut state.open {
             Some(source) => source,
-            none => none.insert(self.inputs.open_file(state.file_index, self.progress)?),
+            none => {
+                let source = none.insert(self.inputs.open_file(state.file_index, self.progress)?);
+                let start = std::mem::take(&mut state.start);
+                if start > 0 {
+                    let found = &self.inputs.files[state.file_index];
+                    if found.stdin {
+                        let what = "cannot be read again; expected files where a run is to go on".into();
+                        return Err(Error::File { path: found.path.clone(), what });
+                    }
+                    source.skip(start, self.splitter)?;
+                    state.used = source.used();
+                }
+                source
+            }
         };
         (chunk.index, chunk.file) = (state.next_index, state.file_index);
         chunk.raw.clear();

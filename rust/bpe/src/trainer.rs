@@ -224,7 +224,6 @@ impl Trainer {
         let mut settings = self.names();
         let InputSpec { field, limit_bytes, sample, seed, .. } = &inputs;
         settings.push(("part of the inputs".into(), format!("{field:?} {limit_bytes:?} {sample:?} {seed}")));
-        settings.push(("bytes of a chunk".into(), chunk_bytes.to_string()));
         let inputs = Inputs::of(inputs)?;
         if !inputs.can_be_read_again() {
             let what = "checkpoint: found standard input, which cannot be read again; expected files";
@@ -238,21 +237,20 @@ impl Trainer {
         (self.counts, self.done) = (state.counts, state.done);
         progress.begin(Stage::Count, inputs.total_bytes());
         progress.add_pretokens(self.counts.seen());
-        let reader = ChunkReader::new(&inputs, &self.splitter, chunk_bytes).stopped_by(progress);
-        (self.bytes, self.resumed_bytes) = (state.position.text_bytes, state.position.text_bytes);
-        if !state.position.whole {
-            reader.skip_to(state.position, progress)?;
+        self.resumed_bytes = state.text_bytes;
+        let mut next = state.position;
+        if let Some(from) = next {
+            let reader = ChunkReader::new(&inputs, &self.splitter, chunk_bytes).stopped_by(progress).starting_at(from);
+            while next.is_some() {
+                let due = kept.due();
+                let pause = || Ok(progress.stopped() || Instant::now() >= due);
+                self.counts.merge(count_chunks(&reader, &inputs, self.settings.policy, threads, progress, &pause)?);
+                next = reader.position();
+                kept.save_counts(&self.counts, next, self.resumed_bytes + inputs.text_bytes())?;
+                progress.check()?;
+            }
         }
-        let mut position = state.position;
-        while !position.whole {
-            let due = kept.due();
-            let pause = || Ok(progress.stopped() || Instant::now() >= due);
-            self.counts.merge(count_chunks(&reader, &inputs, self.settings.policy, threads, progress, &pause)?);
-            position = reader.position()?;
-            kept.save_counts(&self.counts, position)?;
-            progress.check()?;
-            self.bytes = position.text_bytes;
-        }
+        self.bytes = self.resumed_bytes + inputs.text_bytes();
         self.checkpoint = Some(kept);
         self.count_time += start.elapsed();
         Ok(())

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use crate::error::Result;
 use crate::input::Chunk;
+use crate::pretokenize::Splitter;
 use crate::sources::document::Gather;
 use crate::sources::sample::Sample;
 use crate::sources::{End, Job, Source};
@@ -28,11 +29,13 @@ pub(crate) struct FeedSource {
     sample: Option<Sample>,
     size: u64,
     rows: u64,
+    /// Rows that were handed out before.
+    skip: u64,
 }
 
 impl FeedSource {
     pub fn new(feed: Box<dyn Feed>, sample: Option<Sample>, size: u64) -> Self {
-        Self { feed, sample, size, rows: 0 }
+        Self { feed, sample, size, rows: 0, skip: 0 }
     }
 }
 
@@ -41,10 +44,10 @@ impl Source for FeedSource {
         chunk.records = true;
         let mut gather = Gather::new(chunk, self.sample, job.plain, job.room);
         while gather.len() < job.chunk_bytes {
-            let rows = &mut self.rows;
+            let (rows, skip) = (&mut self.rows, self.skip);
             let more = self.feed.next(&mut |document| {
                 *rows += 1;
-                if gather.takes(*rows) {
+                if *rows > skip && gather.takes(*rows) {
                     let added = gather.add(*rows, |out| {
                         out.extend_from_slice(document);
                         Ok(())
@@ -61,6 +64,15 @@ impl Source for FeedSource {
             }
         }
         Ok(End::Open)
+    }
+
+    fn position(&self) -> u64 {
+        self.rows
+    }
+
+    fn skip(&mut self, to: u64, _splitter: &Splitter) -> Result<()> {
+        self.skip = to;
+        Ok(())
     }
 
     #[expect(clippy::cast_sign_loss, clippy::cast_precision_loss, reason = "for a progress bar")]

@@ -15,6 +15,9 @@ use crate::sources::sample::Sample;
 use crate::sources::unpack::Stream;
 use crate::sources::{End, Job, Source};
 
+/// Bytes at a time in which lines are passed over.
+const BLOCK: usize = 64 << 10;
+
 /// What to take from a line.
 #[derive(Clone, Copy)]
 pub(crate) struct Records<'a> {
@@ -79,6 +82,32 @@ impl Source for Jsonl<'_> {
 
     fn used(&self) -> u64 {
         self.stream.used()
+    }
+
+    fn position(&self) -> u64 {
+        self.lines
+    }
+
+    fn skip(&mut self, to: u64, _splitter: &Splitter) -> Result<()> {
+        while self.lines < to {
+            let mut raw = std::mem::take(&mut self.rest);
+            let wanted = raw.len() + BLOCK;
+            let ended = self.stream.read_to(&mut raw, wanted)?;
+            let mut from = 0;
+            while self.lines < to
+                && let Some(at) = memchr::memchr(b'\n', &raw[from..])
+            {
+                from += at + 1;
+                self.lines += 1;
+            }
+            if self.lines == to {
+                self.rest.extend_from_slice(&raw[from..]);
+            } else if ended {
+                let what = format!("ends in line {}; expected {to} that were read before", self.lines + 1);
+                return Err(Error::File { path: self.records.path.into(), what });
+            }
+        }
+        Ok(())
     }
 }
 

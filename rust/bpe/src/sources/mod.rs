@@ -122,6 +122,12 @@ pub(crate) trait Source: Send {
 
     /// Bytes of the file read so far, for progress.
     fn used(&self) -> u64;
+
+    /// What was handed out: bytes of text, lines or rows.
+    fn position(&self) -> u64;
+
+    /// Goes on behind what was handed out before; called before anything is.
+    fn skip(&mut self, to: u64, splitter: &Splitter) -> Result<()>;
 }
 
 /// Where a text without borders must end: at its last certain border, else behind its last whole character.

@@ -99,6 +99,37 @@ impl Source for Text<'_> {
     fn used(&self) -> u64 {
         self.stream.used()
     }
+
+    fn position(&self) -> u64 {
+        self.handed
+    }
+
+    fn skip(&mut self, to: u64, splitter: &Splitter) -> Result<()> {
+        if self.filter.is_none() && self.stream.seek(to)? {
+            self.handed = to;
+            return Ok(());
+        }
+        let mut chunk = Chunk::default();
+        while self.handed < to {
+            let wanted = (to - self.handed).min(BLOCK as u64) as usize;
+            chunk.bytes.clear();
+            chunk.bytes.append(&mut self.rest);
+            chunk.places.clear();
+            chunk.places.append(&mut self.rest_places);
+            let ended = self.read_to(&mut chunk, splitter, wanted)?;
+            let cut = wanted.min(chunk.bytes.len());
+            self.rest.extend_from_slice(&chunk.bytes[cut..]);
+            if self.filter.is_some() {
+                split_places(&mut chunk.places, cut, &mut self.rest_places);
+            }
+            self.handed += cut as u64;
+            if ended && self.handed < to && self.rest.is_empty() {
+                let what = format!("ends after {} bytes of text; expected {to} that were read before", self.handed);
+                return Err(Error::File { path: self.stream.path().into(), what });
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Takes the places of what lies behind `cut` over to the rest.

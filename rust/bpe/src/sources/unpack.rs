@@ -181,6 +181,14 @@ impl<'a> Stream<'a> {
         if self.packing.is_some() { self.used.load(Relaxed) } else { self.produced }
     }
 
+    /// Goes to a place in the text, before anything was read; `false` where that takes reading.
+    pub fn seek(&mut self, to: u64) -> Result<bool> {
+        let Reader::Plain(file) = &mut self.reader else { return Ok(false) };
+        file.seek(SeekFrom::Start(to)).map_err(|e| Error::io(&self.path, &e))?;
+        self.produced = to;
+        Ok(true)
+    }
+
     /// What the file is called in messages.
     pub fn path(&self) -> &Path {
         &self.path
