@@ -31,9 +31,8 @@ fn texts() -> Vec<(&'static str, String)> {
     };
     let prose = text::prose(BYTES);
     // Cyrillic: its letters in place of the prose's.
-    let cyrillic = prose
-        .chars()
-        .map(|c| char::from_u32(0x430 + (c as u32 - 0x61) % 32).filter(|_| c.is_alphabetic()).unwrap_or(c));
+    let letter = |c: char| char::from_u32(0x430 + c as u32 % 32).filter(|_| c.is_alphabetic()).unwrap_or(c);
+    let cyrillic = prose.chars().map(letter);
     vec![
         ("Cyrillic", cyrillic.collect()),
         ("prose", prose),

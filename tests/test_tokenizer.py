@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -400,3 +401,31 @@ def test_malformed_tokenizer_json_is_named(kiln: Tokenizer, old: str, new: str, 
     assert old in text
     with pytest.raises(FormatError, match=message):
         Tokenizer.from_json(text.replace(old, new, 1))
+
+
+LEVEL = """
+import sys
+import bytekiln
+from bytekiln.errors import ConfigError
+try:
+    for pattern in ("gpt2", "cl100k", "o200k"):
+        print(ascii(bytekiln.train_bpe_from_iterator([], vocab_size=256, pattern=pattern).pretokenize(sys.argv[1])))
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_every_level_of_instructions_gives_the_same_pretokens() -> None:
+    text = "It's 12345 km, HTTPServer's naïve «été» — Ёжик\u3000日本語ABC!!\r\n/x  \n \n" * 9
+
+    def said(level: str) -> str:
+        env = {**os.environ, "BYTEKILN_SIMD": level}
+        done = subprocess.run([sys.executable, "-c", LEVEL, text], env=env, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    levels = said("mmx").partition("expected what this processor has, of ")[2].strip().split(", ")
+    assert levels[0] == "scalar"
+    best = said("")
+    assert best.count("\n") == 3 and len(best) > 3 * len(text)
+    for level in levels:
+        assert said(level) == best, level
