@@ -11,11 +11,11 @@ from os import PathLike
 from typing import Literal
 
 from bytekiln import _core
-from bytekiln._core import Tokenizer
+from bytekiln._core import Counts, Tokenizer
 from bytekiln.errors import ConfigError
 from bytekiln.tokenfile import TokenFile
 
-__all__ = ["Tokenizer", "encode_files", "train_bpe", "train_bpe_from_iterator"]
+__all__ = ["Counts", "Tokenizer", "encode_files", "train_bpe", "train_bpe_from_iterator"]
 
 Progress = Callable[[str, int, int], object]
 """Called with the stage, the units done and the units in all."""
@@ -32,6 +32,7 @@ def train_bpe(
     tie_break: TieBreak = "lexicographic",
     errors: TextPolicy = "error",
     threads: int | None = None,
+    max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> Tokenizer:
     """Train a byte-level BPE tokenizer (Sennrich et al. 2016) on text files.
@@ -47,6 +48,8 @@ def train_bpe(
         errors: what to do with invalid UTF-8: `error` (names file and byte offset), `replace` (U+FFFD),
             `bytes` (keep the bytes; pre-token borders fall as if each were U+FFFD).
         threads: default: one a core. The result never depends on it.
+        max_memory: bytes that counting and merging may take, 16 MiB or more; default: half of the machine's. Counts
+            that exceed it go to disk; merging that needs more is refused. The result never depends on it.
         progress: called as `progress(stage, done, total)` up to fifty times a second.
 
     Raises:
@@ -63,6 +66,7 @@ def train_bpe(
         tie_break=tie_break,
         errors=errors,
         threads=threads,
+        max_memory=max_memory,
         progress=progress,
     )[0]
 
@@ -79,7 +83,8 @@ def train_bpe_from_iterator(
 ) -> Tokenizer:
     """Train on documents from an iterator; arguments and errors as in `train_bpe`.
 
-    Each item is one document: no pre-token crosses from one to the next.
+    Each item is one document: no pre-token crosses from one to the next. Documents are counted as they come, in
+    constant memory, with the GIL released.
 
     >>> train_bpe_from_iterator(["aaab", "aab"], vocab_size=257).merges
     [(b'a', b'a')]

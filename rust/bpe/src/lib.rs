@@ -1,13 +1,14 @@
 //! Byte-level BPE: training, encoding and tokenizing of datasets, exact whatever the number of threads, the
 //! chunk sizes and the splits of the input.
 //!
-//! Floors: `error` < `scan` < `pretokenize` < `input` < `words` < `count` < `ties` < `queue` < `merge` < `train` <
-//! `vocab` < `encode` < `corpus`; `atomic` < `tokens` < `corpus`; `trainer` joins `count`, `train` and `vocab`;
+//! Floors: `error` < `scan` < `pretokenize` < `input` < `words` < `count` < `counts` < `ties` < `queue` < `merge` < `train` <
+//! `vocab` < `encode` < `corpus`; `atomic` < `tokens` < `corpus`; `counts` writes through `atomic`; `trainer` joins `counts`, `train` and `vocab`;
 //! `formats` reads and writes a `vocab`; `naive` is the specification that tests hold all of it to.
 
 pub mod atomic;
 pub mod corpus;
 pub mod count;
+pub mod counts;
 pub mod encode;
 pub mod error;
 pub mod formats;

@@ -17,6 +17,8 @@ pub enum Stage {
     Merge,
     /// Encoding files; in bytes of text.
     Encode,
+    /// Adding up and writing counts; in words.
+    Save,
 }
 
 impl Stage {
@@ -27,6 +29,7 @@ impl Stage {
             Self::Count => "count",
             Self::Merge => "merge",
             Self::Encode => "encode",
+            Self::Save => "save",
         }
     }
 }
@@ -47,6 +50,7 @@ impl Progress {
             1 => Stage::Count,
             2 => Stage::Merge,
             3 => Stage::Encode,
+            4 => Stage::Save,
             _ => Stage::Idle,
         };
         (stage, self.done.load(Relaxed), self.total.load(Relaxed))

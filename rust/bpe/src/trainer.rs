@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use crate::count::{WordCounts, count_files, count_text};
+use crate::counts::{Counts, Memory};
 use crate::error::Result;
 use crate::input::Inputs;
 use crate::pretokenize::{Pattern, Splitter, TextPolicy};
@@ -36,6 +36,8 @@ pub struct TrainStats {
     pub merge_s: f64,
     /// Threads that counted.
     pub threads: usize,
+    /// Tables of counts that had no room in memory and went to disk.
+    pub spilled_runs: u64,
     /// Bytes of the longest token.
     #[serde(skip)]
     pub longest_token: Vec<u8>,
@@ -44,13 +46,10 @@ pub struct TrainStats {
 /// A training run: checked settings and the counts so far.
 #[derive(Debug)]
 pub struct Trainer {
-    specials: Vec<String>,
-    splitter: Splitter,
     rule: TieBreak,
-    policy: TextPolicy,
     requested_merges: usize,
-    counts: WordCounts,
-    bytes: u64,
+    min_frequency: u64,
+    counts: Counts,
     count_time: Duration,
     threads: usize,
 }
@@ -59,22 +58,31 @@ impl Trainer {
     /// Checks the settings before any text is read.
     pub fn new(
         vocab_size: usize,
-        specials: Vec<String>,
+        specials: &[String],
         pattern: &str,
         rule: TieBreak,
         policy: TextPolicy,
     ) -> Result<Self> {
-        Ok(Self {
-            requested_merges: room_for_merges(vocab_size, &specials)?,
-            splitter: Splitter::new(Arc::new(Pattern::new(pattern)?), &specials)?,
-            specials,
-            rule,
-            policy,
-            counts: WordCounts::default(),
-            bytes: 0,
-            count_time: Duration::ZERO,
-            threads: 1,
-        })
+        let requested_merges = room_for_merges(vocab_size, specials)?;
+        let splitter = Splitter::new(Arc::new(Pattern::new(pattern)?), specials)?;
+        let counts = Counts::new(splitter, policy, Memory::new(None, None)?);
+        Ok(Self { rule, requested_merges, min_frequency: 1, counts, count_time: Duration::ZERO, threads: 1 })
+    }
+
+    /// A run on counts that are there.
+    pub fn from_counts(counts: Counts, vocab_size: usize, rule: TieBreak) -> Result<Self> {
+        let requested_merges = room_for_merges(vocab_size, counts.splitter().specials())?;
+        Ok(Self { rule, requested_merges, min_frequency: 1, counts, count_time: Duration::ZERO, threads: 1 })
+    }
+
+    /// Leaves rarer words out.
+    pub fn set_min_frequency(&mut self, min_frequency: u64) {
+        self.min_frequency = min_frequency;
+    }
+
+    /// Caps the memory of counting and merging.
+    pub fn set_memory(&mut self, memory: Memory) {
+        self.counts.set_memory(memory);
     }
 
     /// Counts the text of files; no pre-token crosses from one to the next.
@@ -87,10 +95,8 @@ impl Trainer {
     ) -> Result<()> {
         let start = Instant::now();
         let inputs = Inputs::open(paths)?;
-        let counts = count_files(&inputs, &self.splitter, self.policy, threads, chunk_bytes, progress)?;
-        self.counts.merge(counts);
+        self.counts.add_files(&inputs, threads, chunk_bytes, progress)?;
         self.threads = threads;
-        self.bytes += inputs.total_bytes();
         self.count_time += start.elapsed();
         Ok(())
     }
@@ -98,30 +104,33 @@ impl Trainer {
     /// Counts one document.
     pub fn add_document(&mut self, text: &[u8]) -> Result<()> {
         let start = Instant::now();
-        count_text(text, &self.splitter, self.policy, &mut self.counts)?;
-        self.bytes += text.len() as u64;
+        self.counts.add_text(text)?;
         self.count_time += start.elapsed();
         Ok(())
     }
 
     /// Learns the merges.
-    pub fn finish(self, progress: &Progress) -> Result<(Vocab, TrainStats)> {
+    pub fn finish(mut self, progress: &Progress) -> Result<(Vocab, TrainStats)> {
         let start = Instant::now();
-        let words = self.counts.into_words();
-        let (pretokens, distinct_pretokens) = (words.iter().map(|word| word.1).sum(), words.len());
+        let about = self.counts.about()?;
+        let words = self.counts.words(self.min_frequency, self.requested_merges, progress)?;
+        let (splitter, spilled_runs) = (Arc::clone(self.counts.splitter()), self.counts.spilled_runs());
+        // The tables have done their work.
+        drop(self.counts);
         let merges = train(&words, self.requested_merges, self.rule, progress)?;
         let stats = TrainStats {
-            bytes: self.bytes,
-            pretokens,
-            distinct_pretokens,
+            bytes: about.bytes,
+            pretokens: about.pretokens,
+            distinct_pretokens: words.len(),
             merges: merges.pairs.len(),
             requested_merges: self.requested_merges,
             count_s: self.count_time.as_secs_f64(),
             merge_s: start.elapsed().as_secs_f64(),
             threads: self.threads,
+            spilled_runs,
             longest_token: merges.tokens.iter().max_by_key(|token| token.len()).cloned().unwrap_or_default(),
         };
-        let vocab = Vocab::from_training(merges, &self.specials, self.splitter.pattern().name())?;
+        let vocab = Vocab::from_training(merges, splitter.specials(), splitter.pattern().name())?;
         Ok((vocab, stats))
     }
 }

@@ -4,6 +4,7 @@
 #![allow(clippy::needless_pass_by_value, reason = "arguments arrive converted, by value")]
 #![allow(clippy::doc_markdown, reason = "these texts are shown by Python's help")]
 
+mod counts;
 mod error;
 mod kernels;
 mod tokenizer;
@@ -24,10 +25,11 @@ use bytekiln_bpe::vocab::Vocab;
 use bytekiln_bpe::{Error, Result};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyIterator, PyString};
+use pyo3::types::PyBytes;
 
+use crate::counts::{Counts, train_bpe_from_counts};
 use crate::error::{OrRaise, to_python};
-use crate::tokenizer::{TokenIterator, Tokenizer, text_of};
+use crate::tokenizer::{TokenIterator, Tokenizer};
 
 /// How often a running job is looked at: signals and the progress call.
 const LOOK: Duration = Duration::from_millis(20);
@@ -103,7 +105,7 @@ fn trainer(
     let size = usize::try_from(size).unwrap_or(0);
     let made = TieBreak::from_name(tie_break).and_then(|rule| {
         let policy = TextPolicy::from_name(errors)?;
-        Trainer::new(size, specials, pattern, rule, policy)
+        Trainer::new(size, &specials, pattern, rule, policy)
     });
     made.or_raise(py)
 }
@@ -117,7 +119,7 @@ fn trained(py: Python<'_>, (vocab, stats): (Vocab, TrainStats)) -> PyResult<(Tok
 
 /// `bytekiln.train_bpe`, with the statistics of the run and the size of the chunks.
 #[pyfunction]
-#[pyo3(signature = (files, *, vocab_size, special_tokens=Vec::new(), pattern="gpt2", tie_break="lexicographic", errors="error", threads=None, chunk_bytes=None, progress=None), text_signature = "(files, *, vocab_size, special_tokens=(), pattern='gpt2', tie_break='lexicographic', errors='error', threads=None, chunk_bytes=None, progress=None)")]
+#[pyo3(signature = (files, *, vocab_size, special_tokens=Vec::new(), pattern="gpt2", tie_break="lexicographic", errors="error", threads=None, chunk_bytes=None, max_memory=None, beside=None, progress=None), text_signature = "(files, *, vocab_size, special_tokens=(), pattern='gpt2', tie_break='lexicographic', errors='error', threads=None, chunk_bytes=None, max_memory=None, beside=None, progress=None)")]
 #[expect(clippy::too_many_arguments, reason = "keyword-only options of the Python function")]
 fn train_bpe(
     py: Python<'_>,
@@ -129,9 +131,12 @@ fn train_bpe(
     errors: &str,
     threads: Option<usize>,
     chunk_bytes: Option<usize>,
+    max_memory: Option<u64>,
+    beside: Option<PathBuf>,
     progress: Option<Bound<'_, PyAny>>,
 ) -> PyResult<(Tokenizer, Py<PyAny>)> {
     let mut trainer = trainer(py, vocab_size, special_tokens, pattern, tie_break, errors)?;
+    trainer.set_memory(counts::memory(max_memory, beside).or_raise(py)?);
     let threads = threads_or_default(py, threads)?;
     let done = watched(py, progress, |progress| {
         trainer.add_files(&files, threads, chunk_bytes.unwrap_or(DEFAULT_CHUNK_BYTES), progress)?;
@@ -155,22 +160,7 @@ fn train_bpe_from_iterator(
     progress: Option<Bound<'_, PyAny>>,
 ) -> PyResult<(Tokenizer, Py<PyAny>)> {
     let mut trainer = trainer(py, vocab_size, special_tokens, pattern, tie_break, errors)?;
-    for (index, text) in PyIterator::from_object(texts)?.enumerate() {
-        if index % LOOK_EVERY == 0 {
-            py.check_signals()?;
-        }
-        let text = text?;
-        let added = if let Ok(text) = text.cast::<PyString>() {
-            trainer.add_document(text_of(text)?.as_bytes())
-        } else {
-            trainer.add_document(text.extract::<&[u8]>()?)
-        };
-        let located = added.map_err(|error| match error {
-            Error::Text(what) => Error::Text(format!("texts[{index}]: {what}")),
-            other => other,
-        });
-        located.or_raise(py)?;
-    }
+    counts::for_each_document(py, texts, |text| trainer.add_document(text))?;
     let done = watched(py, progress, |progress| trainer.finish(progress))?;
     trained(py, done)
 }
@@ -222,7 +212,10 @@ mod _core {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use super::{TokenIterator, Tokenizer, encode_files, payload_checksum, train_bpe, train_bpe_from_iterator};
+    use super::{
+        Counts, TokenIterator, Tokenizer, encode_files, payload_checksum, train_bpe, train_bpe_from_counts,
+        train_bpe_from_iterator,
+    };
 
     #[pymodule_export]
     use super::kernels::{
