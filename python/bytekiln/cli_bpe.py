@@ -22,9 +22,11 @@ from bytekiln.bpe_flags import (
     PATTERN_HELP,
     Dataset,
     StageProgress,
+    add_memory_flag,
     add_text_flags,
     check_output,
     in_processed,
+    refuse_settings_of_counts,
     share,
     size,
     text,
@@ -51,10 +53,12 @@ def train(argv: Sequence[str]) -> int:
             'bpe-train corpus.txt --vocab-size 4096 --special-token "<|endoftext|>" --out tokenizer.json',
             "bpe-train a.txt b.txt --vocab-size 32k --pattern cl100k --out tokenizer.json --overwrite --json",
             "bpe-train --dataset owt        # data/owt_train.txt, 32,000 tokens",
+            "bpe-train --counts a.counts b.counts --vocab-size 32k --out tokenizer.json   # of bpe-count",
         ],
     )
     add = parser.add_argument
     add("inputs", nargs="*", type=Path, metavar="INPUT", help="UTF-8 text files; no word crosses a file's border")
+    add("--counts", nargs="+", type=Path, default=[], metavar="F", help="counts files of bpe-count instead of text")
     add("--vocab-size", type=size, metavar="N", help="tokens in all: 256 bytes + merges + special tokens; 32k is fine")
     add(
         "--special-token",
@@ -69,7 +73,6 @@ def train(argv: Sequence[str]) -> int:
     add(
         "--pattern",
         type=text,
-        default="gpt2",
         metavar="P",
         help="gpt2 (default), cl100k, o200k, or a regular expression",
     )
@@ -81,6 +84,8 @@ def train(argv: Sequence[str]) -> int:
         "Hugging Face's trainer does",
     )
     add_text_flags(parser)
+    parser.set_defaults(errors=None)
+    add_memory_flag(parser)
     add("--dataset", metavar="X", help="train on data/X_train.txt into data/processed/X_tokenizer.json")
     add("--overwrite", action="store_true", help="replace an existing output")
     add("--json", action="store_true", help="print the statistics as one JSON object")
@@ -95,26 +100,38 @@ def train(argv: Sequence[str]) -> int:
         args.vocab_size = args.vocab_size or VOCAB_SIZES.get(dataset.name)
         args.special_token = args.special_token or [EOT]
         args.out = args.out or in_processed(dataset.tokenizer)
-    if not args.inputs:
-        parser.error("no input; expected one text file or more, or --dataset X")
+    if args.counts:
+        if args.inputs:
+            parser.error("found text and --counts; expected one of them")
+        refuse_settings_of_counts(args, parser)
+    elif not args.inputs:
+        parser.error("no input; expected one text file or more, --counts F…, or --dataset X")
     if args.vocab_size is None:
         parser.error("--vocab-size is missing; expected 257 or more, such as --vocab-size 4096")
     if args.out is None:
         parser.error("--out is missing; expected the file to write, such as --out tokenizer.json")
-    check_output(args.out, args.inputs, overwrite=args.overwrite)
+    check_output(args.out, [*args.inputs, *args.counts], overwrite=args.overwrite)
 
     start = time.perf_counter()
     with ExitStack() as bars:
-        tokenizer, stats = _core.train_bpe(
-            args.inputs,
-            vocab_size=args.vocab_size,
-            special_tokens=args.special_token,
-            pattern=args.pattern,
-            tie_break=args.tie_break,
-            errors=args.errors,
-            threads=args.threads,
-            progress=StageProgress(bars),
-        )
+        options: dict[str, Any] = {
+            "vocab_size": args.vocab_size,
+            "tie_break": args.tie_break,
+            "max_memory": args.max_memory,
+            "beside": args.out,
+            "progress": StageProgress(bars),
+        }
+        if args.counts:
+            tokenizer, stats = _core.train_bpe_from_counts(args.counts, **options)
+        else:
+            tokenizer, stats = _core.train_bpe(
+                args.inputs,
+                special_tokens=args.special_token,
+                pattern=args.pattern or "gpt2",
+                errors=args.errors or "error",
+                threads=args.threads,
+                **options,
+            )
     tokenizer.save(args.out, overwrite=args.overwrite)
     seconds = time.perf_counter() - start
     if stats["merges"] < stats["requested_merges"]:
@@ -151,6 +168,7 @@ def _training_json(out: Path, tokenizer: Tokenizer, stats: dict[str, Any], secon
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "threads": stats["threads"],
+        "spilled_runs": stats["spilled_runs"],
     }
 
 
