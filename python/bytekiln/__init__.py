@@ -12,10 +12,11 @@ matplotlib are imported by the modules that use them (`bytekiln.train`, `bytekil
 from bytekiln._core import __version__
 from bytekiln.errors import BytekilnError
 from bytekiln.tokenfile import TokenFile
-from bytekiln.tokenizer import Tokenizer, encode_files, train_bpe, train_bpe_from_iterator
+from bytekiln.tokenizer import Counts, Tokenizer, encode_files, train_bpe, train_bpe_from_iterator
 
 __all__ = [
     "BytekilnError",
+    "Counts",
     "TokenFile",
     "Tokenizer",
     "__version__",

@@ -11,11 +11,11 @@ from os import PathLike
 from typing import Literal, overload
 
 from bytekiln import _core
-from bytekiln._core import Tokenizer
+from bytekiln._core import Counts, Tokenizer
 from bytekiln.errors import ConfigError
 from bytekiln.tokenfile import TokenFile
 
-__all__ = ["Tokenizer", "encode_files", "train_bpe", "train_bpe_from_iterator"]
+__all__ = ["Counts", "Tokenizer", "encode_files", "train_bpe", "train_bpe_from_iterator"]
 
 Progress = Callable[[str, int, int], object]
 """Called with the stage, the units done and the units in all."""
@@ -36,6 +36,7 @@ def train_bpe(
     max_token_length: int | None = None,
     extend: Tokenizer | None = None,
     threads: int | None = None,
+    max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> Tokenizer: ...
 @overload
@@ -51,6 +52,7 @@ def train_bpe(
     max_token_length: int | None = None,
     extend: Tokenizer | None = None,
     threads: int | None = None,
+    max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> list[Tokenizer]: ...
 def train_bpe(
@@ -65,6 +67,7 @@ def train_bpe(
     max_token_length: int | None = None,
     extend: Tokenizer | None = None,
     threads: int | None = None,
+    max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> Tokenizer | list[Tokenizer]:
     """Train a byte-level BPE tokenizer (Sennrich et al. 2016) on text files.
@@ -88,6 +91,8 @@ def train_bpe(
             new tokens follow. Special tokens and pattern are its own, others are refused. On the text that it was
             trained on, the merges are those of training at once.
         threads: default: one a core. The result never depends on it.
+        max_memory: bytes that counting and merging may take, 16 MiB or more; default: half of the machine's. Counts
+            that exceed it go to disk; merging that needs more is refused. The result never depends on it.
         progress: called as `progress(stage, done, total)` up to fifty times a second.
 
     Raises:
@@ -108,6 +113,7 @@ def train_bpe(
         max_token_length=max_token_length,
         extend=extend,
         threads=threads,
+        max_memory=max_memory,
         progress=progress,
     )
     return tokenizers[0] if isinstance(vocab_size, int) else tokenizers
@@ -156,8 +162,8 @@ def train_bpe_from_iterator(
 ) -> Tokenizer | list[Tokenizer]:
     """Train on documents from an iterator; arguments and errors as in `train_bpe`.
 
-    Each item is one document: no pre-token crosses from one to the next. Without any text the tokenizer has the bytes
-    and the special tokens only.
+    Each item is one document: no pre-token crosses from one to the next. Documents are counted as they come, in
+    constant memory, with the GIL released. Without any text the tokenizer has the bytes and the special tokens only.
 
     >>> train_bpe_from_iterator(["aaab", "aab"], vocab_size=257).merges
     [(b'a', b'a')]

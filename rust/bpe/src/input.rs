@@ -46,6 +46,8 @@ pub struct Position {
 #[derive(Debug)]
 pub struct Inputs {
     paths: Vec<PathBuf>,
+    /// Of each file.
+    sizes: Vec<u64>,
     total_bytes: u64,
 }
 
@@ -55,7 +57,7 @@ impl Inputs {
         if paths.is_empty() {
             return Err(Error::Config("inputs: found none; expected at least one text file".into()));
         }
-        let mut total_bytes = 0;
+        let (mut sizes, mut total_bytes) = (Vec::with_capacity(paths.len()), 0);
         for path in paths {
             let found = open_text(path)?.metadata().map_err(|e| Error::io(path, &e))?;
             if !found.is_file() {
@@ -67,8 +69,9 @@ impl Inputs {
                 return Err(Error::File { path: path.clone(), what: "empty file (0 bytes); expected text".into() });
             }
             total_bytes += size;
+            sizes.push(size);
         }
-        Ok(Self { paths: paths.to_vec(), total_bytes })
+        Ok(Self { paths: paths.to_vec(), sizes, total_bytes })
     }
 
     /// The paths, as given.
@@ -79,6 +82,23 @@ impl Inputs {
     /// Sum of the sizes.
     pub fn total_bytes(&self) -> u64 {
         self.total_bytes
+    }
+
+    /// Bytes before a place; none is the end.
+    pub fn bytes_before(&self, position: Option<Position>) -> u64 {
+        position.map_or(self.total_bytes, |Position { file, offset }| self.sizes[..file].iter().sum::<u64>() + offset)
+    }
+
+    /// The place behind so many bytes; none: the end.
+    pub fn position_of(&self, bytes: u64) -> Option<Position> {
+        let mut offset = bytes;
+        for (file, &size) in self.sizes.iter().enumerate() {
+            if offset < size {
+                return Some(Position { file, offset });
+            }
+            offset -= size;
+        }
+        None
     }
 
     /// Adds the file and the offset in it to an error of the text policy.
