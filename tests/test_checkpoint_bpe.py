@@ -115,20 +115,11 @@ def test_counting_goes_on_within_a_file_and_merging_within_the_list(texts: Path,
 
 
 @pytest.fixture
-def begun(command, corpus: Path, tmp_path: Path) -> Path:
-    """What a run has left that was stopped when it began to merge."""
-
-    def stop(stage: str, done: int, total: int) -> None:
-        raise KeyboardInterrupt
-
+def begun(corpus: Path, tmp_path: Path) -> Path:
+    """What a run has left that ended before its tokenizer was saved."""
     kept = tmp_path / "run.ck"
-    with pytest.raises(KeyboardInterrupt):
-        while True:
-            _core.train_bpe(
-                [corpus], vocab_size=[300], special_tokens=["<|endoftext|>"], checkpoint=kept, progress=stop
-            )
-    if not kept.exists():  # stopped before any text was read
-        _core.train_bpe([corpus], vocab_size=[300], special_tokens=["<|endoftext|>"], checkpoint=kept)
+    _core.train_bpe([corpus], vocab_size=[300], special_tokens=["<|endoftext|>"], checkpoint=kept)
+    assert kept.exists() and (tmp_path / "run.ck.merges").exists()
     return kept
 
 
@@ -166,17 +157,21 @@ def test_a_changed_input_is_refused(command, begun: Path, corpus: Path) -> None:
     assert "input 1" in said and "corpus.txt" in said and "bytes" in said
 
 
-def test_a_broken_checkpoint_is_refused(command, begun: Path, corpus: Path, tmp_path: Path) -> None:
-    whole = begun.read_bytes()
-    for broken, words in (
-        (whole[:-1], "broken checkpoint"),
-        (whole[:40] + b"!" + whole[41:], "broken checkpoint"),
-        (b"", "no checkpoint"),
-        (b"my own notes", "no checkpoint"),
-    ):
-        begun.write_bytes(broken)
+@pytest.mark.parametrize("name", ["run.ck", "run.ck.merges"])
+def test_a_broken_checkpoint_is_refused(command, begun: Path, corpus: Path, tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    whole = file.read_bytes()
+    for broken in (whole[:-1], whole[:40] + b"!" + whole[41:], b"", b"my own notes"):
+        file.write_bytes(broken)
         said = command("bpe-train", *SAME, "--checkpoint", "run.ck", status=2).stderr
-        assert words in said and "run.ck" in said and begun.read_bytes() == broken
+        assert f"{name}: " in said and "expected" in said and file.read_bytes() == broken, said
+    file.write_bytes(whole)
+    (tmp_path / "run.ck.merges").unlink()
+    said = command("bpe-train", *SAME, "--checkpoint", "run.ck", status=2).stderr
+    assert "run.ck.merges" in said and "expected both, or neither" in said
+
+
+def test_a_checkpoint_is_no_input_and_no_output(command, corpus: Path) -> None:
     said = command("bpe-train", *SAME, "--checkpoint", "t.json", status=2).stderr
     assert "--checkpoint names t.json" in said
     assert "is one of the inputs" in command("bpe-train", *SAME, "--checkpoint", "corpus.txt", status=2).stderr

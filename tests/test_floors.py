@@ -34,7 +34,7 @@ FLOORS = [
     ["config", "tokenizer"],
     ["__init__", "stack.rules", "sweep.axes"],
     ["atomic", "batch_search", "search.plan", "search.verdict", "sweep.model", "sweep.table"],
-    ["characters", "bpe_flags", "score.records", "search.stages", "search.transfer", "sweep.spec"],
+    ["characters", "bpe_flags", "count_ray", "score.records", "search.stages", "search.transfer", "sweep.spec"],
     ["characters_file", "metrics", "inspection", "hardware", "accounting", "schedule", "ranks", "guard", "bundle"],
     ["kernels", "tokenizer_diff", "sweep.locks", "sweep.ready", "sweep.results"],
     [
@@ -109,6 +109,7 @@ FLOORS = [
     ["train", "report.build", "demo_text", "sampling", "run_flags", "search.picture", "search.runs", "stack.run"],
     [
         "cli_bpe",
+        "cli_count",
         "cli_train",
         "cli_lm",
         "cli_plan",

@@ -11,7 +11,7 @@ matplotlib are imported by the modules that use them (`bytekiln.train`, `bytekil
 
 from bytekiln._core import __version__
 from bytekiln.errors import BytekilnError
-from bytekiln.tokenizer import Tokenizer, encode_files, train_bpe, train_bpe_from_iterator
+from bytekiln.tokenizer import Counts, Tokenizer, encode_files, train_bpe, train_bpe_from_iterator
 
 TYPE_CHECKING = False  # checkers take it for typing's own, which would have to be loaded
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BytekilnError",
+    "Counts",
     "Inputs",
     "TokenFile",
     "Tokenizer",

@@ -12,6 +12,7 @@ from bytekiln.inputs import Inputs
 
 __all__ = [
     "UNICODE_VERSION",
+    "Counts",
     "TokenIterator",
     "Tokenizer",
     "__version__",
@@ -27,6 +28,7 @@ __all__ = [
     "swiglu_backward",
     "swiglu_forward",
     "train_bpe",
+    "train_bpe_from_counts",
     "train_bpe_from_iterator",
 ]
 
@@ -128,6 +130,52 @@ class Tokenizer:
     def __deepcopy__(self, memo: object) -> Tokenizer: ...
 
 @final
+class Counts:
+    def __new__(
+        cls,
+        *,
+        special_tokens: Sequence[str] = (),
+        pattern: str = "gpt2",
+        errors: Literal["error", "replace", "bytes"] = "error",
+        max_memory: int | None = None,
+    ) -> Counts: ...
+    @staticmethod
+    def from_files(
+        files: _StrPath | _Inputs,
+        *,
+        special_tokens: Sequence[str] = (),
+        pattern: str = "gpt2",
+        errors: Literal["error", "replace", "bytes"] = "error",
+        threads: int | None = None,
+        max_memory: int | None = None,
+        beside: _StrPath | None = None,
+        progress: _Progress | None = None,
+    ) -> Counts: ...
+    @staticmethod
+    def load(
+        paths: _StrPath | Sequence[_StrPath], *, max_memory: int | None = None, beside: _StrPath | None = None
+    ) -> Counts: ...
+    def add(self, text: str | bytes) -> None: ...
+    def add_documents(self, texts: Iterable[str | bytes]) -> None: ...
+    def __add__(self, other: Counts, /) -> Counts: ...
+    def __radd__(self, other: Counts, /) -> Counts: ...
+    def save(self, path: _StrPath, *, overwrite: bool = False, progress: _Progress | None = None) -> dict[str, Any]: ...
+    def train(
+        self,
+        vocab_size: int,
+        *,
+        tie_break: Literal["lexicographic", "huggingface"] = "lexicographic",
+        min_frequency: int = 1,
+        progress: _Progress | None = None,
+    ) -> Tokenizer: ...
+    def most_common(self, n: int) -> list[tuple[bytes, int]]: ...
+    @property
+    def about(self) -> dict[str, Any]: ...
+    @property
+    def spilled_runs(self) -> int: ...
+    def __len__(self) -> int: ...
+
+@final
 class TokenIterator(Iterator[int]):
     def __next__(self) -> int: ...
 
@@ -144,6 +192,8 @@ def train_bpe(
     extend: Tokenizer | None = None,
     threads: int | None = None,
     chunk_bytes: int | None = None,
+    max_memory: int | None = None,
+    beside: _StrPath | None = None,
     checkpoint: _StrPath | None = None,
     checkpoint_every: float = 30.0,
     progress: _Progress | None = None,
@@ -151,10 +201,24 @@ def train_bpe(
     """Returns a tokenizer for each size and the statistics of the run, those of the largest one:
     bytes, pretokens, distinct_pretokens, kept_pretokens (frequent enough), merges, requested_merges (fewer merges than
     requested: no pair was left), prior_merges (of `extend`), resumed_bytes and resumed_merges (of `checkpoint`),
-    ties (merges at which the tie rule decided), count_s, layout_s, merge_s, threads, longest_token (bytes),
-    top_merges (left, right, occurrences).
+    ties (merges at which the tie rule decided), count_s, layout_s, merge_s, threads, spilled_runs,
+    longest_token (bytes), top_merges (left, right, occurrences).
     The run is kept in `checkpoint` and `checkpoint + ".merges"` and goes on from there; the caller deletes them.
     A `progress` that has a method `detail` gets `detail(pretokens, None | (left, right, occurrences))` too."""
+
+def train_bpe_from_counts(
+    counts: Sequence[_StrPath],
+    *,
+    vocab_size: int | Sequence[int],
+    tie_break: Literal["lexicographic", "huggingface"] = "lexicographic",
+    min_frequency: int = 1,
+    max_token_length: int | None = None,
+    extend: Tokenizer | None = None,
+    max_memory: int | None = None,
+    beside: _StrPath | None = None,
+    progress: _Progress | None = None,
+) -> tuple[list[Tokenizer], dict[str, Any]]:
+    """`train_bpe` on counts files; the pattern and the special tokens are theirs."""
 
 def train_bpe_from_iterator(
     texts: Iterable[str | bytes],

@@ -7,6 +7,7 @@ and `cli_train`.
 from __future__ import annotations
 
 import os
+import re
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -124,6 +125,46 @@ def threads(text: str) -> int:
     return value
 
 
+def memory(text: str) -> int:
+    """An amount of memory in bytes, such as 512MB, 4G or 1.5GiB: decimal units, or binary ones with an i.
+
+    >>> memory("512MB"), memory("4g"), memory("1.5GiB")
+    (512000000, 4000000000, 1610612736)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    if found is None or (found[3] and not found[2]):
+        raise ArgumentTypeError(f"found {text}; expected an amount of memory, such as 512MB or 4GiB")
+    value = int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
+    if not LEAST_MEMORY <= value < 2**63:
+        raise ArgumentTypeError(f"found {text}; expected 16MiB or more")
+    return value
+
+
+LEAST_MEMORY = 16 << 20
+"""Below, buffers would be most of it."""
+
+
+def add_memory_flag(parser: Parser) -> None:
+    """The cap on memory that counting has in every command."""
+    parser.add_argument(
+        "--max-memory",
+        type=memory,
+        metavar="SIZE",
+        help="cap on memory, such as 4GB; counts beyond it go to disk (default: half of the machine's)",
+    )
+
+
+def refuse_settings_of_counts(args: Namespace, parser: Parser) -> None:
+    """With `--counts`: how words are cut was settled when they were counted."""
+    given = {"--pattern": args.pattern, "--special-token": args.special_token, "--errors": args.errors}
+    given |= {f"--{name.replace('_', '-')}": getattr(args, name) for name in ("field", "limit_bytes", "sample", "seed")}
+    for flag, value in given.items():
+        if value:
+            parser.error(f"{flag} with --counts; expected it without: the counts files say how they were counted")
+    if args.threads:
+        parser.error("--threads with --counts; expected it without: nothing is counted anew")
+
+
 def share(text: str) -> Fraction:
     """A share such as 0.1, exact, so that no rounding moves a border; at least 0, below 1.
 
@@ -143,6 +184,7 @@ STAGES = {
     "merge": "merging pairs",
     "characters": "collecting characters",
     "encode": "encoding",
+    "save": "adding up counts",
 }
 
 
@@ -168,7 +210,7 @@ class StageProgress:
         """Show `done` of `total` of `stage`."""
         if stage != self._stage or self._bar is None:
             self._stack.close()
-            unit = "merges" if stage == "merge" else "bytes"
+            unit = {"merge": "merges", "save": "words"}.get(stage, "bytes")
             self._bar = self._stack.enter_context(Progress(STAGES.get(stage, stage), total or None, unit))
             self._stage = stage
         more: dict[str, str] = {}

@@ -22,6 +22,7 @@ from bytekiln.errors import BytekilnError, ConfigError, DivergedError
 
 COMMANDS = {
     "bpe-train": ("bytekiln.cli_train", "train", "train a BPE tokenizer on text files"),
+    "bpe-count": ("bytekiln.cli_count", "count", "count the words of text files, for bpe-train --counts"),
     "bpe-encode": ("bytekiln.cli_bpe", "encode", "turn text files into a token file"),
     "bpe-inspect": ("bytekiln.cli_bpe", "inspect", "measure a tokenizer on a text"),
     "lm-train": ("bytekiln.cli_lm", "train", "train a Transformer language model"),
@@ -128,6 +129,11 @@ def _status_of(exc: BaseException) -> int:
 def bpe_train() -> int:
     """Entry point of `bpe-train`."""
     return run("bpe-train")
+
+
+def bpe_count() -> int:
+    """Entry point of `bpe-count`."""
+    return run("bpe-count")
 
 
 def bpe_encode() -> int:

@@ -23,11 +23,13 @@ from bytekiln.bpe_flags import (
     Dataset,
     StageProgress,
     add_input_flags,
+    add_memory_flag,
     add_text_flags,
     check_output,
     files_of,
     in_processed,
     inputs_of,
+    refuse_settings_of_counts,
     size,
     text,
 )
@@ -115,6 +117,7 @@ def make_parser() -> Parser:
         examples=[
             'bpe-train corpus.txt --vocab-size 4096 --special-token "<|endoftext|>" --out tokenizer.json',
             "bpe-train a.txt b.txt --vocab-size 8k,16k,32k --pattern cl100k --out 'tokenizer-{size}.json' --json",
+            "bpe-train --counts a.counts b.counts --vocab-size 32k --out tokenizer.json   # of bpe-count",
             "bpe-train code.txt --extend tokenizer.json --vocab-size 50k --out larger.json",
             "bpe-train big.txt --vocab-size 32k --out tokenizer.json --checkpoint run.ck   # twice: it goes on",
             "bpe-train --dataset owt        # data/owt_train.txt, 32,000 tokens",
@@ -122,6 +125,7 @@ def make_parser() -> Parser:
     )
     add = parser.add_argument
     add("inputs", nargs="*", type=Path, metavar="INPUT", help=INPUT_HELP)
+    add("--counts", nargs="+", type=Path, default=[], metavar="F", help="counts files of bpe-count instead of text")
     add(
         "--vocab-size",
         type=sizes,
@@ -158,6 +162,8 @@ def make_parser() -> Parser:
     )
     add_input_flags(parser)
     add_text_flags(parser)
+    parser.set_defaults(errors=None)
+    add_memory_flag(parser)
     add(
         "--checkpoint",
         type=Path,
@@ -187,14 +193,20 @@ def train(argv: Sequence[str]) -> int:
         if args.extend is None:
             args.special_token = args.special_token or [EOT]
         args.out = args.out or in_processed(dataset.tokenizer)
-    if not args.inputs:
-        parser.error("no input; expected one text file or more, or --dataset X")
+    if args.counts:
+        if args.inputs:
+            parser.error("found text and --counts; expected one of them")
+        if args.checkpoint:
+            parser.error("--checkpoint with --counts; expected it without: counts are a checkpoint of their own")
+        refuse_settings_of_counts(args, parser)
+    elif not args.inputs:
+        parser.error("no input; expected one text file or more, --counts F…, or --dataset X")
     if args.vocab_size is None:
         parser.error("--vocab-size is missing; expected 257 or more, such as --vocab-size 4096")
     if args.out is None:
         parser.error("--out is missing; expected the file to write, such as --out tokenizer.json")
     outs = outputs(args.out, args.vocab_size)
-    read = [*files_of(args.inputs), *([args.extend] if args.extend else [])]
+    read = [*files_of(args.inputs), *args.counts, *([args.extend] if args.extend else [])]
     for kept in kept_in(args.checkpoint):
         check_output(kept, [*read, *outs, *([args.stats] if args.stats else [])], overwrite=True, flag="--checkpoint")
         if kept in [*outs, args.stats]:
@@ -230,21 +242,28 @@ def train(argv: Sequence[str]) -> int:
 def _learn(args: Namespace) -> tuple[list[Tokenizer], dict[str, Any]]:
     extend = Tokenizer.from_file(args.extend) if args.extend else None
     with ExitStack() as bars:
+        options: dict[str, Any] = {
+            "vocab_size": [s.tokens for s in args.vocab_size],
+            "tie_break": args.tie_break,
+            "min_frequency": args.min_frequency,
+            "max_token_length": args.max_token_length,
+            "extend": extend,
+            "max_memory": args.max_memory,
+            "beside": args.out,
+            "progress": StageProgress(bars) if sys.stderr.isatty() else None,
+        }
         try:
+            if args.counts:
+                return _core.train_bpe_from_counts(args.counts, **options)
             return _core.train_bpe(
                 inputs_of(args, args.inputs),
-                vocab_size=[s.tokens for s in args.vocab_size],
                 special_tokens=args.special_token,
                 pattern=args.pattern,
-                tie_break=args.tie_break,
-                errors=args.errors,
-                min_frequency=args.min_frequency,
-                max_token_length=args.max_token_length,
-                extend=extend,
+                errors=args.errors or "error",
                 threads=args.threads,
                 checkpoint=args.checkpoint,
                 checkpoint_every=args.checkpoint_every,
-                progress=StageProgress(bars) if sys.stderr.isatty() else None,
+                **options,
             )
         except ConfigError as error:
             if "the tokenizer to extend" in str(error):
@@ -284,7 +303,7 @@ def statistics(
             for out, t, s in zip(outs, tokenizers, args.vocab_size, strict=True)
         ],
         **{k: stats[k] for k in ("merges", "requested_merges", "prior_merges", "ties", "bytes", "pretokens")},
-        **{k: stats[k] for k in ("resumed_bytes", "resumed_merges")},
+        **{k: stats[k] for k in ("resumed_bytes", "resumed_merges", "spilled_runs")},
         "distinct_pretokens": stats["distinct_pretokens"],
         "kept_pretokens": stats["kept_pretokens"],
         "longest_token": _text(longest[:SHOWN_TOKEN]),

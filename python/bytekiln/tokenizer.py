@@ -10,7 +10,7 @@ from __future__ import annotations
 from os import PathLike
 
 from bytekiln import _core
-from bytekiln._core import Tokenizer
+from bytekiln._core import Counts, Tokenizer
 from bytekiln.errors import ConfigError
 
 TYPE_CHECKING = False  # typing's own is true for checkers too, but loading `typing` takes a fifth of the import
@@ -33,7 +33,7 @@ else:
         return function
 
 
-__all__ = ["Tokenizer", "encode_files", "train_bpe", "train_bpe_from_iterator"]
+__all__ = ["Counts", "Tokenizer", "encode_files", "train_bpe", "train_bpe_from_iterator"]
 
 
 @overload
@@ -49,6 +49,7 @@ def train_bpe(
     max_token_length: int | None = None,
     extend: Tokenizer | None = None,
     threads: int | None = None,
+    max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> Tokenizer: ...
 @overload
@@ -64,6 +65,7 @@ def train_bpe(
     max_token_length: int | None = None,
     extend: Tokenizer | None = None,
     threads: int | None = None,
+    max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> list[Tokenizer]: ...
 def train_bpe(
@@ -78,6 +80,7 @@ def train_bpe(
     max_token_length: int | None = None,
     extend: Tokenizer | None = None,
     threads: int | None = None,
+    max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> Tokenizer | list[Tokenizer]:
     """Train a byte-level BPE tokenizer (Sennrich et al. 2016) on text files.
@@ -102,6 +105,8 @@ def train_bpe(
             new tokens follow. Special tokens and pattern are its own, others are refused. On the text that it was
             trained on, the merges are those of training at once.
         threads: default: one a core. The result never depends on it.
+        max_memory: bytes that counting and merging may take, 16 MiB or more; default: half of the machine's. Counts
+            that exceed it go to disk; merging that needs more is refused. The result never depends on it.
         progress: called as `progress(stage, done, total)` up to fifty times a second.
 
     Raises:
@@ -122,6 +127,7 @@ def train_bpe(
         max_token_length=max_token_length,
         extend=extend,
         threads=threads,
+        max_memory=max_memory,
         progress=progress,
     )
     return tokenizers[0] if isinstance(vocab_size, int) else tokenizers
@@ -170,8 +176,8 @@ def train_bpe_from_iterator(
 ) -> Tokenizer | list[Tokenizer]:
     """Train on documents from an iterator; arguments and errors as in `train_bpe`.
 
-    Each item is one document: no pre-token crosses from one to the next. Without any text the tokenizer has the bytes
-    and the special tokens only.
+    Each item is one document: no pre-token crosses from one to the next. Documents are counted as they come, in
+    constant memory, with the GIL released. Without any text the tokenizer has the bytes and the special tokens only.
 
     >>> train_bpe_from_iterator(["aaab", "aab"], vocab_size=257).merges
     [(b'a', b'a')]

@@ -1,56 +1,39 @@
 //! Training that survives Ctrl-C, `kill -9` and a power cut: what is counted and what is merged, on disk.
 //!
-//! In: counts, a place in the inputs, merges. Out: two files that are replaced atomically, and what they said when they
+//! In: counts and merges. Out: two files that are replaced atomically, and what they said when they
 //! are read again. Called by `trainer`.
 //!
-//! `FILE` holds counts: all text before one place between two chunks, later all text. `FILE.merges` holds the merges
-//! done so far; it is small, and written more often. Words as the tokens that these merges make, with counts of the
-//! whole text, are all that training is about to know at that point, so that it goes on to the same result. Both files
-//! carry the settings and inputs of their run, and a checksum. Both are deleted when the result is saved.
+//! `FILE` is a counts file ([`Counts::save`]): of all text before one place between two chunks, later of all text. How
+//! much that is, its own number of bytes says. `FILE.merges` holds the merges done so far; it is small, and written more
+//! often. Words as the tokens that these merges make, with counts of the whole text, are all that training is about to
+//! know at that point, so that it goes on to the same result. `FILE.merges` also says with what settings and inputs: it is
+//! written before `FILE` is. Both carry checksums. Both are deleted when the result is saved.
 //!
-//! Layout: magic, version, length of the head, head (JSON), body, XXH3 of all that; numbers are little-endian u64, those
-//! of words LEB128.
+//! Layout of `FILE.merges`: magic, version, length of the head, head (JSON), pairs with their counts, XXH3 of all that;
+//! little-endian.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+use xxhash_rust::xxh3::xxh3_64;
 
-use crate::atomic::{AtomicFile, check_output};
-use crate::count::WordCounts;
+use crate::atomic::{check_output, write_file};
+use crate::counts::{Counts, Memory};
 use crate::error::{Error, Result};
-use crate::input::Position;
+use crate::progress::Progress;
 use crate::train::Pair;
 
 const MAGIC: &[u8; 16] = b"bytekiln bpe-ck\n";
 const VERSION: u64 = 1;
-/// Bytes that are collected before they are written.
-const BUFFER: usize = 1 << 20;
 
 /// A setting or an input by its name, and what it is.
 pub type Setting = (String, String);
 
-/// Which of the two files.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum Kind {
-    #[default]
-    Counts,
-    Merges,
-}
-
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Head {
-    kind: Kind,
     settings: Vec<Setting>,
-    /// Up to where the inputs are counted; none: to their end.
-    position: Option<Position>,
-    /// Bytes of text before it.
-    text_bytes: u64,
-    /// Words, or merges, in the body.
-    items: u64,
     ties: u64,
 }
 
@@ -63,19 +46,6 @@ pub struct Done {
     pub counts: Vec<u64>,
     /// How often the tie rule decided.
     pub ties: u64,
-}
-
-/// What an earlier process left.
-#[derive(Debug, Default)]
-pub struct State {
-    /// Counts of all text before `position`.
-    pub counts: WordCounts,
-    /// Where counting goes on; none: it is over.
-    pub position: Option<Position>,
-    /// Bytes of text before it.
-    pub text_bytes: u64,
-    /// Merges done; none while counting is not over.
-    pub done: Done,
 }
 
 /// Where a run is kept, and when it was kept last.
@@ -104,35 +74,39 @@ pub fn input(number: usize, path: &Path) -> Result<Setting> {
 }
 
 impl Checkpoint {
-    /// Takes up what is at `path`, or begins.
+    /// Takes up what is at `path`, or begins: counts of a part of the text, or none yet, and merges.
     ///
     /// # Errors
     /// A file that is no checkpoint or a broken one; one of a run with other settings or inputs, the first of which is
     /// named; a folder that is not there.
-    pub fn open(path: &Path, settings: Vec<Setting>, every: Duration) -> Result<(Self, State)> {
+    pub fn open(
+        path: &Path,
+        settings: Vec<Setting>,
+        every: Duration,
+        memory: Memory,
+    ) -> Result<(Self, Option<Counts>, Done)> {
         check_output(path, true)?;
-        let this = Self { path: path.into(), settings, every, last: Instant::now() };
-        let mut state = State { position: Some(Position::default()), ..State::default() };
-        if let Some((head, body)) = this.read(path, Kind::Counts)? {
-            let mut rest = &body[..];
-            for _ in 0..head.items {
-                let word = number(&mut rest).and_then(|len| rest.split_off(..usize::try_from(len).ok()?));
-                let (Some(word), Some(count)) = (word, number(&mut rest)) else { return Err(broken(path)) };
-                state.counts.add_many(word, count);
+        let mut this = Self { path: path.into(), settings, every, last: Instant::now() };
+        let (merges, counted) = (merges_path(path), path.exists());
+        let Some((head, body)) = this.read(&merges)? else {
+            if counted {
+                let what = format!(
+                    "is there without {}, which says of what run it is; expected both, or neither",
+                    merges.display()
+                );
+                return Err(Error::File { path: path.into(), what });
             }
-            (state.position, state.text_bytes) = (head.position, head.text_bytes);
+            this.save_merges(&[], &[], 0)?;
+            return Ok((this, None, Done::default()));
+        };
+        let (items, []) = body.as_chunks::<16>() else { return Err(broken(&merges)) };
+        let mut done = Done { ties: head.ties, ..Done::default() };
+        for &[a, b, c, d, e, f, g, h, ref count @ ..] in items {
+            done.pairs.push((u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])));
+            done.counts.push(count.iter().rev().fold(0, |n, &byte| n << 8 | u64::from(byte)));
         }
-        if state.position.is_none()
-            && let Some((head, body)) = this.read(&merges_path(path), Kind::Merges)?
-        {
-            let (items, []) = body.as_chunks::<16>() else { return Err(broken(&merges_path(path))) };
-            for &[a, b, c, d, e, f, g, h, ref count @ ..] in items {
-                state.done.pairs.push((u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])));
-                state.done.counts.push(count.iter().rev().fold(0, |n, &byte| n << 8 | u64::from(byte)));
-            }
-            state.done.ties = head.ties;
-        }
-        Ok((this, state))
+        let counts = counted.then(|| Counts::load_parts(&[path.into()], memory, &Progress::default())).transpose()?;
+        Ok((this, counts, done))
     }
 
     /// Whether it is time to save.
@@ -145,51 +119,36 @@ impl Checkpoint {
         self.last + self.every
     }
 
-    /// Saves the counts of all text before `position`, so many bytes; none: of all text.
-    pub fn save_counts(&mut self, counts: &WordCounts, position: Option<Position>, text_bytes: u64) -> Result<()> {
-        let head = Head { kind: Kind::Counts, position, text_bytes, items: counts.len() as u64, ..Head::default() };
-        let mut file = self.begin(&self.path, head)?;
-        counts.for_each(|word, count| {
-            file.number(word.len() as u64);
-            file.buffer.extend_from_slice(word);
-            file.number(count);
-            file.flush(BUFFER)
-        })?;
-        self.end(file)
+    /// Saves the counts so far, interrupted or not.
+    pub fn save_counts(&mut self, counts: &mut Counts) -> Result<()> {
+        counts.save(&self.path, true, &Progress::default())?;
+        self.last = Instant::now();
+        Ok(())
     }
 
     /// Saves the merges done so far.
     pub fn save_merges(&mut self, pairs: &[Pair], counts: &[u64], ties: u64) -> Result<()> {
-        let head = Head { kind: Kind::Merges, items: pairs.len() as u64, ties, ..Head::default() };
-        let mut file = self.begin(&merges_path(&self.path), head)?;
+        let path = merges_path(&self.path);
+        let head = serde_json::to_vec(&Head { settings: self.settings.clone(), ties });
+        let head = head.map_err(|e| Error::format(path.display().to_string(), e.to_string()))?;
+        let mut bytes = MAGIC.to_vec();
+        bytes.extend(VERSION.to_le_bytes());
+        bytes.extend((head.len() as u64).to_le_bytes());
+        bytes.extend(head);
         for (&(a, b), count) in pairs.iter().zip(counts) {
-            file.buffer.extend([a.to_le_bytes(), b.to_le_bytes()].concat());
-            file.buffer.extend(count.to_le_bytes());
-            file.flush(BUFFER)?;
+            bytes.extend(a.to_le_bytes());
+            bytes.extend(b.to_le_bytes());
+            bytes.extend(count.to_le_bytes());
         }
-        self.end(file)
-    }
-
-    fn begin(&self, path: &Path, head: Head) -> Result<Sealed> {
-        let head = Head { settings: self.settings.clone(), ..head };
-        let head = serde_json::to_vec(&head).map_err(|e| Error::format(path.display().to_string(), e.to_string()))?;
-        let (file, mut buffer) = (AtomicFile::create(path, true)?, MAGIC.to_vec());
-        buffer.extend(VERSION.to_le_bytes());
-        buffer.extend((head.len() as u64).to_le_bytes());
-        buffer.extend(head);
-        Ok(Sealed { file, buffer, checksum: Xxh3::new() })
-    }
-
-    fn end(&mut self, mut file: Sealed) -> Result<()> {
-        file.flush(0)?;
-        file.file.write(&file.checksum.digest().to_le_bytes())?;
-        file.file.commit()?;
+        let checksum = xxh3_64(&bytes);
+        bytes.extend(checksum.to_le_bytes());
+        write_file(&path, &bytes, true)?;
         self.last = Instant::now();
         Ok(())
     }
 
     /// Head and body of a file; none where there is no file.
-    fn read(&self, path: &Path, kind: Kind) -> Result<Option<(Head, Vec<u8>)>> {
+    fn read(&self, path: &Path) -> Result<Option<(Head, Vec<u8>)>> {
         let place = path.display();
         let mut bytes = match fs::read(path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -214,9 +173,6 @@ impl Checkpoint {
         let split = head.filter(|&end| end <= bytes.len()).ok_or_else(|| broken(path))?;
         let body = bytes.split_off(split);
         let head: Head = serde_json::from_slice(&bytes[32..]).map_err(|_| broken(path))?;
-        if head.kind != kind {
-            return Err(broken(path));
-        }
         self.compare(path, &head.settings)?;
         Ok(Some((head, body)))
     }
@@ -246,102 +202,71 @@ fn broken(path: &Path) -> Error {
     Error::format(path.display().to_string(), "a broken checkpoint; expected a whole one (delete it to begin anew)")
 }
 
-/// A number of up to 64 bits, seven bits a byte, the lowest first.
-fn number(rest: &mut &[u8]) -> Option<u64> {
-    let mut value = 0;
-    for shift in (0..64).step_by(7) {
-        let (&byte, more) = rest.split_first()?;
-        *rest = more;
-        value |= u64::from(byte & 127) << shift;
-        if byte < 128 {
-            return Some(value);
-        }
-    }
-    None
-}
-
-/// A file that is written with its checksum.
-struct Sealed {
-    file: AtomicFile,
-    buffer: Vec<u8>,
-    checksum: Xxh3,
-}
-
-impl Sealed {
-    fn number(&mut self, mut value: u64) {
-        while value >= 128 {
-            self.buffer.push(value as u8 | 128);
-            value >>= 7;
-        }
-        self.buffer.push(value as u8);
-    }
-
-    /// Writes what was collected once it is more than `most` bytes.
-    fn flush(&mut self, most: usize) -> Result<()> {
-        if self.buffer.len() > most {
-            self.checksum.update(&self.buffer);
-            self.file.write(&self.buffer)?;
-            self.buffer.clear();
-        }
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pretokenize::{Pattern, Splitter, TextPolicy};
 
     fn settings(seed: &str) -> Vec<Setting> {
         vec![("pattern".into(), "gpt2".into()), ("input 1".into(), seed.into())]
     }
 
-    fn open(path: &Path, settings: Vec<Setting>) -> Result<State> {
-        Checkpoint::open(path, settings, Duration::from_secs(30)).map(|opened| opened.1)
+    fn memory() -> Memory {
+        Memory::new(None, None).unwrap()
+    }
+
+    fn open(path: &Path, settings: Vec<Setting>) -> Result<(Option<Counts>, Done)> {
+        Checkpoint::open(path, settings, Duration::ZERO, memory()).map(|(_, counts, done)| (counts, done))
+    }
+
+    fn saved(path: &Path) -> (Counts, Done) {
+        let (mut kept, counts, done) = Checkpoint::open(path, settings("a"), Duration::ZERO, memory()).unwrap();
+        assert!(counts.is_none() && done == Done::default());
+        let splitter = Splitter::new(Pattern::new("gpt2").unwrap().into(), &[]).unwrap();
+        let mut counts = Counts::new(splitter, TextPolicy::Error, memory());
+        counts.add_text(b"the kiln and the potter").unwrap();
+        kept.save_counts(&mut counts).unwrap();
+        let done = Done { pairs: vec![(97, 98), (256, 70_000)], counts: vec![u64::MAX, 3], ties: 5 };
+        kept.save_merges(&done.pairs, &done.counts, done.ties).unwrap();
+        (counts, done)
     }
 
     #[test]
     fn what_was_saved_is_read_again() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("run.ck");
-        let (mut kept, fresh) = Checkpoint::open(&path, settings("a"), Duration::ZERO).unwrap();
-        assert!(fresh.counts.is_empty() && fresh.position == Some(Position::default()));
-        let mut counts = WordCounts::default();
-        let long = vec![7; 300];
-        for (word, count) in [(&b"the"[..], 1), (b" kiln", u64::MAX), (&long, 128)] {
-            counts.add_many(word, count);
-        }
-        let at = Position { file: 1, offset: 1 << 40, room: Some(7) };
-        kept.save_counts(&counts, Some(at), 99).unwrap();
-        let state = open(&path, settings("a")).unwrap();
-        assert_eq!((state.position, state.text_bytes, state.done), (Some(at), 99, Done::default()));
-        assert_eq!(state.counts.into_sorted(), counts.clone().into_sorted());
-        kept.save_counts(&counts, None, 100).unwrap();
-        let done = Done { pairs: vec![(97, 98), (256, 70_000)], counts: vec![u64::MAX, 3], ties: 5 };
-        kept.save_merges(&done.pairs, &done.counts, done.ties).unwrap();
-        let state = open(&path, settings("a")).unwrap();
-        assert_eq!((state.position, state.done), (None, done));
+        let (mut counts, done) = saved(&path);
+        let (again, read) = open(&path, settings("a")).unwrap();
+        let mut again = again.unwrap();
+        assert_eq!((read, again.about().unwrap()), (done, counts.about().unwrap()));
+        assert_eq!(
+            again.most_common(9, &Progress::default()).unwrap(),
+            counts.most_common(9, &Progress::default()).unwrap()
+        );
     }
 
     #[test]
     fn another_run_and_a_broken_file_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("run.ck");
-        let (mut kept, _) = Checkpoint::open(&path, settings("a"), Duration::ZERO).unwrap();
-        let mut counts = WordCounts::default();
-        counts.add_many(b"the", 3);
-        kept.save_counts(&counts, None, 100).unwrap();
+        saved(&path);
         let said = open(&path, settings("b")).unwrap_err().to_string();
         assert!(said.contains("input 1 a; found input 1 b"), "{said}");
         let said = open(&path, settings("a")[..1].to_vec()).unwrap_err().to_string();
         assert!(said.contains("input 1 a; found inputs fewer"), "{said}");
-        let whole = fs::read(&path).unwrap();
-        for n in 0..whole.len() {
-            let mut flipped = whole.clone();
-            flipped[n] ^= 1;
-            fs::write(&path, flipped).unwrap();
-            assert!(matches!(open(&path, settings("a")), Err(Error::Format { .. })), "byte {n} flipped");
-            fs::write(&path, &whole[..n]).unwrap();
-            assert!(matches!(open(&path, settings("a")), Err(Error::Format { .. })), "cut at {n}");
+        for file in [merges_path(&path), path.clone()] {
+            let whole = fs::read(&file).unwrap();
+            for n in 0..whole.len() {
+                let mut flipped = whole.clone();
+                flipped[n] ^= 1;
+                fs::write(&file, flipped).unwrap();
+                assert!(matches!(open(&path, settings("a")), Err(Error::Format { .. })), "byte {n} flipped");
+                fs::write(&file, &whole[..n]).unwrap();
+                assert!(open(&path, settings("a")).is_err(), "cut at {n}");
+            }
+            fs::write(&file, whole).unwrap();
         }
+        fs::remove_file(merges_path(&path)).unwrap();
+        assert!(open(&path, settings("a")).unwrap_err().to_string().contains("expected both, or neither"));
     }
 }

@@ -4,11 +4,12 @@
 //! gives the same sum. Called by `train`.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::thread;
 
 use foldhash::fast::FixedState;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::hash::{self, prefetch};
 use crate::input::{Chunk, ChunkReader, Inputs};
 use crate::pretokenize::{Ends, Piece, Splitter, TextPolicy};
@@ -69,6 +70,8 @@ pub struct WordCounts {
     /// Words counted, for whoever watches.
     seen: u64,
     long: HashMap<Box<[u8]>, u64, FixedState>,
+    /// Bytes of the words in `long`.
+    long_bytes: usize,
     seed: u64,
     /// Short words whose slots have been asked for, and how many: (key, index of the slot).
     waiting: (Box<[(u128, u32); BATCH]>, usize),
@@ -76,14 +79,8 @@ pub struct WordCounts {
 
 impl Default for WordCounts {
     fn default() -> Self {
-        Self {
-            slots: vec![(0, 0); 1 << 12],
-            used: 0,
-            seen: 0,
-            long: HashMap::with_hasher(hash::state()),
-            seed: hash::seed(),
-            waiting: (Box::new([(0, 0); BATCH]), 0),
-        }
+        let (long, waiting) = (HashMap::with_hasher(hash::state()), (Box::new([(0, 0); BATCH]), 0));
+        Self { slots: vec![(0, 0); 1 << 12], used: 0, seen: 0, long, long_bytes: 0, seed: hash::seed(), waiting }
     }
 }
 
@@ -93,18 +90,20 @@ impl WordCounts {
         self.add_many(word, 1);
     }
 
-    /// Counts `word` another `count` times.
+    /// Counts `word` another `count` times. Sums stop at `u64::MAX`, for which [`Self::total`] is an error.
     pub fn add_many(&mut self, word: &[u8], count: u64) {
         self.seen = self.seen.saturating_add(count);
         match pack(word) {
             Some(key) => self.add_packed(key, count),
             None if word.is_empty() => {}
-            None => match self.long.get_mut(word) {
-                Some(n) => *n += count,
-                None => {
+            None => {
+                if let Some(n) = self.long.get_mut(word) {
+                    *n = n.saturating_add(count);
+                } else {
+                    self.long_bytes += word.len();
                     self.long.insert(word.into(), count);
                 }
-            },
+            }
         }
     }
 
@@ -119,7 +118,7 @@ impl WordCounts {
         loop {
             let slot = &mut self.slots[at];
             if slot.0 == key {
-                slot.1 += count;
+                slot.1 = slot.1.saturating_add(count);
                 return;
             }
             if slot.0 == 0 {
@@ -222,27 +221,64 @@ impl WordCounts {
         if other.used > self.used {
             std::mem::swap(self, &mut other);
         }
-        self.seen = self.seen.saturating_add(other.seen);
         for (key, count) in other.slots.into_iter().filter(|slot| slot.0 != 0) {
             self.add_packed(key, count);
         }
         #[expect(clippy::iter_over_hash_type, reason = "a sum does not depend on the order")]
         for (word, count) in other.long {
-            *self.long.entry(word).or_default() += count;
+            self.add_many(&word, count);
         }
     }
 
-    /// Number of words counted, repeats included.
-    pub(crate) fn seen(&self) -> u64 {
-        self.seen
+    /// Words counted, repeats included.
+    ///
+    /// # Errors
+    /// 2⁶⁴ − 1 or more.
+    pub fn total(&self) -> Result<u64> {
+        let counts = self.slots.iter().map(|slot| slot.1).chain(self.long.values().copied());
+        let sum = counts.fold(0u64, u64::saturating_add);
+        if sum == u64::MAX {
+            return Err(Error::Config("counts: found 2^64 - 1 words or more; expected fewer".into()));
+        }
+        Ok(sum)
     }
 
-    /// Calls `f` with every word and its count, in no order.
-    pub(crate) fn for_each(&self, mut f: impl FnMut(&[u8], u64) -> Result<()>) -> Result<()> {
-        for slot in self.slots.iter().filter(|slot| slot.0 != 0) {
-            f(&slot.0.to_le_bytes()[..packed_len(slot.0)], slot.1)?;
+    /// Bytes of the words of more than 15 bytes.
+    pub(crate) fn long_bytes(&self) -> usize {
+        self.long_bytes
+    }
+
+    /// Bytes that it holds.
+    pub(crate) fn memory(&self) -> usize {
+        self.slots.len() * SLOT + long_memory(self.long.len(), self.long.capacity(), self.long_bytes)
+    }
+
+    /// Bytes that it holds at most while it takes in a text of `bytes` bytes: every word in it may be new, and of two
+    /// bytes, or of 16; a table that grows lies beside the larger one for a moment.
+    pub(crate) fn peak_after(&self, bytes: usize) -> usize {
+        let (used, mut slots) = (self.used + 256 + bytes / 2, self.slots.len());
+        while used * 8 > slots * 5 {
+            slots *= 2;
         }
-        self.long.iter().try_for_each(|(word, &count)| f(word, count))
+        let short = if slots > self.slots.len() { slots * SLOT / 2 * 3 } else { slots * SLOT };
+        let words = self.long.len() + bytes / (PACKED + 1);
+        let room = self.long.capacity();
+        let long = long_memory(words, room, self.long_bytes + bytes);
+        let grown = if words > room { long_memory(0, 2 * words, 0) } else { 0 };
+        // Beside it its longer words are sorted.
+        short + long + grown + words * size_of::<(Box<[u8]>, u64)>()
+    }
+
+    /// The words in the order of their bytes, in the memory of the table.
+    pub(crate) fn into_sorted_words(self) -> SortedWords {
+        let mut short = self.slots;
+        short.retain(|slot| slot.0 != 0);
+        // The first byte of a word is the lowest one of its key, its length the highest: swapped, words compare as
+        // their bytes do, and of two that differ in zero bytes at the end the shorter comes first.
+        short.sort_unstable_by_key(|slot| slot.0.swap_bytes());
+        let mut long: Vec<_> = self.long.into_iter().collect();
+        long.sort_unstable();
+        SortedWords { short: short.into_iter(), long: long.into_iter(), next: None, now: None }
     }
 
     /// Number of distinct words.
@@ -257,6 +293,11 @@ impl WordCounts {
 
     /// Every word with its count, the most frequent first: in training, what is read often lies together.
     pub fn into_words(self) -> Words {
+        self.words()
+    }
+
+    /// [`Self::into_words`] of a copy.
+    pub fn words(&self) -> Words {
         let short = (0..).zip(&self.slots).filter(|(_, slot)| slot.0 != 0).map(|(at, slot)| (slot.1, at));
         let mut order: Vec<(u64, u32)> = short.collect();
         let long: Vec<(&[u8], u64)> = self.long.iter().map(|(word, &count)| (&**word, count)).collect();
@@ -285,7 +326,70 @@ impl WordCounts {
     }
 }
 
-/// Counts the pre-tokens of inputs on `threads` threads, each with a table of its own.
+/// Bytes of a slot.
+const SLOT: usize = size_of::<(u128, u64)>();
+
+/// Bytes of a table of `words` longer words, with room for `room`, of `bytes` bytes together, the allocator's share
+/// included.
+fn long_memory(words: usize, room: usize, bytes: usize) -> usize {
+    let buckets = (room * 8 / 7).next_power_of_two();
+    buckets * (size_of::<(Box<[u8]>, u64)>() + 1) + bytes + 24 * words
+}
+
+/// Counted words in the order of their bytes.
+pub(crate) struct SortedWords {
+    short: std::vec::IntoIter<(u128, u64)>,
+    long: std::vec::IntoIter<(Box<[u8]>, u64)>,
+    /// The next short word, which was compared with the next long one.
+    next: Option<([u8; 16], u64)>,
+    now: Option<(Word, u64)>,
+}
+
+/// A packed word, or a longer one.
+enum Word {
+    Short([u8; 16]),
+    Long(Box<[u8]>),
+}
+
+impl SortedWords {
+    /// Goes to the next word; `false` behind the last.
+    pub(crate) fn next(&mut self) -> bool {
+        if self.next.is_none() {
+            self.next = self.short.next().map(|(key, count)| (key.to_le_bytes(), count));
+        }
+        let long = self.long.as_slice().first();
+        let short_first = match (&self.next, long) {
+            (Some((short, _)), Some((long, _))) => short_word(short) < &**long,
+            (short, _) => short.is_some(),
+        };
+        self.now = if short_first {
+            self.next.take().map(|(word, count)| (Word::Short(word), count))
+        } else {
+            self.long.next().map(|(word, count)| (Word::Long(word), count))
+        };
+        self.now.is_some()
+    }
+
+    /// The word.
+    pub(crate) fn word(&self) -> &[u8] {
+        match &self.now {
+            Some((Word::Short(short), _)) => short_word(short),
+            Some((Word::Long(long), _)) => long,
+            None => &[],
+        }
+    }
+
+    /// How often it occurs.
+    pub(crate) fn count(&self) -> u64 {
+        self.now.as_ref().map_or(0, |now| now.1)
+    }
+}
+
+fn short_word(bytes: &[u8; 16]) -> &[u8] {
+    &bytes[..usize::from(bytes[15])]
+}
+
+/// Counts the pre-tokens of inputs on `threads` threads.
 pub fn count_files(
     inputs: &Inputs,
     splitter: &Splitter,
@@ -296,22 +400,33 @@ pub fn count_files(
 ) -> Result<WordCounts> {
     progress.begin(Stage::Count, inputs.total_bytes());
     let reader = ChunkReader::new(inputs, splitter, chunk_bytes).stopped_by(progress);
-    count_chunks(&reader, inputs, policy, threads, progress, &|| progress.check().map(|()| false))
+    let pause = || progress.check().map(|()| false);
+    let (tables, _) = count_tables(&reader, (inputs, policy), threads, progress, |_, _| Ok(()), pause)?;
+    let joined = tables.into_iter().reduce(|mut all, table| {
+        all.merge(table);
+        all
+    });
+    Ok(joined.unwrap_or_default())
 }
 
-/// Counts chunks until there is none or `pause` says so: then every chunk that was handed out is counted.
-pub(crate) fn count_chunks(
+/// The same of what `reader` hands out, each thread with a table of its own; `make_room` sees it before it takes in so
+/// many bytes of text. Once `pause` says so, no more is taken: then all that was handed out is counted. The number is
+/// that of documents that ended: records, or files.
+pub(crate) fn count_tables(
     reader: &ChunkReader<'_>,
-    inputs: &Inputs,
-    policy: TextPolicy,
+    (inputs, policy): (&Inputs, TextPolicy),
     threads: usize,
     progress: &Progress,
-    pause: &(dyn Fn() -> Result<bool> + Sync),
-) -> Result<WordCounts> {
+    make_room: impl Fn(&mut WordCounts, usize) -> Result<()> + Sync,
+    pause: impl Fn() -> Result<bool> + Sync,
+) -> Result<(Vec<WordCounts>, u64)> {
+    let (make_room, pause) = (&make_room, &pause);
+    let documents = AtomicU64::new(0);
     let work = || -> Result<WordCounts> {
         let mut counts = WordCounts::default();
         let mut chunk = Chunk::default();
         while !pause()? && reader.next(&mut chunk)? {
+            make_room(&mut counts, chunk.bytes.len())?;
             let before = counts.seen;
             for (start, text) in chunk.texts() {
                 let counted = count_text(text, reader.splitter(&chunk), policy, &mut counts);
@@ -319,23 +434,22 @@ pub(crate) fn count_chunks(
             }
             progress.add(chunk.read_bytes);
             progress.add_pretokens(counts.seen - before);
+            let ended = if chunk.records { chunk.record_count() } else { chunk.ends_file.into() };
+            documents.fetch_add(ended, Relaxed);
         }
         Ok(counts)
     };
-    thread::scope(|scope| {
+    let tables: Result<Vec<WordCounts>> = thread::scope(|scope| {
         let others: Vec<_> = (1..threads.max(1)).map(|_| scope.spawn(work)).collect();
-        let mut all = work();
-        for other in others {
-            // A panic in a thread is a defect of ours; let it go on as one.
-            let counts = other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            match (&mut all, counts) {
-                (Ok(all), Ok(counts)) => all.merge(counts),
-                (Ok(_), Err(error)) => all = Err(error),
-                (Err(_), _) => {}
-            }
-        }
-        all
-    })
+        let mut all = vec![work()];
+        // A panic in a thread is a defect of ours; let it go on as one.
+        let join = |other: thread::ScopedJoinHandle<'_, _>| {
+            other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        all.extend(others.into_iter().map(join));
+        all.into_iter().collect()
+    });
+    Ok((tables?, documents.into_inner()))
 }
 
 /// Words whose slots are asked for together.

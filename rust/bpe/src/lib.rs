@@ -2,14 +2,15 @@
 //! chunk sizes and the splits of the input.
 //!
 //! Floors: `error` < `scan` < `pretokenize` (two rooms with floors of their own) < `sources` < `input` < `words` < `count` <
-//! `ties` < `prior` < `queue` < `merge` < `train` < `vocab` < `encode` < `corpus`; `atomic` < `tokens` < `corpus`; `extend` joins
-//! `prior` and `vocab`, `trainer` all of training;
+//! `counts` < `ties` < `prior` < `queue` < `merge` < `train` < `vocab` < `encode` < `corpus`; `atomic` < `tokens` <
+//! `corpus`; `counts` and `checkpoint` write through `atomic`; `extend` joins `prior` and `vocab`, `trainer` all of training;
 //! `formats` reads and writes a `vocab`; `naive` is the specification that tests hold all of it to.
 
 pub mod atomic;
 pub mod checkpoint;
 pub mod corpus;
 pub mod count;
+pub mod counts;
 pub mod encode;
 pub mod error;
 pub mod extend;

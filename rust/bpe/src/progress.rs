@@ -22,6 +22,8 @@ pub enum Stage {
     Encode,
     /// Laying out the words that are to be merged.
     Layout,
+    /// Adding up and writing counts; in words.
+    Save,
 }
 
 impl Stage {
@@ -33,6 +35,7 @@ impl Stage {
             Self::Merge => "merge",
             Self::Encode => "encode",
             Self::Layout => "layout",
+            Self::Save => "save",
         }
     }
 }
@@ -72,6 +75,7 @@ impl Progress {
             2 => Stage::Merge,
             3 => Stage::Encode,
             4 => Stage::Layout,
+            5 => Stage::Save,
             _ => Stage::Idle,
         };
         (stage, self.done.load(Relaxed), self.total.load(Relaxed))

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::checkpoint::{Checkpoint, Done, input};
-use crate::count::{WordCounts, count_chunks, count_files, count_text};
+use crate::counts::{Counts, Memory};
 use crate::error::{Error, Result};
 use crate::extend::{extended, prior_of};
 use crate::input::{ChunkReader, Inputs};
@@ -43,6 +43,8 @@ pub struct Settings {
     pub max_token_length: usize,
     /// A tokenizer whose merges come first.
     pub extend: Option<Vocab>,
+    /// The cap on memory; by default half of the machine's.
+    pub memory: Option<Memory>,
 }
 
 impl Default for Settings {
@@ -56,6 +58,7 @@ impl Default for Settings {
             min_frequency: 1,
             max_token_length: usize::MAX,
             extend: None,
+            memory: None,
         }
     }
 }
@@ -91,6 +94,8 @@ pub struct TrainStats {
     pub merge_s: f64,
     /// Threads that counted.
     pub threads: usize,
+    /// Tables of counts that had no room in memory and went to disk.
+    pub spilled_runs: u64,
     /// Bytes of the longest token.
     #[serde(skip)]
     pub longest_token: Vec<u8>,
@@ -107,9 +112,7 @@ pub struct Trainer {
     /// Merges in all for each size, prior ones included.
     merges: Vec<usize>,
     prior: Prior,
-    splitter: Splitter,
-    counts: WordCounts,
-    bytes: u64,
+    counts: Counts,
     count_time: Duration,
     threads: usize,
     checkpoint: Option<Checkpoint>,
@@ -173,20 +176,27 @@ impl Trainer {
         if sorted.is_empty() {
             return Err(Error::Config("vocab_size: found none; expected one size or more".into()));
         }
+        let memory = settings.memory.clone().map_or_else(|| Memory::new(None, None), Ok)?;
+        let splitter = Splitter::new(Arc::new(pattern), &specials)?;
         Ok(Self {
-            splitter: Splitter::new(Arc::new(pattern), &specials)?,
+            counts: Counts::new(splitter, settings.policy, memory),
             specials,
             merges,
             prior,
             settings,
-            counts: WordCounts::default(),
-            bytes: 0,
             count_time: Duration::ZERO,
             threads: 1,
             checkpoint: None,
             done: Done::default(),
             resumed_bytes: 0,
         })
+    }
+
+    /// A run on counts that are there; special tokens and pattern are theirs, and must be those of `extend`.
+    pub fn from_counts(counts: Counts, settings: Settings) -> Result<Self> {
+        let splitter = counts.splitter();
+        let (specials, pattern) = (Some(splitter.specials().to_vec()), Some(splitter.pattern().name().to_string()));
+        Ok(Self { counts, ..Self::new(Settings { specials, pattern, ..settings })? })
     }
 
     /// Counts the text of inputs; no pre-token crosses from one document to the next.
@@ -199,10 +209,8 @@ impl Trainer {
     ) -> Result<()> {
         let start = Instant::now();
         let inputs = Inputs::of(inputs)?;
-        let counts = count_files(&inputs, &self.splitter, self.settings.policy, threads, chunk_bytes, progress)?;
-        self.counts.merge(counts);
+        self.counts.add_files(&inputs, threads, chunk_bytes, progress)?;
         self.threads = threads;
-        self.bytes += inputs.text_bytes();
         self.count_time += start.elapsed();
         Ok(())
     }
@@ -233,24 +241,34 @@ impl Trainer {
         for (n, path) in (1..).zip(inputs.paths()) {
             settings.push(input(n, path)?);
         }
-        let (mut kept, state) = Checkpoint::open(checkpoint, settings, every)?;
-        (self.counts, self.done) = (state.counts, state.done);
+        let memory = self.settings.memory.clone().map_or_else(|| Memory::new(None, None), Ok)?;
+        let (mut kept, counts, done) = Checkpoint::open(checkpoint, settings, every, memory)?;
+        self.done = done;
         progress.begin(Stage::Count, inputs.total_bytes());
-        progress.add_pretokens(self.counts.seen());
-        self.resumed_bytes = state.text_bytes;
-        let mut next = state.position;
-        if let Some(from) = next {
-            let reader = ChunkReader::new(&inputs, &self.splitter, chunk_bytes).stopped_by(progress).starting_at(from);
-            while next.is_some() {
-                let due = kept.due();
-                let pause = || Ok(progress.stopped() || Instant::now() >= due);
-                self.counts.merge(count_chunks(&reader, &inputs, self.settings.policy, threads, progress, &pause)?);
-                next = reader.position();
-                kept.save_counts(&self.counts, next, self.resumed_bytes + inputs.text_bytes())?;
-                progress.check()?;
+        let splitter = Arc::clone(self.counts.splitter());
+        let chunk_bytes = self.counts.chunk_bytes(threads, chunk_bytes);
+        let mut reader = ChunkReader::new(&inputs, &splitter, chunk_bytes).stopped_by(progress);
+        let mut goes_on = true;
+        if let Some(counts) = counts {
+            self.counts = counts;
+            let about = self.counts.about()?;
+            self.resumed_bytes = about.bytes;
+            // Of packed files the text is longer than what was read.
+            progress.add(about.bytes.min(inputs.total_bytes()));
+            progress.add_pretokens(about.pretokens);
+            match about.next {
+                Some(from) => reader = reader.starting_at(from),
+                None => goes_on = false,
             }
         }
-        self.bytes = self.resumed_bytes + inputs.text_bytes();
+        while goes_on {
+            let due = kept.due();
+            let pause = || Ok(progress.stopped() || Instant::now() >= due);
+            self.counts.add_part(&inputs, &reader, (threads, chunk_bytes), progress, pause)?;
+            goes_on = self.counts.about()?.next.is_some();
+            kept.save_counts(&mut self.counts)?;
+            progress.check()?;
+        }
         self.checkpoint = Some(kept);
         self.count_time += start.elapsed();
         Ok(())
@@ -262,7 +280,7 @@ impl Trainer {
         let names = [
             ("vocab_size", format!("{vocab_sizes:?}")),
             ("special_tokens", format!("{:?}", self.specials)),
-            ("pattern", self.splitter.pattern().name().into()),
+            ("pattern", self.counts.splitter().pattern().name().into()),
             ("tie_break", format!("{rule:?}")),
             ("errors", format!("{policy:?}")),
             ("min_frequency", min_frequency.to_string()),
@@ -279,20 +297,27 @@ impl Trainer {
     /// Counts one document.
     pub fn add_document(&mut self, text: &[u8]) -> Result<()> {
         let start = Instant::now();
-        count_text(text, &self.splitter, self.settings.policy, &mut self.counts)?;
-        self.bytes += text.len() as u64;
+        self.counts.add_text(text)?;
         self.count_time += start.elapsed();
         Ok(())
     }
 
     /// Learns the merges: a vocabulary for each size, in the order asked for.
-    pub fn finish(self, progress: &Progress) -> Result<(Vec<Vocab>, TrainStats)> {
+    pub fn finish(mut self, progress: &Progress) -> Result<(Vec<Vocab>, TrainStats)> {
         let start = Instant::now();
-        let words = self.counts.into_words();
+        progress.begin(Stage::Layout, 0);
+        let about = self.counts.about()?;
         let least = self.settings.min_frequency;
-        let (pretokens, distinct_pretokens) = (words.iter().map(|word| word.1).sum(), words.len());
-        let kept_pretokens = words.iter().filter(|word| word.1 >= least).count();
         let most = self.merges.iter().copied().max().unwrap_or_default();
+        let words = self.counts.words(least, most, progress)?;
+        let kept_pretokens = words.len();
+        let distinct_pretokens = match least {
+            1 => kept_pretokens,
+            _ => usize::try_from(self.counts.distinct(progress)?).unwrap_or(usize::MAX),
+        };
+        let (splitter, spilled_runs) = (Arc::clone(self.counts.splitter()), self.counts.spilled_runs());
+        // The tables have done their work.
+        drop(self.counts);
         let prior_merges = self.prior.pairs().len();
         let Done { pairs: done, counts: mut done_counts, ties: done_ties } = self.done;
         let options = Options {
@@ -318,8 +343,8 @@ impl Trainer {
         let token = |id: u32| merges.tokens[id as usize].clone();
         let news = merges.pairs[prior_merges..].iter().zip(&merges.counts);
         let stats = TrainStats {
-            bytes: self.bytes,
-            pretokens,
+            bytes: about.bytes,
+            pretokens: about.pretokens,
             distinct_pretokens,
             kept_pretokens,
             merges: merges.counts.len(),
@@ -332,10 +357,11 @@ impl Trainer {
             layout_s: start.elapsed().as_secs_f64() - merge_time,
             merge_s: merge_time,
             threads: self.threads,
+            spilled_runs,
             longest_token: merges.tokens.iter().max_by_key(|token| token.len()).cloned().unwrap_or_default(),
             top_merges: news.take(TOP).map(|(&(a, b), &count)| (token(a), token(b), count)).collect(),
         };
-        let pattern = self.splitter.pattern().name();
+        let pattern = splitter.pattern().name();
         let vocab = |merges: Merges| match &self.settings.extend {
             None => Vocab::from_training(merges, &self.specials, pattern),
             Some(old) => extended(old, &merges),

@@ -16,6 +16,11 @@ impl Words {
         Self { bytes: Vec::with_capacity(bytes), ends: Vec::with_capacity(words) }
     }
 
+    /// Words that lie one behind the other in `bytes`, each with where it ends and its count.
+    pub(crate) fn from_parts(bytes: Vec<u8>, ends: Vec<(u64, u64)>) -> Self {
+        Self { bytes, ends }
+    }
+
     /// Adds a word that is not in yet.
     pub fn push(&mut self, word: &[u8], count: u64) {
         self.bytes.extend_from_slice(word);

@@ -13,9 +13,25 @@ use pyo3::types::PyBytes;
 /// An input as the core takes it.
 pub struct Spec(pub InputSpec);
 
+/// One path or several.
+#[derive(FromPyObject)]
+pub enum Paths {
+    One(PathBuf),
+    Several(Vec<PathBuf>),
+}
+
+impl Paths {
+    pub fn list(self) -> Vec<PathBuf> {
+        match self {
+            Self::One(path) => vec![path],
+            Self::Several(paths) => paths,
+        }
+    }
+}
+
 #[derive(FromPyObject)]
 struct Fields {
-    paths: Vec<PathBuf>,
+    paths: Paths,
     field: Option<String>,
     limit_bytes: Option<u64>,
     sample: Option<f64>,
@@ -32,6 +48,7 @@ impl<'py> FromPyObject<'_, 'py> for Spec {
             Fields { paths: value.extract()?, field: None, limit_bytes: None, sample: None, seed: 0 }
         };
         let Fields { paths, field, limit_bytes, sample, seed } = fields;
+        let paths = paths.list();
         Ok(Self(InputSpec { paths, field, limit_bytes, sample, seed, open_feed: Some(Arc::new(open_column)) }))
     }
 }

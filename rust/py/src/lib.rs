@@ -4,6 +4,7 @@
 #![allow(clippy::needless_pass_by_value, reason = "arguments arrive converted, by value")]
 #![allow(clippy::doc_markdown, reason = "these texts are shown by Python's help")]
 
+mod counts;
 mod error;
 mod inputs;
 mod kernels;
@@ -25,11 +26,12 @@ use bytekiln_bpe::vocab::Vocab;
 use bytekiln_bpe::{Error, Result};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyIterator, PyString};
+use pyo3::types::PyBytes;
 
+use crate::counts::{Counts, train_bpe_from_counts};
 use crate::error::{OrRaise, to_python};
 use crate::inputs::Spec;
-use crate::tokenizer::{TokenIterator, Tokenizer, text_of};
+use crate::tokenizer::{TokenIterator, Tokenizer};
 
 /// How often a running job is looked at: signals and the progress call.
 const LOOK: Duration = Duration::from_millis(20);
@@ -113,35 +115,27 @@ fn natural<T: TryFrom<i64>>(value: i64, zero: T) -> T {
     T::try_from(value).unwrap_or(zero)
 }
 
-#[expect(clippy::too_many_arguments, reason = "keyword-only options of the Python functions")]
-fn trainer(
+/// The settings of a run that have no part in counting.
+fn settings(
     py: Python<'_>,
     sizes: Sizes,
-    specials: Option<Vec<String>>,
-    pattern: Option<String>,
     tie_break: &str,
-    errors: &str,
     min_frequency: i64,
     max_token_length: Option<i64>,
     extend: Option<Bound<'_, Tokenizer>>,
-) -> PyResult<Trainer> {
+) -> PyResult<Settings> {
     let sizes = match sizes {
         Sizes::One(size) => vec![size],
         Sizes::Many(sizes) => sizes,
     };
-    let made = TieBreak::from_name(tie_break).and_then(|rule| {
-        Trainer::new(Settings {
-            vocab_sizes: sizes.into_iter().map(|size| natural(size, 0)).collect(),
-            specials,
-            pattern,
-            rule,
-            policy: TextPolicy::from_name(errors)?,
-            min_frequency: natural(min_frequency, 0),
-            max_token_length: max_token_length.map_or(usize::MAX, |length| natural(length, 0)),
-            extend: extend.map(|old| old.get().encoder.vocab().clone()),
-        })
-    });
-    made.or_raise(py)
+    Ok(Settings {
+        vocab_sizes: sizes.into_iter().map(|size| natural(size, 0)).collect(),
+        rule: TieBreak::from_name(tie_break).or_raise(py)?,
+        min_frequency: natural(min_frequency, 0),
+        max_token_length: max_token_length.map_or(usize::MAX, |length| natural(length, 0)),
+        extend: extend.map(|old| old.get().encoder.vocab().clone()),
+        ..Settings::default()
+    })
 }
 
 fn trained(py: Python<'_>, (vocabs, stats): (Vec<Vocab>, TrainStats)) -> PyResult<(Vec<Tokenizer>, Py<PyAny>)> {
@@ -157,7 +151,7 @@ fn trained(py: Python<'_>, (vocabs, stats): (Vec<Vocab>, TrainStats)) -> PyResul
 
 /// `bytekiln.train_bpe`, with the statistics of the run and the size of the chunks.
 #[pyfunction]
-#[pyo3(signature = (files, *, vocab_size, special_tokens=None, pattern=None, tie_break="lexicographic", errors="error", min_frequency=1, max_token_length=None, extend=None, threads=None, chunk_bytes=None, checkpoint=None, checkpoint_every=30.0, progress=None))]
+#[pyo3(signature = (files, *, vocab_size, special_tokens=None, pattern=None, tie_break="lexicographic", errors="error", min_frequency=1, max_token_length=None, extend=None, threads=None, chunk_bytes=None, max_memory=None, beside=None, checkpoint=None, checkpoint_every=30.0, progress=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword-only options of the Python function")]
 fn train_bpe(
     py: Python<'_>,
@@ -172,12 +166,17 @@ fn train_bpe(
     extend: Option<Bound<'_, Tokenizer>>,
     threads: Option<usize>,
     chunk_bytes: Option<usize>,
+    max_memory: Option<u64>,
+    beside: Option<PathBuf>,
     checkpoint: Option<PathBuf>,
     checkpoint_every: f64,
     progress: Option<Bound<'_, PyAny>>,
 ) -> PyResult<(Vec<Tokenizer>, Py<PyAny>)> {
-    let mut trainer =
-        trainer(py, vocab_size, special_tokens, pattern, tie_break, errors, min_frequency, max_token_length, extend)?;
+    let settings = settings(py, vocab_size, tie_break, min_frequency, max_token_length, extend)?;
+    let policy = TextPolicy::from_name(errors).or_raise(py)?;
+    let memory = Some(counts::memory(max_memory, beside).or_raise(py)?);
+    let settings = Settings { specials: special_tokens, pattern, policy, memory, ..settings };
+    let mut trainer = Trainer::new(settings).or_raise(py)?;
     let threads = threads_or_default(py, threads)?;
     let every = Duration::try_from_secs_f64(checkpoint_every)
         .map_err(|_| Error::Config(format!("checkpoint_every: found {checkpoint_every}; expected seconds, 0 or more")))
@@ -210,24 +209,10 @@ fn train_bpe_from_iterator(
     extend: Option<Bound<'_, Tokenizer>>,
     progress: Option<Bound<'_, PyAny>>,
 ) -> PyResult<(Vec<Tokenizer>, Py<PyAny>)> {
-    let mut trainer =
-        trainer(py, vocab_size, special_tokens, pattern, tie_break, errors, min_frequency, max_token_length, extend)?;
-    for (index, text) in PyIterator::from_object(texts)?.enumerate() {
-        if index % LOOK_EVERY == 0 {
-            py.check_signals()?;
-        }
-        let text = text?;
-        let added = if let Ok(text) = text.cast::<PyString>() {
-            trainer.add_document(text_of(text)?.as_bytes())
-        } else {
-            trainer.add_document(text.extract::<&[u8]>()?)
-        };
-        let located = added.map_err(|error| match error {
-            Error::Text(what) => Error::Text(format!("texts[{index}]: {what}")),
-            other => other,
-        });
-        located.or_raise(py)?;
-    }
+    let settings = settings(py, vocab_size, tie_break, min_frequency, max_token_length, extend)?;
+    let policy = TextPolicy::from_name(errors).or_raise(py)?;
+    let mut trainer = Trainer::new(Settings { specials: special_tokens, pattern, policy, ..settings }).or_raise(py)?;
+    counts::for_each_document(py, texts, |text| trainer.add_document(text))?;
     let done = watched(py, progress, |progress| trainer.finish(progress))?;
     trained(py, done)
 }
@@ -286,7 +271,8 @@ mod _core {
 
     #[pymodule_export]
     use super::{
-        TokenIterator, Tokenizer, encode_files, find_inputs, payload_checksum, train_bpe, train_bpe_from_iterator,
+        Counts, TokenIterator, Tokenizer, encode_files, find_inputs, payload_checksum, train_bpe,
+        train_bpe_from_counts, train_bpe_from_iterator,
     };
 
     #[pymodule_export]

@@ -24,6 +24,15 @@ impl TextPolicy {
             _ => Err(Error::Config(format!("errors: found {name:?}; expected error, replace or bytes"))),
         }
     }
+
+    /// The policy's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Replace => "replace",
+            Self::Bytes => "bytes",
+        }
+    }
 }
 
 /// Offset of the first byte that is not part of valid UTF-8.

@@ -1,0 +1,126 @@
+"""Counting on a Ray cluster that is there already: a task a group of files, their counts files added up here.
+
+In: text files in a folder that the cluster's machines share. Out: `Counts`. Called by `cli_count` for `--ray`; ray is
+imported here only, when it is asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bytekiln._core import Counts
+from bytekiln.errors import BytekilnError, ConfigError, FileError, MissingExtraError
+from bytekiln.inputs import Inputs
+
+POLL_S = 0.2
+
+
+def connect() -> Any:  # noqa: ANN401 - ray's own module
+    """Ray, connected to the cluster that RAY_ADDRESS names, else to the one of this machine.
+
+    Raises:
+        MissingExtraError: ray is not installed.
+        ConfigError: there is no cluster.
+    """
+    try:
+        import ray
+    except ImportError:
+        said = 'the package ray is not installed; expected pip install "bytekiln[ray]"'
+        raise MissingExtraError(f"--ray: {said}") from None
+    if not ray.is_initialized():
+        where = os.environ.get("RAY_ADDRESS", "auto")
+        try:
+            ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as exc:
+            said = " ".join(str(exc).split())[:200]
+            raise ConfigError(
+                f"--ray: found no cluster at {where} ({said}); expected a running one: ray start --head"
+            ) from None
+    return ray
+
+
+def groups(files: Sequence[Path], sizes: Sequence[int], wanted: int) -> list[list[Path]]:
+    """Files in `wanted` groups or fewer, of bytes as equal as they come: the largest first, each to the smallest group.
+
+    >>> [[str(p) for p in g] for g in groups([Path("a"), Path("b"), Path("c")], [5, 9, 3], 2)]
+    [['b'], ['a', 'c']]
+    """
+    made: list[tuple[int, list[Path]]] = [(0, []) for _ in range(min(wanted, len(files)))]
+    for size, file in sorted(zip(sizes, files, strict=True), key=lambda f: -f[0]):
+        least = min(range(len(made)), key=lambda i: made[i][0])
+        made[least] = (made[least][0] + size, [*made[least][1], file])
+    return [group for _, group in made]
+
+
+def count_there(files: Sequence[str], field: str | None, out: str, settings: dict[str, Any]) -> tuple[int, str, str]:
+    """The task: one counts file. Returns bytes of text, or the kind of error and its words."""
+    try:
+        counts = Counts.from_files(Inputs(files, field), beside=out, **settings)
+        return int(counts.save(out)["bytes"]), "", ""
+    except BytekilnError as exc:
+        return 0, type(exc).__name__, str(exc)
+
+
+def count_on_cluster(
+    files: Sequence[Path],
+    field: str | None,
+    out: Path,
+    settings: dict[str, Any],
+    progress: Callable[[str, int, int], object],
+) -> Counts:
+    """Count files (of records their `field`) on all machines; parts lie in a folder beside `out` until they are added up.
+
+    Four tasks a processor, so that a slow machine does not keep the others waiting; each counts on one thread, unless
+    `settings` say more, and in an equal share of `max_memory`.
+
+    Raises:
+        MissingExtraError, ConfigError, FileError, TextError: as `Counts.from_files`; a task's error is this command's.
+    """
+    ray = connect()
+    for file in files:
+        if not file.is_file():
+            raise FileError(f"{file}: no such file; expected a text file that every machine of the cluster sees")
+    sizes = [file.stat().st_size for file in files]
+    threads = settings["threads"] or 1
+    processors = int(ray.cluster_resources().get("CPU", 1))
+    at_once = max(processors // threads, 1)
+    cap = settings["max_memory"]
+    task_settings = {**settings, "threads": threads, "max_memory": cap and max(cap // at_once, 16 << 20)}
+    parts = Path(tempfile.mkdtemp(prefix=f".{out.name}.parts-", dir=out.parent))
+    try:
+        task = ray.remote(num_cpus=threads, max_retries=2)(count_there)
+        made = [(parts / f"{i}.counts", group) for i, group in enumerate(groups(files, sizes, 4 * at_once))]
+        waiting = [
+            task.remote([str(f.resolve()) for f in group], field, str(part.resolve()), task_settings)
+            for part, group in made
+        ]
+        done = 0
+        try:
+            while waiting:
+                ready, waiting = ray.wait(waiting, timeout=POLL_S)
+                for result in ready:
+                    size, kind, said = ray.get(result)
+                    if kind:
+                        raise _error(kind, said)
+                    done += size
+                progress("count", done, sum(sizes))
+        finally:
+            for task_left in waiting:
+                ray.cancel(task_left, force=True)
+        # Read as streams until the sum is written: the files may lose their names.
+        return Counts.load([part for part, _ in made], max_memory=cap, beside=out)
+    finally:
+        shutil.rmtree(parts, ignore_errors=True)
+
+
+def _error(kind: str, said: str) -> BytekilnError:
+    from bytekiln import errors
+
+    made: BytekilnError = getattr(errors, kind, ConfigError)(said)
+    return made

@@ -1,0 +1,397 @@
+//! Everything counted so far: a table in memory, sorted runs on disk.
+//!
+//! In: files, texts, counts files, other counts. Out: a counts file, the words in order, or what training reads. Called
+//! by `trainer` and the binding.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use super::about::{About, add};
+use super::limits::Memory;
+use super::merge::{Sorted, merge};
+use super::need::{Frequencies, merging};
+use super::read::Stored;
+use super::runs::{Runs, push, reduce, spill};
+use super::write::Writer;
+use crate::atomic::AtomicFile;
+use crate::count::{WordCounts, count_tables, count_text};
+use crate::error::{Error, Result};
+use crate::input::{ChunkReader, Inputs};
+use crate::pretokenize::{Splitter, TextPolicy};
+use crate::progress::{Progress, Stage};
+use crate::words::Words;
+
+/// Counted words and how they were counted. Copies share what is on disk.
+#[derive(Debug, Clone)]
+pub struct Counts {
+    /// In messages.
+    name: String,
+    splitter: Arc<Splitter>,
+    policy: TextPolicy,
+    /// Its pre-tokens are those of `runs`.
+    about: About,
+    table: WordCounts,
+    runs: Runs,
+    memory: Memory,
+    /// Why what is here is only a part.
+    broken: bool,
+}
+
+/// What a counts file that was written holds.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Saved {
+    /// The head.
+    #[serde(flatten)]
+    pub about: About,
+    /// Distinct words.
+    pub distinct_pretokens: u64,
+    /// Tables that had to go to disk on the way.
+    pub spilled_runs: u64,
+}
+
+impl Counts {
+    /// Nothing counted yet.
+    pub fn new(splitter: Splitter, policy: TextPolicy, memory: Memory) -> Self {
+        let about = About::new(&splitter, policy);
+        let (table, runs, name) = (WordCounts::default(), Runs::default(), "counts".into());
+        Self { name, splitter: Arc::new(splitter), policy, about, table, runs, memory, broken: false }
+    }
+
+    /// The sum of counts files, which are checked here and read when they are needed.
+    ///
+    /// # Errors
+    /// [`Error::Format`] for what is no whole, undamaged counts file; [`Error::Config`], naming both files, where
+    /// pattern, special tokens, policy or Unicode version differ, and for 2⁶⁴ words or more.
+    pub fn load(paths: &[PathBuf], memory: Memory, progress: &Progress) -> Result<Self> {
+        let this = Self::load_parts(paths, memory, progress)?;
+        if this.about.next.is_some() {
+            let what = "holds the counts of a part of its text, as a checkpoint does; expected whole counts";
+            return Err(Error::Config(format!("{}: {what}", this.name)));
+        }
+        Ok(this)
+    }
+
+    /// The same of counts that a checkpoint keeps.
+    pub(crate) fn load_parts(paths: &[PathBuf], memory: Memory, progress: &Progress) -> Result<Self> {
+        let Some((first, others)) = paths.split_first() else {
+            return Err(Error::Config("counts: found none; expected at least one counts file".into()));
+        };
+        let open = |path: &PathBuf| Stored::open(path).map(|stored| (stored, path.display().to_string()));
+        let (stored, name) = open(first)?;
+        let (splitter, policy) = stored.about.splitter(&name)?;
+        let mut this = Self::new(splitter, policy, memory);
+        // Hashes of the names, and the version of Unicode, are those of the file.
+        this.about.add(&stored.about, ("this version of bytekiln", &name))?;
+        let fan_in = this.memory.share(1, 0).fan_in;
+        let runs = Mutex::default();
+        push(&runs, stored, false, &this.memory.folder, fan_in, progress)?;
+        for path in others {
+            progress.check()?;
+            let (stored, other) = open(path)?;
+            this.about.add(&stored.about, (&name, &other))?;
+            push(&runs, stored, false, &this.memory.folder, fan_in, progress)?;
+        }
+        this.runs = runs.into_inner().map_err(|_| Error::Interrupted)?;
+        this.name = name;
+        Ok(this)
+    }
+
+    /// How the words were cut, and how many there are.
+    pub fn about(&self) -> Result<About> {
+        let pretokens = add(self.about.pretokens, self.table.total()?)?;
+        Ok(About { pretokens, ..self.about.clone() })
+    }
+
+    /// The pattern and the special tokens.
+    pub fn splitter(&self) -> &Arc<Splitter> {
+        &self.splitter
+    }
+
+    /// Tables that went to disk.
+    pub fn spilled_runs(&self) -> u64 {
+        self.runs.spilled
+    }
+
+    /// Another cap, for what comes.
+    pub fn set_memory(&mut self, memory: Memory) {
+        self.memory = memory;
+    }
+
+    fn whole(&self) -> Result<()> {
+        if self.broken {
+            let what = "an earlier text was counted in part only; expected to begin anew after such an error";
+            return Err(Error::Config(format!("{}: {what}", self.name)));
+        }
+        Ok(())
+    }
+
+    fn spill_table(&mut self, progress: &Progress) -> Result<()> {
+        if self.table.is_empty() {
+            return Ok(());
+        }
+        let pretokens = add(self.about.pretokens, self.table.total()?)?;
+        // From here on until the run is there, a failure loses words.
+        self.broken = true;
+        let stored = spill(std::mem::take(&mut self.table), &self.about, &self.memory.folder, progress)?;
+        let runs = Mutex::new(std::mem::take(&mut self.runs));
+        let share = self.memory.share(1, 0);
+        push(&runs, stored, true, &self.memory.folder, share.fan_in, progress)?;
+        self.runs = runs.into_inner().map_err(|_| Error::Interrupted)?;
+        self.about.pretokens = pretokens;
+        self.broken = false;
+        Ok(())
+    }
+
+    /// Counts one document.
+    ///
+    /// # Errors
+    /// [`Error::Text`] for invalid UTF-8 under [`TextPolicy::Error`]; nothing of it is counted then.
+    pub fn add_text(&mut self, text: &[u8]) -> Result<()> {
+        self.whole()?;
+        if !self.table.is_empty() && self.table.peak_after(text.len()) > self.memory.share(1, 0).table {
+            self.spill_table(&Progress::default())?;
+        }
+        if self.policy == TextPolicy::Error {
+            // Before any of it is counted.
+            count_text(text, &self.splitter, self.policy, &mut self.table).inspect_err(|_| {
+                self.broken = std::str::from_utf8(text).is_ok();
+            })?;
+        } else {
+            let counted = count_text(text, &self.splitter, self.policy, &mut self.table);
+            self.broken = counted.is_err();
+            counted?;
+        }
+        self.about.bytes += text.len() as u64;
+        self.about.documents += 1;
+        Ok(())
+    }
+
+    /// Counts a word, as it is, another `count` times: for counts that were made elsewhere.
+    pub fn add_word(&mut self, word: &[u8], count: u64) -> Result<()> {
+        self.whole()?;
+        if word.is_empty() || count == 0 {
+            return Err(Error::Config(format!(
+                "counts: found {count} times a word of {} bytes; expected 1 or more of both",
+                word.len()
+            )));
+        }
+        if !self.table.is_empty() && self.table.peak_after(word.len()) > self.memory.share(1, 0).table {
+            self.spill_table(&Progress::default())?;
+        }
+        self.table.add_many(word, count);
+        Ok(())
+    }
+
+    /// Counts files; no word crosses from one to the next. After an error nothing of them is in.
+    pub fn add_files(
+        &mut self,
+        inputs: &Inputs,
+        threads: usize,
+        chunk_bytes: usize,
+        progress: &Progress,
+    ) -> Result<()> {
+        progress.begin(Stage::Count, inputs.total_bytes());
+        let splitter = Arc::clone(&self.splitter);
+        let chunk_bytes = self.chunk_bytes(threads, chunk_bytes);
+        let reader = ChunkReader::new(inputs, &splitter, chunk_bytes).stopped_by(progress);
+        let pause = || progress.check().map(|()| false);
+        self.add_part(inputs, &reader, (threads, chunk_bytes), progress, pause)
+    }
+
+    /// Bytes of a chunk that `threads` may take under the cap, at most so many.
+    pub(crate) fn chunk_bytes(&self, threads: usize, wanted: usize) -> usize {
+        // Three quarters of the cap are free at least when a part begins.
+        let free = Memory { cap: self.memory.cap / 4 * 3, folder: self.memory.folder.clone() };
+        free.share(free.threads(threads), wanted).chunk.max(1)
+    }
+
+    /// Counts what `reader` of `inputs` hands out until `pause` says so.
+    pub(crate) fn add_part(
+        &mut self,
+        inputs: &Inputs,
+        reader: &ChunkReader<'_>,
+        (threads, chunk_bytes): (usize, usize),
+        progress: &Progress,
+        pause: impl Fn() -> Result<bool> + Sync,
+    ) -> Result<()> {
+        self.whole()?;
+        if self.table.memory() as u64 > self.memory.cap / 4 {
+            self.spill_table(progress)?;
+        }
+        let free = Memory {
+            cap: self.memory.cap.saturating_sub(self.table.memory() as u64),
+            folder: self.memory.folder.clone(),
+        };
+        let threads = free.threads(threads);
+        let (share, about, runs) = (free.share(threads, chunk_bytes), &self.about, Mutex::<Runs>::default());
+        let to_disk = |table: WordCounts| {
+            let stored = spill(table, about, &free.folder, progress)?;
+            push(&runs, stored, true, &free.folder, share.fan_in, progress)
+        };
+        let make_room = |table: &mut WordCounts, text: usize| {
+            if !table.is_empty() && table.peak_after(text) > share.table {
+                to_disk(std::mem::take(table))?;
+            }
+            Ok(())
+        };
+        let before = inputs.text_bytes();
+        let (tables, documents) = count_tables(reader, (inputs, self.policy), threads, progress, make_room, pause)?;
+        let sum: usize = self.table.memory() + tables.iter().map(WordCounts::memory).sum::<usize>();
+        let mut joined = None;
+        if 2 * sum as u64 <= self.memory.cap {
+            joined = tables.into_iter().reduce(|mut all, table| {
+                all.merge(table);
+                all
+            });
+        } else {
+            tables.into_iter().filter(|table| !table.is_empty()).try_for_each(to_disk)?;
+        }
+        let runs = runs.into_inner().map_err(|_| Error::Interrupted)?;
+        let spilled = runs.runs.iter().try_fold(self.about.pretokens, |sum, run| add(sum, run.1.totals.pretokens))?;
+        self.about.pretokens = spilled;
+        self.about.bytes += inputs.text_bytes() - before;
+        self.about.documents += documents;
+        self.about.next = reader.position();
+        self.join(joined, &runs);
+        Ok(())
+    }
+
+    fn join(&mut self, table: Option<WordCounts>, runs: &Runs) {
+        if let Some(table) = table {
+            if self.table.is_empty() {
+                self.table = table;
+            } else {
+                self.table.merge(table);
+            }
+        }
+        self.runs.runs.extend(runs.runs.iter().cloned());
+        self.runs.spilled += runs.spilled;
+    }
+
+    /// A copy that takes a quarter of the cap at most; the larger part of both is on disk.
+    pub fn copy(&mut self, progress: &Progress) -> Result<Self> {
+        self.whole()?;
+        if self.table.memory() as u64 > self.memory.cap / 4 {
+            self.spill_table(progress)?;
+        }
+        Ok(self.clone())
+    }
+
+    /// Adds other counts.
+    ///
+    /// # Errors
+    /// They were cut in another way; 2⁶⁴ words or more. Nothing is added then.
+    pub fn add(&mut self, other: &Self, progress: &Progress) -> Result<()> {
+        self.whole()?;
+        other.whole()?;
+        let mut about = self.about()?;
+        about.add(&other.about()?, (&self.name, &other.name))?;
+        let sum = self.table.memory() + 2 * other.table.memory();
+        if 2 * sum as u64 > self.memory.cap {
+            self.spill_table(progress)?;
+        }
+        self.about = About { pretokens: add(self.about.pretokens, other.about.pretokens)?, ..about };
+        let table = (!other.table.is_empty()).then(|| other.table.clone());
+        self.join(table, &other.runs);
+        reduce(&mut self.runs, &self.memory.folder, self.memory.share(1, 0).fan_in, progress)
+    }
+
+    /// Calls `f` with every word that occurs `least` times or more, in the order of their bytes.
+    pub fn for_each(&mut self, least: u64, progress: &Progress, f: impl FnMut(&[u8], u64) -> Result<()>) -> Result<()> {
+        self.whole()?;
+        // A copy of the table is sorted beside it.
+        if 2 * self.table.memory() as u64 > self.memory.cap {
+            self.spill_table(progress)?;
+        }
+        reduce(&mut self.runs, &self.memory.folder, self.memory.share(1, 0).fan_in, progress)?;
+        let mut sources = self.runs.sources();
+        if !self.table.is_empty() {
+            sources.push(Box::new(self.table.clone().into_sorted_words()) as Box<dyn Sorted>);
+        }
+        merge(sources, least, progress, f)
+    }
+
+    /// Number of distinct words.
+    pub fn distinct(&mut self, progress: &Progress) -> Result<u64> {
+        match (self.table.is_empty(), &*self.runs.runs) {
+            (false, []) => return self.whole().map(|()| self.table.len() as u64),
+            (true, [(_, run)]) => return self.whole().map(|()| run.totals.words),
+            _ => {}
+        }
+        let mut n = 0;
+        self.for_each(1, progress, |_, _| {
+            n += 1;
+            Ok(())
+        })?;
+        Ok(n)
+    }
+
+    /// The `n` most frequent words, equals in the order of their bytes.
+    pub fn most_common(&mut self, n: usize, progress: &Progress) -> Result<Vec<(Vec<u8>, u64)>> {
+        let mut best = BinaryHeap::new();
+        if n > 0 {
+            self.for_each(1, progress, |word, count| {
+                if best.len() < n {
+                    best.push((Reverse(count), word.to_vec()));
+                } else if best.peek().is_some_and(|(Reverse(worst), _)| count > *worst) {
+                    // Words come in order: of equals the first stay.
+                    best.pop();
+                    best.push((Reverse(count), word.to_vec()));
+                }
+                Ok(())
+            })?;
+        }
+        Ok(best.into_sorted_vec().into_iter().map(|(Reverse(count), word)| (word, count)).collect())
+    }
+
+    /// Writes a counts file; equal counts give equal bytes.
+    pub fn save(&mut self, path: &Path, overwrite: bool, progress: &Progress) -> Result<Saved> {
+        let file = AtomicFile::create(path, overwrite)?;
+        let about = self.about()?;
+        let total = self.table.len() as u64 + self.runs.runs.iter().map(|run| run.1.totals.words).sum::<u64>();
+        progress.begin(Stage::Save, total);
+        let (mut writer, mut n) = (Writer::new(file, &about)?, 0);
+        self.for_each(1, progress, |word, count| {
+            n += 1;
+            progress.add(1);
+            writer.push(word, count)
+        })?;
+        writer.finish()?.commit()?;
+        Ok(Saved { about, distinct_pretokens: n, spilled_runs: self.runs.spilled })
+    }
+
+    /// The words that occur `least` times or more, for training of `wanted` merges.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where merging them needs more than the cap, with the figure and what would fit.
+    pub fn words(&mut self, least: u64, wanted: usize, progress: &Progress) -> Result<Words> {
+        self.whole()?;
+        // What the table's words take beside it: an order of 16 bytes each, bytes and ends.
+        let aside = 48 * self.table.len() as u64 + self.table.long_bytes() as u64;
+        if self.runs.runs.is_empty() && self.table.memory() as u64 + aside <= self.memory.cap {
+            if least <= 1 && merging(self.table.len() as u64, aside, wanted) <= self.memory.cap {
+                return Ok(self.table.words());
+            }
+            let words = self.table.words();
+            let mut frequencies = Frequencies::default();
+            words.iter().filter(|word| word.1 >= least).for_each(|(word, count)| frequencies.add(word.len(), count));
+            frequencies.check(wanted, self.memory.cap)?;
+            return Ok(words.iter().filter(|word| word.1 >= least).collect());
+        }
+        self.spill_table(progress)?;
+        let mut frequencies = Frequencies::default();
+        self.for_each(least, progress, |word, count| {
+            frequencies.add(word.len(), count);
+            Ok(())
+        })?;
+        frequencies.check(wanted, self.memory.cap)?;
+        let mut placer = frequencies.place();
+        self.for_each(least, progress, |word, count| {
+            placer.push(word, count);
+            Ok(())
+        })?;
+        Ok(placer.into_words())
+    }
+}
