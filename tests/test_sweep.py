@@ -12,7 +12,9 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -579,6 +581,32 @@ def test_a_closed_terminal_interrupts(tmp_path: Path) -> None:
     p.send_signal(signal.SIGHUP)
     assert p.wait(60) == 129
     assert statuses(folder) == {"seed=1": "interrupted", "seed=2": "pending", "seed=3": "pending"}
+
+
+def test_runs_that_cannot_be_told_to_end_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a cluster, which are told by a file, where the disk is full."""
+    killed: list[str] = []
+
+    class Deaf(Start):
+        def __call__(self, folder: Path, threads: int) -> Any:
+            run = super().__call__(folder, threads)
+            run.send = refuse  # type: ignore[method-assign]
+            run.kill = lambda: killed.append(folder.name)  # type: ignore[method-assign]
+            return run
+
+    def refuse(*_: object) -> None:
+        raise FileError("signal: no space left on device")
+
+    class Breaks:
+        def show(self, results: Sequence[TrialResult], folder: Path) -> None:
+            if [r.status for r in results] == ["running"] * 2:
+                raise FileError("what broke it")
+
+    monkeypatch.setattr("bytekiln.sweep.coordinate.END_S", 0.2)
+    monkeypatch.setattr("bytekiln.sweep.coordinate.LOOK_S", 0.1)
+    with pytest.raises(FileError, match="what broke it"):
+        run_sweep(trials(2), tmp_path / "s", jobs=2, start=Deaf(seconds=60), board=Breaks())
+    assert sorted(killed) == ["seed=1", "seed=2"]
 
 
 def test_ctrl_c_ends_what_was_started_to_ignore_it(tmp_path: Path) -> None:
