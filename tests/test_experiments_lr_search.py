@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from contextlib import nullcontext
@@ -16,11 +17,12 @@ from bytekiln import cli_sweep
 from bytekiln.accounting import flops_per_token
 from bytekiln.config import load_config
 from bytekiln.experiments import catalogue
-from bytekiln.experiments.figures import metrics_of, search_figure
+from bytekiln.experiments.figures import Drawn, metrics_of, save, search_figure
 from bytekiln.experiments.lr_search import drawn_of, model_name, recommendation, result_file, result_of, write_search
 from bytekiln.report.groups import best_group, grouped
 from bytekiln.report.runs import Run
 from bytekiln.schedule import Progress, learning_rate
+from bytekiln.sweep.coordinate import work
 from bytekiln.sweep.results import TrialResult
 from bytekiln.sweep.spec import changed, load_spec, trials_of
 from experiment_runs import DATA, FLAGS, Trains, write_data
@@ -214,6 +216,18 @@ def test_a_search_without_a_rate_to_recommend_is_no_success(search, here: Path) 
     assert read(here / "exp9_quick_lr_search/lr_recommendation.json")["best_learning_rate"] is None
 
 
+def test_a_worker_that_outlives_its_search_writes_its_files(
+    search, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = here / "exp9_quick_lr_search"
+    search("lr-search-quick", *DATA, *FLAGS, "--lrs", "1e-3 1e-2", status=130, begins=Trains(stop="lr=1e-3"))
+    assert read(folder / "lr_recommendation.json")["best_learning_rate"] is None
+    monkeypatch.setattr(cli_sweep, "work", functools.partial(work, start=Trains()))
+    search("worker", folder)
+    told = read(folder / "lr_recommendation.json")
+    assert told["best_learning_rate"] in (1e-3, 1e-2) and "Provisional" not in told["recommendation"]
+
+
 def test_what_killed_writers_left_goes(search, here: Path) -> None:
     folder = here / "exp9_quick_lr_search"
     search("lr-search-quick", *DATA, *FLAGS, "--lrs", "1e-3")
@@ -352,6 +366,14 @@ def test_the_comparison_has_four_panels(search, here: Path) -> None:
     assert len(empty.axes) == 4
     png = (folder / "lr_search_comparison.png").read_bytes()
     assert png.startswith(b"\x89PNG") and len(png) > 20_000
+
+
+@pytest.mark.parametrize("statuses", [("interrupted", "pending"), ("pending", "pending"), ("diverged",), ()])
+def test_a_picture_of_runs_without_a_loss_warns_of_nothing(tmp_path: Path, statuses: tuple[str, ...]) -> None:
+    rates = [1e-3 * 10**i for i in range(len(statuses))]
+    runs = [Drawn(f"{lr:g}", lr, s, None, None, None, False, None) for lr, s in zip(rates, statuses, strict=True)]
+    save(search_figure(runs, "t"), tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_files_are_written_of_runs_without_metrics(tmp_path: Path) -> None:

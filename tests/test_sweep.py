@@ -12,7 +12,9 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -581,6 +583,32 @@ def test_a_closed_terminal_interrupts(tmp_path: Path) -> None:
     assert statuses(folder) == {"seed=1": "interrupted", "seed=2": "pending", "seed=3": "pending"}
 
 
+def test_runs_that_cannot_be_told_to_end_are_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a cluster, which are told by a file, where the disk is full."""
+    killed: list[str] = []
+
+    class Deaf(Start):
+        def __call__(self, folder: Path, threads: int) -> Any:
+            run = super().__call__(folder, threads)
+            run.send = refuse  # type: ignore[method-assign]
+            run.kill = lambda: killed.append(folder.name)  # type: ignore[method-assign]
+            return run
+
+    def refuse(*_: object) -> None:
+        raise FileError("signal: no space left on device")
+
+    class Breaks:
+        def show(self, results: Sequence[TrialResult], folder: Path) -> None:
+            if [r.status for r in results] == ["running"] * 2:
+                raise FileError("what broke it")
+
+    monkeypatch.setattr("bytekiln.sweep.coordinate.END_S", 0.2)
+    monkeypatch.setattr("bytekiln.sweep.coordinate.LOOK_S", 0.1)
+    with pytest.raises(FileError, match="what broke it"):
+        run_sweep(trials(2), tmp_path / "s", jobs=2, start=Deaf(seconds=60), board=Breaks())
+    assert sorted(killed) == ["seed=1", "seed=2"]
+
+
 def test_ctrl_c_ends_what_was_started_to_ignore_it(tmp_path: Path) -> None:
     """As `lm-sweep … &` of a script is."""
     old = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -600,10 +628,10 @@ def test_ctrl_c_reaches_what_was_started_with_it_blocked(early: bool) -> None:
     before, number = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]), signal.SIGINT
     try:
         if early:
-            os.kill(os.getpid(), number)
+            signal.pthread_kill(threading.get_ident(), number)  # other threads may not block it
         with pytest.raises(KeyboardInterrupt), Signals():
             assert not early
-            os.kill(os.getpid(), number)
+            signal.pthread_kill(threading.get_ident(), number)
             time.sleep(5)
         assert signal.getsignal(number) is signal.default_int_handler
     finally:

@@ -10,12 +10,13 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from bytekiln.config import canonical
 from bytekiln.console import Parser, human_bytes, human_count, human_time, notice, table
-from bytekiln.errors import ConfigError, MissingExtraError
+from bytekiln.errors import BytekilnError, ConfigError, MissingExtraError
 from bytekiln.experiments import catalogue
 from bytekiln.experiments.lr_search import whenever_it_ends
 from bytekiln.report.build import analysed
@@ -29,8 +30,8 @@ from bytekiln.sweep.folder import check_idle, coordinating, open_folder
 from bytekiln.sweep.journal import Holder
 from bytekiln.sweep.progress import ProgressBoard, number
 from bytekiln.sweep.ready import checked_data
-from bytekiln.sweep.results import RANKED, TrialResult, best_repeats, exit_status
-from bytekiln.sweep.spec import SweepSpec, Trial, changed, sweep_presets, trials_of
+from bytekiln.sweep.results import RANKED, TrialResult, best_repeats
+from bytekiln.sweep.spec import SweepSpec, Trial, changed, load_spec, sweep_presets, trials_of
 from bytekiln.sweep.table import typed
 
 SHAPELESS = ("lr", "min_lr", "seed", "run_name", "checkpoint_dir", "tensorboard_dir", "weight_decay", "beta1", "beta2")
@@ -199,10 +200,14 @@ def _worker(argv: list[str]) -> int:
     parser.add_argument("--jobs", type=whole, default=1, metavar="N", help="runs at once; default: 1")
     options = parser.parse_args(argv)
     notice(f"joins {options.folder} as {Holder.me()}")
-    with analysed(Path(options.folder), notice), ProgressBoard(notice) as board:
-        results = work(options.folder, jobs=options.jobs, say=board.say, board=board)
+    folder, spec = Path(options.folder), SweepSpec()
+    with suppress(BytekilnError):  # its own trouble: the runs are in trials.json
+        spec = load_spec(folder / "sweep.toml")
+    after = catalogue.after(spec)  # the sweep that was joined may have been killed meanwhile
+    with whenever_it_ends(after, spec, folder, notice), analysed(folder, notice), ProgressBoard(notice) as board:
+        results = work(folder, jobs=options.jobs, say=board.say, board=board)
     print(summary(results))
-    return exit_status(results)
+    return catalogue.status(spec, results)
 
 
 def _adopt(argv: list[str]) -> int:

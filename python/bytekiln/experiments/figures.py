@@ -138,6 +138,8 @@ def _losses(axes: Axes, runs: Sequence[Drawn]) -> None:
     """Best and last validation loss against the rate; what cannot win is marked."""
     axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss (nats a token)",
              title="Loss against rate: the best decides, not the last")  # fmt: skip
+    if runs:  # first: of runs without a loss there is nothing by which the axis could find its ends
+        axes.set_xlim(min(r.lr for r in runs) / 1.5, max(r.lr for r in runs) * 1.5)
     ranked = [r for r in runs if r.status in ("completed", "early_stopped")]
     best = [(r.lr, r.best) for r in ranked if r.best is not None]
     last = [(r.lr, r.last) for r in ranked if r.last is not None]
@@ -157,8 +159,8 @@ def _losses(axes: Axes, runs: Sequence[Drawn]) -> None:
     if runs:
         ticks = sorted({r.lr: r.name for r in runs})
         axes.set_xticks(ticks, labels=[short(lr) for lr in ticks], fontsize=8)
-        axes.set_xlim(ticks[0] / 1.5, ticks[-1] * 1.5)
         axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8)
     else:
         axes.text(0.5, 0.5, "no run has begun", transform=axes.transAxes, ha="center", color=INK)

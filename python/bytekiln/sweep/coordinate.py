@@ -296,7 +296,8 @@ class _Sweep:
         """Whatever broke the loop, a second Ctrl-C or a full disk: no run goes on unseen."""
         until = time.monotonic() + (END_S if wait else 0.0)
         for run in self._processes():
-            run.send(signal.SIGTERM)
+            with suppress(BytekilnError):  # one on a cluster is told by a file
+                run.send(signal.SIGTERM)
         while time.monotonic() < until and any(job.run.poll() is None for job in self.at_work.values()):
             time.sleep(POLL_S)
         for name, job in self.at_work.items():

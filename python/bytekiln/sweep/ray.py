@@ -110,8 +110,9 @@ class RayRun:
 
     def kill(self) -> None:
         """As `Running`."""
-        self.send(9)
-        with suppress(Exception):  # the cluster may be gone
+        with suppress(Exception):  # the disk may be full, the cluster gone
+            self.send(9)
+        with suppress(Exception):
             self._ray.wait([self._task], timeout=10)
             self._ray.cancel(self._task, force=True)
 
