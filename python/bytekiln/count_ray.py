@@ -74,7 +74,7 @@ def count_on_cluster(
     settings: dict[str, Any],
     progress: Callable[[str, int, int], object],
 ) -> Counts:
-    """Count files (of records their `field`) on all machines; parts lie in a folder beside `out` until they are added up.
+    """Count files (of records their `field`) on all machines; parts lie beside `out` until they are added up.
 
     Four tasks a processor, so that a slow machine does not keep the others waiting; each counts on one thread, unless
     `settings` say more, and in an equal share of `max_memory`.
