@@ -82,7 +82,8 @@ def test_stopped_at_any_moment(texts: Path, undisturbed: tuple[list[bytes], floa
             assert [(texts / out.replace(".json", f"-{size}.json")).read_bytes() for size in ("20k", "25k")] == whole
             assert not list(texts.glob(f"*{kept.name}*"))
         else:
-            assert p.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[how], said
+            # SIGTERM may come before the command is there to answer it.
+            assert p.returncode in (-9 if how == signal.SIGKILL else 128 + how, -signal.SIGTERM), said
             stopped += 1
     assert went_on, "no run found what another one had left"
 
@@ -90,9 +91,9 @@ def test_stopped_at_any_moment(texts: Path, undisturbed: tuple[list[bytes], floa
 def test_counting_goes_on_within_a_file_and_merging_within_the_list(texts: Path, tmp_path: Path) -> None:
     """Both kinds of checkpoint are met: a callback stops the run at a given place, again and again."""
     files, kept = [texts / "0.txt", texts / "1.txt"], tmp_path / "run.ck"
-    options = {"vocab_size": 3000, "chunk_bytes": 1 << 16, "threads": 2}
+    options = {"vocab_size": 20_000, "chunk_bytes": 1 << 16, "threads": 2}
     (expected,), _ = _core.train_bpe(files, **options)
-    places = [("count", 1e6), ("count", 3e6), ("count", 6e6), ("merge", 100), ("merge", 700), ("merge", 1)]
+    places = [("count", 1e6), ("count", 3e6), ("count", 6e6), ("merge", 100), ("merge", 7000), ("merge", 1)]
 
     def train(place: tuple[str, float] | None) -> tuple[list[bytekiln.Tokenizer], dict[str, int]]:
         def stop(stage: str, done: int, total: int) -> None:
@@ -106,12 +107,15 @@ def test_counting_goes_on_within_a_file_and_merging_within_the_list(texts: Path,
             (made,), stats = train(place)
         except KeyboardInterrupt:
             assert kept.exists()
+            if place[0] == "count":  # not to be taken for the counts of all
+                with pytest.raises(bytekiln.BytekilnError, match=r"run\.ck: holds the counts of a part of its text"):
+                    bytekiln.Counts.load(kept)
             continue
         assert made.hash == expected.hash  # it was over before it was looked at
     (made,), stats = train(None)
     assert made.hash == expected.hash and made.merges == expected.merges
     assert stats["resumed_bytes"] == stats["bytes"] and stats["resumed_merges"] > 0
-    assert len(stats["top_merges"]) == 10 and stats["merges"] == 2744
+    assert len(stats["top_merges"]) == 10 and stats["merges"] == 19_744
 
 
 @pytest.fixture

@@ -201,7 +201,10 @@ def test_statistics_are_printed_and_saved(command, corpus: Path, tmp_path: Path)
         "".join(map(bytes.decode, first))
     )
     assert found["distinct_pretokens"] == found["kept_pretokens"] > 10
-    assert found["simd_level"] in ("scalar", "avx2", "avx512", "neon") and found["unicode_version"].count(".") == 2
+    assert (
+        found["simd_level"] in ("scalar", "avx2", "avx512", "avx512-vbmi2", "neon")
+        and found["unicode_version"].count(".") == 2
+    )
     assert "s.json" in command("bpe-train", *line, "--out", "u.json", status=2).stderr
     out = command("bpe-train", *line, "--overwrite").stdout
     for row in ("tokens", "text", "time", "peak memory", "longest token", "first merges", "ties", "with"):
@@ -235,7 +238,7 @@ sys.exit(main(sys.argv[1:]))
 
 def test_progress_on_a_terminal(tmp_path: Path) -> None:
     """Bytes, words, merges, the merge in work, time left: on a terminal, and not a word elsewhere."""
-    many_words(tmp_path / "t.txt", 500_000)
+    many_words(tmp_path / "t.txt", 4_000_000)  # seconds, so that each stage is shown on the way
     line = [sys.executable, "-c", ON_A_TERMINAL, "bpe-train", "t.txt", "--vocab-size", "20k", "--out"]
     main, terminal = pty.openpty()
     env = {**os.environ, "COLUMNS": "200", "TERM": "xterm"}
@@ -254,7 +257,7 @@ def test_progress_on_a_terminal(tmp_path: Path) -> None:
     p.communicate(timeout=60)
     assert p.returncode == 0
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
-    assert re.search(r"counting words.*MB/4\.0 MB.*words [\d,]+", text), text[:2000]
+    assert re.search(r"counting words.*MB/3\d\.\d MB.*words [\d,]+", text), text[:2000]
     assert re.search(r"merging pairs.*[\d,]+/19,744 merges +merging '.+' \+ '.+' × [\d,]+.*\d:\d\d:\d\d", text), text
     quiet = subprocess.run([*line, "b.json"], cwd=tmp_path, capture_output=True, check=True)
     assert quiet.stderr == b"" and quiet.stdout.count(b"\n") < 12

@@ -14,6 +14,7 @@ from typing import Any
 
 from bytekiln.bpe_flags import StageProgress, add_text_flags, size
 from bytekiln.console import Parser, table
+from bytekiln.inputs import Inputs
 from bytekiln.inspection import measure, show_token
 from bytekiln.tokenizer import Tokenizer
 
@@ -105,7 +106,12 @@ def diff(argv: Sequence[str]) -> int:
         for name, path in zip("ab", args.tokenizers, strict=True):
             with ExitStack() as bars:
                 on_text = measure(
-                    path, args.text, longest=0, errors=args.errors, threads=args.threads, progress=StageProgress(bars)
+                    path,
+                    Inputs(args.text),
+                    longest=0,
+                    errors=args.errors,
+                    threads=args.threads,
+                    progress=StageProgress(bars),
                 )
             found["compression"][name] = {k: on_text[k] for k in ("bytes", "tokens", "bytes_per_token", "tokens_used")}
     print(json.dumps(found) if args.json else _summary(found))

@@ -105,7 +105,7 @@ impl Checkpoint {
             done.pairs.push((u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])));
             done.counts.push(count.iter().rev().fold(0, |n, &byte| n << 8 | u64::from(byte)));
         }
-        let counts = counted.then(|| Counts::load_parts(&[path.into()], memory, &Progress::default())).transpose()?;
+        let counts = counted.then(|| Counts::load_kept(path, memory)).transpose()?;
         Ok((this, counts, done))
     }
 

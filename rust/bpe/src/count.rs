@@ -137,9 +137,9 @@ impl WordCounts {
     ///
     /// The slots of a batch are asked for before the first of them is looked at: the table is larger than the caches,
     /// and so the waits overlap.
-    fn add_run(&mut self, text: &[u8], ends: Ends<'_>) {
-        let Ends { mut start, base, offsets } = ends;
-        for offsets in offsets.chunks(BATCH) {
+    fn add_run(&mut self, text: &[u8], ends: &Ends<'_>) {
+        let (mut start, base) = (ends.start, ends.base);
+        for offsets in ends.offsets.chunks(BATCH) {
             self.make_room(offsets.len());
             start = self.ask(text, start, base, offsets);
             self.seen = self.seen.saturating_add(self.waiting.1 as u64);
@@ -475,7 +475,7 @@ pub fn count_text(bytes: &[u8], splitter: &Splitter, policy: TextPolicy, counts:
             }
         });
     };
-    splitter.split_ends(text, |ends| counts.add_run(bytes, ends), |_| {})
+    splitter.split_ends(text, |ends| counts.add_run(bytes, &ends), |_| {})
 }
 
 #[cfg(test)]

@@ -118,6 +118,7 @@ impl About {
         self.bytes = self.bytes.saturating_add(other.bytes);
         self.documents = self.documents.saturating_add(other.documents);
         self.pretokens = add(self.pretokens, other.pretokens)?;
+        self.next = self.next.or(other.next);
         Ok(())
     }
 }

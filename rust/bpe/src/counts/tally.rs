@@ -65,20 +65,27 @@ impl Counts {
     /// [`Error::Format`] for what is no whole, undamaged counts file; [`Error::Config`], naming both files, where
     /// pattern, special tokens, policy or Unicode version differ, and for 2⁶⁴ words or more.
     pub fn load(paths: &[PathBuf], memory: Memory, progress: &Progress) -> Result<Self> {
-        let this = Self::load_parts(paths, memory, progress)?;
-        if this.about.next.is_some() {
-            let what = "holds the counts of a part of its text, as a checkpoint does; expected whole counts";
-            return Err(Error::Config(format!("{}: {what}", this.name)));
-        }
-        Ok(this)
+        Self::load_files(paths, memory, progress, false)
     }
 
-    /// The same of counts that a checkpoint keeps.
-    pub(crate) fn load_parts(paths: &[PathBuf], memory: Memory, progress: &Progress) -> Result<Self> {
+    /// What a checkpoint keeps: the counts of a part of the text, or of all.
+    pub(crate) fn load_kept(path: &Path, memory: Memory) -> Result<Self> {
+        Self::load_files(&[path.into()], memory, &Progress::default(), true)
+    }
+
+    fn load_files(paths: &[PathBuf], memory: Memory, progress: &Progress, parts: bool) -> Result<Self> {
         let Some((first, others)) = paths.split_first() else {
             return Err(Error::Config("counts: found none; expected at least one counts file".into()));
         };
-        let open = |path: &PathBuf| Stored::open(path).map(|stored| (stored, path.display().to_string()));
+        let open = |path: &PathBuf| {
+            let stored = Stored::open(path)?;
+            let name = path.display().to_string();
+            if stored.about.next.is_some() && !parts {
+                let what = "holds the counts of a part of its text, as a checkpoint does; expected those of all of it";
+                return Err(Error::Config(format!("{name}: {what}")));
+            }
+            Ok((stored, name))
+        };
         let (stored, name) = open(first)?;
         let (splitter, policy) = stored.about.splitter(&name)?;
         let mut this = Self::new(splitter, policy, memory);
