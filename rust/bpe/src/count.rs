@@ -12,6 +12,7 @@ use foldhash::fast::FixedState;
 use crate::error::{Error, Result};
 use crate::hash::{self, prefetch};
 use crate::input::{Chunk, ChunkReader, Inputs};
+use crate::pages;
 use crate::pretokenize::{Ends, Piece, Splitter, TextPolicy};
 use crate::progress::{Progress, Stage};
 use crate::words::Words;
@@ -205,6 +206,7 @@ impl WordCounts {
 
     fn grow(&mut self) {
         let bigger = vec![(0, 0); self.slots.len() * 2];
+        pages::large(&bigger);
         let old = std::mem::replace(&mut self.slots, bigger);
         let mask = self.slots.len() - 1;
         for (key, count) in old.into_iter().filter(|slot| slot.0 != 0) {

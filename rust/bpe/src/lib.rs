@@ -19,6 +19,7 @@ mod hash;
 pub mod input;
 mod merge;
 pub mod naive;
+mod pages;
 pub mod pretokenize;
 pub mod prior;
 pub mod progress;

@@ -9,6 +9,7 @@
 
 use crate::error::{Error, Result};
 use crate::hash::prefetch;
+use crate::pages;
 use crate::progress::Progress;
 use crate::queue::{Entry, Queue};
 use crate::ties::Ties;
@@ -82,7 +83,10 @@ fn place(end: usize) -> Result<u32> {
 
 /// Makes room for `len` postings. Fresh memory of gigabytes takes a while, in which someone may want to stop.
 fn lengthen(postings: &mut Vec<Posting>, len: usize, progress: &Progress) -> Result<()> {
-    postings.reserve(len.saturating_sub(postings.len()));
+    if len > postings.capacity() {
+        postings.reserve(len - postings.len());
+        pages::large(postings);
+    }
     while postings.len() < len {
         progress.check()?;
         postings.resize(len.min(postings.len() + (1 << 20)), Posting { at: 0, count: 0 });
@@ -105,6 +109,8 @@ pub(crate) struct Merger<C> {
     /// (first cell, count) of words that occur `u32::MAX` times or more, ascending.
     heavy: Vec<(u32, u64)>,
     live: Vec<Posting>,
+    /// How many of them are of the merge in work.
+    alive: usize,
     occurrences: Vec<Occurrence>,
     left: Vec<Neighbour>,
     right: Vec<Neighbour>,
@@ -159,7 +165,6 @@ impl<C: Cell> Merger<C> {
     ) -> Result<()> {
         let (a, b) = (C::of(a), C::of(b));
         let postings = &self.postings[range];
-        self.live.truncate(postings.len());
         lengthen(&mut self.live, postings.len(), progress)?;
         let mut found = 0;
         for (i, &posting) in postings.iter().enumerate() {
@@ -174,7 +179,7 @@ impl<C: Cell> Merger<C> {
             // Without a branch: half of the postings are stale, and no predictor knows which.
             found += usize::from(self.cells[at] == a) & usize::from(self.cells[at + len_a] == b);
         }
-        self.live.truncate(found);
+        self.alive = found;
         Ok(())
     }
 
@@ -189,7 +194,7 @@ impl<C: Cell> Merger<C> {
         let nobody = self.left.len() as TokenId - 1;
         let neighbour = |cell: C| if cell == C::DEAD { nobody } else { cell.id() };
         self.occurrences.clear();
-        for i in 0..self.live.len() {
+        for i in 0..self.alive {
             if i % LOOK_EVERY == 0 {
                 progress.check()?;
             }

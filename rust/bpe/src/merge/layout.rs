@@ -10,6 +10,7 @@ use foldhash::fast::FixedState;
 use super::{Cell, Merger, NOWHERE, Neighbour, Posting, lengthen};
 use crate::error::{Error, Result};
 use crate::hash;
+use crate::pages;
 use crate::prior::{Prior, Scratch};
 use crate::progress::Progress;
 use crate::queue::Queue;
@@ -88,11 +89,14 @@ impl<C: Cell> Merger<C> {
             return Err(Error::Config(what));
         }
         let neighbours = vec![Neighbour::default(); vocab_size + 1];
+        let cells = Vec::with_capacity(size + 1);
+        pages::large(&cells);
         let mut this = Self {
-            cells: Vec::with_capacity(size + 1),
+            cells,
             postings: Vec::new(),
             heavy: Vec::new(),
             live: Vec::new(),
+            alive: 0,
             occurrences: Vec::new(),
             left: neighbours.clone(),
             right: neighbours,
