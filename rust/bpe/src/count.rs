@@ -205,7 +205,7 @@ impl WordCounts {
     }
 
     fn grow(&mut self) {
-        let bigger = vec![(0, 0); self.slots.len() * 2];
+        let bigger = vec![(0, 0); next_size(self.slots.len())];
         pages::large(&bigger);
         let old = std::mem::replace(&mut self.slots, bigger);
         let mask = self.slots.len() - 1;
@@ -258,9 +258,9 @@ impl WordCounts {
     /// Bytes that it holds at most while it takes in a text of `bytes` bytes: every word in it may be new, and of two
     /// bytes, or of 16; a table that grows lies beside the larger one for a moment.
     pub(crate) fn peak_after(&self, bytes: usize) -> usize {
-        let (used, mut slots) = (self.used + 256 + bytes / 2, self.slots.len());
+        let (used, mut slots) = (self.used + BATCH + bytes / 2, self.slots.len());
         while used * 8 > slots * 5 {
-            slots *= 2;
+            slots = next_size(slots);
         }
         let short = if slots > self.slots.len() { slots * SLOT / 2 * 3 } else { slots * SLOT };
         let words = self.long.len() + bytes / (PACKED + 1);
@@ -326,6 +326,11 @@ impl WordCounts {
         words.sort_unstable_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
         words
     }
+}
+
+/// The size of a table that follows a smaller one: in fewer steps while it is small, as each is touched anew.
+fn next_size(slots: usize) -> usize {
+    if slots < 1 << 17 { 4 * slots } else { 2 * slots }
 }
 
 /// Bytes of a slot.

@@ -60,7 +60,16 @@ impl Queue {
     pub(crate) fn new(least: u64, longest: usize) -> Self {
         let (slots, buckets) = (vec![(NONE, 0); 1 << 12], vec![NONE; BUCKETS]);
         let least = least.max(1);
-        Self { entries: Vec::new(), slots, buckets, heap: Vec::new(), level: BUCKETS, now: Vec::new(), least, longest }
+        Self {
+            entries: Vec::with_capacity(1 << 16),
+            slots,
+            buckets,
+            heap: Vec::new(),
+            level: BUCKETS,
+            now: Vec::new(),
+            least,
+            longest,
+        }
     }
 
     /// Whether a pair can ever be given out.

@@ -21,6 +21,9 @@ use crate::words::Words;
 /// Bytes between two looks at whether to stop, within a word too.
 const LOOK_EVERY: usize = 1 << 18;
 
+/// Postings beyond the first ones for which there is room from the beginning.
+const SPARE: usize = 1 << 22;
+
 /// Occurrences of a pair, the words that they are in, and where its next posting goes.
 #[derive(Clone, Copy)]
 struct Sum {
@@ -237,6 +240,9 @@ impl<C: Cell> Merger<C> {
                 from += sum.edges;
             }
         }
+        // Those of new pairs follow. Room that is not touched costs nothing, but to move all of them does.
+        self.postings.reserve(from as usize + (2 * from as usize).min(SPARE));
+        pages::large(&self.postings);
         lengthen(&mut self.postings, from as usize, progress)
     }
 }
