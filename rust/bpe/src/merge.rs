@@ -234,6 +234,9 @@ impl<C: Cell> Merger<C> {
         // one before had gained is lost again.
         let behind = self.left[id as usize].count;
         let mut end = self.postings.len();
+        for pair in self.lefts.iter().map(|&left| (left, a)).chain(self.rights.iter().map(|&right| (b, right))) {
+            queue.ask(pair);
+        }
         for &left in &self.lefts {
             let sum = &mut self.left[left as usize];
             sum.to = NOWHERE;

@@ -8,7 +8,7 @@
 
 use std::cmp::Ordering;
 
-use crate::hash;
+use crate::hash::{self, prefetch};
 use crate::ties::Ties;
 use crate::train::Pair;
 
@@ -109,6 +109,11 @@ impl Queue {
             Self::place(&mut slots, hash_pair(entry.pair), index);
         }
         self.slots = slots;
+    }
+
+    /// Asks for the place of a pair that will be looked up soon.
+    pub(crate) fn ask(&self, pair: Pair) {
+        prefetch(&self.slots, hash_pair(pair) as usize & (self.slots.len() - 1));
     }
 
     /// `pair` lost so many occurrences.
