@@ -402,3 +402,26 @@ impl Counts {
         Ok(placer.into_words())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::input::Position;
+    use crate::pretokenize::Pattern;
+
+    #[test]
+    fn the_counts_of_a_part_are_taken_for_no_others() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("part.counts");
+        let splitter = Splitter::new(Arc::new(Pattern::new("gpt2").unwrap()), &[]).unwrap();
+        let mut part = Counts::new(splitter, TextPolicy::Error, Memory::new(None, None).unwrap());
+        part.add_text(b"wet clay").unwrap();
+        let at = Position { file: 1, offset: 9, room: None };
+        part.about.next = Some(at);
+        part.save(&path, false, &Progress::default()).unwrap();
+        let memory = || Memory::new(None, None).unwrap();
+        let said = Counts::load(&[path.clone()], memory(), &Progress::default()).unwrap_err().to_string();
+        assert!(said.contains("part.counts: holds the counts of a part"), "{said}");
+        assert_eq!(Counts::load_kept(&path, memory()).unwrap().about().unwrap().next, Some(at));
+    }
+}
