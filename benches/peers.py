@@ -8,6 +8,7 @@ them, and the order turns round each time. Reported are medians and minima over 
 process (start, imports and loading included; `contestants.py` imports nothing that its contestant does not ask
 for) and of the work alone as the process measures it, imports excluded; the peak memory, and what of it lies above
 that after the imports; the ratios to bytekiln of both medians. Digests of the results tell which contestants agree.
+With `--threads 1` a process has one processor: some contestants start threads whatever they are told.
 
 Text: the books of ../shared/data (64 MB) with GPT-2's vocabulary from there, or `--text`. A peer that is
 not installed is a line, not a failure (`make bench` installs the extra [bench]).

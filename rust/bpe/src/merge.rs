@@ -7,6 +7,8 @@
 //! pair lie side by side and ascend, so that a merge walks the cells in one direction. Counts gained and lost are added
 //! up per neighbour first: one look-up of a pair for each distinct neighbour, not for each occurrence.
 
+use std::ops::Range;
+
 use crate::error::{Error, Result};
 use crate::hash::prefetch;
 use crate::pages;
@@ -94,24 +96,13 @@ fn lengthen(postings: &mut Vec<Posting>, len: usize, progress: &Progress) -> Res
     Ok(())
 }
 
-/// A live occurrence of the pair that is being merged.
-#[derive(Clone, Copy)]
-struct Occurrence {
-    at: u32,
-    count: u32,
-    left: TokenId,
-    right: TokenId,
-}
-
 pub(crate) struct Merger<C> {
     cells: Vec<C>,
     postings: Vec<Posting>,
     /// (first cell, count) of words that occur `u32::MAX` times or more, ascending.
     heavy: Vec<(u32, u64)>,
-    live: Vec<Posting>,
-    /// How many of them are of the merge in work.
-    alive: usize,
-    occurrences: Vec<Occurrence>,
+    /// Left and right neighbour of each occurrence that is being merged.
+    neighbours: Vec<(TokenId, TokenId)>,
     left: Vec<Neighbour>,
     right: Vec<Neighbour>,
     lefts: Vec<TokenId>,
@@ -142,10 +133,11 @@ impl<C: Cell> Merger<C> {
         let Entry { pair, from, len, .. } = entry;
         let (a, b) = pair;
         let (len_a, len_b) = (ties.len_of(a), ties.len_of(b));
-        self.find_live(from as usize..from as usize + len as usize, pair, len_a, progress)?;
-        self.replace(pair, (len_a, len_b), id, progress)?;
+        let from = from as usize;
+        let live = self.find_live(from..from + len as usize, pair, len_a, progress)?;
+        self.replace(from..from + live, pair, (len_a, len_b), id, progress)?;
         self.settle(ties, queue, pair, id, progress)?;
-        self.post(ties, progress)?;
+        self.post(from, ties, progress)?;
         for id in self.lefts.drain(..) {
             self.left[id as usize] = Neighbour::default();
         }
@@ -155,37 +147,33 @@ impl<C: Cell> Merger<C> {
         Ok(())
     }
 
-    /// Postings whose pair is still there.
-    fn find_live(
-        &mut self,
-        range: std::ops::Range<usize>,
-        (a, b): Pair,
-        len_a: usize,
-        progress: &Progress,
-    ) -> Result<()> {
+    /// Moves the postings whose pair is still there to the beginning of their range, which is not read again later, and
+    /// returns how many they are.
+    fn find_live(&mut self, range: Range<usize>, (a, b): Pair, len_a: usize, progress: &Progress) -> Result<usize> {
         let (a, b) = (C::of(a), C::of(b));
-        let postings = &self.postings[range];
-        lengthen(&mut self.live, postings.len(), progress)?;
+        let postings = &mut self.postings[range];
         let mut found = 0;
-        for (i, &posting) in postings.iter().enumerate() {
+        for i in 0..postings.len() {
             if i % LOOK_EVERY == 0 {
                 progress.check()?;
             }
             if let Some(later) = postings.get(i + AHEAD) {
                 prefetch(&self.cells, later.at as usize);
             }
+            let posting = postings[i];
             let at = posting.at as usize;
-            self.live[found] = posting;
+            postings[found] = posting;
             // Without a branch: half of the postings are stale, and no predictor knows which.
             found += usize::from(self.cells[at] == a) & usize::from(self.cells[at + len_a] == b);
         }
-        self.alive = found;
-        Ok(())
+        Ok(found)
     }
 
-    /// Writes the new token, and adds up what is lost and gained by neighbour.
+    /// Writes the new token, and adds up what is lost and gained by neighbour. Postings of what was merged are moved to
+    /// the beginning of `live`, their neighbours noted.
     fn replace(
         &mut self,
+        live: Range<usize>,
         (a, b): Pair,
         (len_a, len_b): (usize, usize),
         id: TokenId,
@@ -193,12 +181,12 @@ impl<C: Cell> Merger<C> {
     ) -> Result<()> {
         let nobody = self.left.len() as TokenId - 1;
         let neighbour = |cell: C| if cell == C::DEAD { nobody } else { cell.id() };
-        self.occurrences.clear();
-        for i in 0..self.alive {
+        self.neighbours.clear();
+        for i in live.clone() {
             if i % LOOK_EVERY == 0 {
                 progress.check()?;
             }
-            let posting = self.live[i];
+            let posting = self.postings[i];
             let p = posting.at as usize;
             let q = p + len_a;
             // Of overlapping occurrences of one token twice, the second is gone once the first is merged.
@@ -221,7 +209,8 @@ impl<C: Cell> Merger<C> {
                 sum.count += count;
                 sum.edges += 1;
             }
-            self.occurrences.push(Occurrence { at: posting.at, count: posting.count, left, right });
+            self.postings[live.start + self.neighbours.len()] = posting;
+            self.neighbours.push((left, right));
         }
         Ok(())
     }
@@ -272,11 +261,12 @@ impl<C: Cell> Merger<C> {
     }
 
     /// Writes the postings of the new pairs, in the order of the cells.
-    fn post(&mut self, ties: &Ties, progress: &Progress) -> Result<()> {
-        for (i, &Occurrence { at, count, left, right }) in self.occurrences.iter().enumerate() {
+    fn post(&mut self, from: usize, ties: &Ties, progress: &Progress) -> Result<()> {
+        for (i, &(left, right)) in self.neighbours.iter().enumerate() {
             if i % LOOK_EVERY == 0 {
                 progress.check()?;
             }
+            let Posting { at, count } = self.postings[from + i];
             let sum = &mut self.left[left as usize];
             if sum.to != NOWHERE {
                 self.postings[sum.to as usize] = Posting { at: at - ties.len_of(left) as u32, count };

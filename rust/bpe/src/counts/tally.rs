@@ -420,7 +420,7 @@ mod tests {
         part.about.next = Some(at);
         part.save(&path, false, &Progress::default()).unwrap();
         let memory = || Memory::new(None, None).unwrap();
-        let said = Counts::load(&[path.clone()], memory(), &Progress::default()).unwrap_err().to_string();
+        let said = Counts::load(std::slice::from_ref(&path), memory(), &Progress::default()).unwrap_err().to_string();
         assert!(said.contains("part.counts: holds the counts of a part"), "{said}");
         assert_eq!(Counts::load_kept(&path, memory()).unwrap().about().unwrap().next, Some(at));
     }

@@ -91,18 +91,16 @@ impl<C: Cell> Merger<C> {
             let what = format!("training: found {size} bytes of distinct pre-tokens; expected fewer than 4 GiB");
             return Err(Error::Config(what));
         }
-        let neighbours = vec![Neighbour::default(); vocab_size + 1];
+        let sums = vec![Neighbour::default(); vocab_size + 1];
         let cells = Vec::with_capacity(size + 1);
         pages::large(&cells);
         let mut this = Self {
             cells,
             postings: Vec::new(),
             heavy: Vec::new(),
-            live: Vec::new(),
-            alive: 0,
-            occurrences: Vec::new(),
-            left: neighbours.clone(),
-            right: neighbours,
+            neighbours: Vec::new(),
+            left: sums.clone(),
+            right: sums,
             lefts: Vec::new(),
             rights: Vec::new(),
         };
