@@ -73,7 +73,7 @@ const AHEAD: usize = 24;
 /// Occurrences between two looks at whether to stop.
 const LOOK_EVERY: usize = 1 << 16;
 
-/// Where the posting `end` goes. Postings of merged pairs are not used again, so that there can be three for each byte.
+/// Where the posting `end` goes. Not every place of a merged pair's is taken again: there can be up to three for each byte.
 fn place(end: usize) -> Result<u32> {
     u32::try_from(end).ok().filter(|&place| place != NOWHERE).ok_or_else(|| {
         Error::Config(
@@ -101,6 +101,8 @@ pub(crate) struct Merger<C> {
     postings: Vec<Posting>,
     /// (first cell, count) of words that occur `u32::MAX` times or more, ascending.
     heavy: Vec<(u32, u64)>,
+    /// Postings of merged pairs, whose places can be taken: the largest range that was left and what is left of it.
+    hole: Range<usize>,
     /// Left and right neighbour of each occurrence that is being merged.
     neighbours: Vec<(TokenId, TokenId)>,
     left: Vec<Neighbour>,
@@ -138,6 +140,9 @@ impl<C: Cell> Merger<C> {
         self.replace(from..from + live, pair, (len_a, len_b), id, progress)?;
         self.settle(ties, queue, pair, id, progress)?;
         self.post(from, ties, progress)?;
+        if len as usize > self.hole.len() {
+            self.hole = from..from + len as usize;
+        }
         for id in self.lefts.drain(..) {
             self.left[id as usize] = Neighbour::default();
         }
@@ -222,7 +227,13 @@ impl<C: Cell> Merger<C> {
         // An occurrence directly behind another: its left neighbour is the new token, and the edge (new, a) that the
         // one before had gained is lost again.
         let behind = self.left[id as usize].count;
-        let mut end = self.postings.len();
+        let (mut hole, mut end) = (self.hole.clone(), self.postings.len());
+        let mut take = |edges: u32| {
+            let room = if edges as usize <= hole.len() { &mut hole.start } else { &mut end };
+            let to = place(*room);
+            *room += edges as usize;
+            to
+        };
         for pair in self.lefts.iter().map(|&left| (left, a)).chain(self.rights.iter().map(|&right| (b, right))) {
             queue.ask(pair);
         }
@@ -236,9 +247,8 @@ impl<C: Cell> Merger<C> {
                 queue.lose((left, a), sum.count);
             }
             if queue.wants(ties, (left, id), sum.count) {
-                sum.to = place(end)?;
+                sum.to = take(sum.edges)?;
                 queue.insert(ties, (left, id), sum.count, sum.to, sum.edges);
-                end += sum.edges as usize;
             }
         }
         for &right in &self.rights {
@@ -252,11 +262,11 @@ impl<C: Cell> Merger<C> {
             }
             let count = if right == a { sum.count - behind } else { sum.count };
             if queue.wants(ties, (id, right), count) {
-                sum.to = place(end)?;
+                sum.to = take(sum.edges)?;
                 queue.insert(ties, (id, right), count, sum.to, sum.edges);
-                end += sum.edges as usize;
             }
         }
+        self.hole = hole;
         lengthen(&mut self.postings, end, progress)
     }
 

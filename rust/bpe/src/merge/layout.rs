@@ -98,6 +98,7 @@ impl<C: Cell> Merger<C> {
             cells,
             postings: Vec::new(),
             heavy: Vec::new(),
+            hole: 0..0,
             neighbours: Vec::new(),
             left: sums.clone(),
             right: sums,
