@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import random
 import signal
 import subprocess
@@ -117,6 +119,49 @@ def test_counting_goes_on_within_a_file_and_merging_within_the_list(texts: Path,
     assert made.hash == expected.hash and made.merges == expected.merges
     assert stats["resumed_bytes"] == stats["bytes"] and stats["resumed_merges"] > 0
     assert len(stats["top_merges"]) == 10 and stats["merges"] == 19_744
+
+
+@pytest.mark.parametrize("every", [0, 1e-6])
+def test_a_checkpoint_that_is_always_due_has_something_new(texts: Path, tmp_path: Path, every: float) -> None:
+    options = {"vocab_size": 300, "chunk_bytes": 1 << 18, "threads": 2}
+    (expected,), _ = _core.train_bpe([texts / "0.txt"], **options)
+    began = time.monotonic()
+
+    def hurry(stage: str, done: int, total: int) -> None:
+        assert time.monotonic() < began + 60, f"{stage} stands at {done} of {total}"
+
+    kept = tmp_path / "run.ck"
+    (made,), _ = _core.train_bpe([texts / "0.txt"], **options, checkpoint=kept, checkpoint_every=every, progress=hurry)
+    assert made.hash == expected.hash
+
+
+@pytest.mark.parametrize("part", [{}, {"sample": 0.5, "seed": 2}, {"limit_bytes": 7_000_000}])
+def test_packed_files_and_records_go_on_within_their_size(texts: Path, tmp_path: Path, part: dict[str, float]) -> None:
+    text = (texts / "0.txt").read_text()
+    lines = [text[i : i + 500] for i in range(0, len(text), 500)]
+    with gzip.open(tmp_path / "a.txt.gz", "wt", compresslevel=1) as file:
+        file.write("<e>".join(lines))
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt", compresslevel=1) as file:
+        file.writelines(json.dumps({"text": line}) + "\n" for line in lines)
+    inputs = bytekiln.Inputs([tmp_path / "a.txt.gz", tmp_path / "b.jsonl.gz"], **part)
+    options = {"vocab_size": 400, "special_tokens": ["<e>"], "chunk_bytes": 1 << 9, "threads": 2}
+    (expected,), whole = _core.train_bpe(inputs, **options)
+    kept, stopped = tmp_path / "run.ck", 0
+    for share in (0.2, 0.6, 2):
+
+        def stop(stage: str, done: int, total: int, share: float = share) -> None:
+            assert done <= total or not total, f"{stage}: {done} of {total}"
+            if stage == "count" and done > share * total:
+                raise KeyboardInterrupt
+
+        try:
+            (made,), stats = _core.train_bpe(inputs, **options, checkpoint=kept, progress=stop)
+        except KeyboardInterrupt:
+            assert kept.exists()
+            stopped += 1
+    assert stopped and stats["resumed_bytes"] > 0
+    assert made.hash == expected.hash
+    assert all(stats[key] == whole[key] for key in ("bytes", "pretokens", "distinct_pretokens", "ties", "merges"))
 
 
 @pytest.fixture

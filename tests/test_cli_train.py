@@ -83,6 +83,11 @@ def test_thousands_are_still_one_size(command, corpus: Path, tmp_path: Path) -> 
     assert (tmp_path / "t.json").exists()
 
 
+def test_white_space_between_sizes_is_in_no_name(command, corpus: Path, tmp_path: Path) -> None:
+    command("bpe-train", corpus, "--vocab-size", "270, 0.3k", "--out", "t.json")
+    assert {p.name for p in tmp_path.glob("t*")} == {"t-270.json", "t-0.3k.json"}
+
+
 def test_several_sizes_in_python(corpus: Path) -> None:
     small, large = bytekiln.train_bpe(corpus, vocab_size=[270, 300])
     assert large.hash == bytekiln.train_bpe(corpus, vocab_size=300).hash
@@ -282,6 +287,20 @@ def test_texts_without_words(command, tmp_path: Path, text: str, tokens: int, wh
     made = read(tmp_path / "t.json")
     assert made.n_vocab == tokens, made.merges
     assert made.decode(made.encode(text + "kiln é", allowed_special="all")) == text + "kiln é"
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "why"),
+    [
+        ("\n\n", [], ": the input holds no text ("),
+        ('{"text": ""}\n', [], ": the input holds no text ("),
+        ('{"text": "one document"}\n', ["--sample", "1e-9"], ": what was to be read of the input holds no text ("),
+    ],
+)
+def test_records_without_text(command, tmp_path: Path, text: str, flags: list[str], why: str) -> None:
+    (tmp_path / "t.jsonl").write_text(text)
+    run = command("bpe-train", "t.jsonl", *flags, "--vocab-size", "9k", "--out", "t.json")
+    assert run.stderr.count("\n") == 1 and why in run.stderr, run.stderr
 
 
 def test_no_text_at_all(command: object, tmp_path: Path) -> None:

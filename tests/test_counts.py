@@ -220,6 +220,8 @@ def test_bad_calls_are_one_line(command: Any, parts: SimpleNamespace, tmp_path: 
         (("bpe-train", "--counts", "a.counts", "--special-token", EOT), "--special-token with --counts"),
         (("bpe-train", "--counts", "a.counts", "--errors", "error"), "--errors with --counts"),
         (("bpe-train", "--counts", "a.counts", "--threads", "2"), "--threads with --counts"),
+        (("bpe-train", "--counts", "a.counts", "--seed", "0"), "--seed with --counts"),
+        (("bpe-train", "--counts", "a.counts", "--pattern", ""), "--pattern with --counts"),
         (("bpe-train", a, "--counts", "a.counts"), "found text and --counts"),
     ]:
         more = ("--vocab-size", 300, "--out", "x.json") if args[0] == "bpe-train" else ()
@@ -309,6 +311,13 @@ def test_on_a_local_ray_cluster_of_two_processes(
         files, once, spread = [str(f) for f in parts.files], tmp_path / "once.counts", tmp_path / "ray.counts"
         assert cli.run("bpe-count", [*files, *parts.special, "--out", str(once)]) == 0
         assert cli.run("bpe-count", [*files, *parts.special, "--ray", "--out", str(spread)]) == 0, capsys.readouterr()
+        assert spread.read_bytes() == once.read_bytes()
+        # A field is for those groups of files that have records.
+        mixed = [*files, str(tmp_path / "records.jsonl")]
+        (tmp_path / "records.jsonl").write_text('{"body": "a record, one of two"}\n{"body": "the other one"}\n')
+        for more, out in (((), once), (("--ray",), spread)):
+            flags = ["--field", "body", *parts.special, "--out", str(out), "--overwrite"]
+            assert cli.run("bpe-count", [*mixed, *more, *flags]) == 0, capsys.readouterr()
         assert spread.read_bytes() == once.read_bytes()
         # A task's error is the command's; parts are cleaned away.
         bad = tmp_path / "bad.txt"

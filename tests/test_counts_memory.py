@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 CHILD = """
@@ -81,6 +83,34 @@ result["merges"] = [[m.hex() for m in pair] for pair in counts.train(400, min_fr
     assert roomy["spilled_runs"] == 0 and roomy["peak"] > 4 * CAP
     assert found["merges"] == roomy["merges"] and len(found["merges"]) == 144
     assert (rare / f"{threads}.counts").read_bytes() == (rare / f"roomy{threads}.counts").read_bytes()
+
+
+def test_packed_input_whose_words_all_differ_keeps_to_the_cap(tmp_path: Path) -> None:
+    """What is saved is a table and many runs."""
+    text = np.random.default_rng(1).integers(97, 123, size=(5_000_000, 10), dtype=np.uint8)
+    text[:, 0] = 32
+    with gzip.open(tmp_path / "text.txt.gz", "wb", compresslevel=1) as packed:
+        packed.write(text.tobytes())
+    work = f"result = Counts.from_files('text.txt.gz', threads=2, max_memory={2 * CAP}).save('x.counts')"
+    found = measured(work, tmp_path)
+    assert found["spilled_runs"] > 0
+    assert found["peak"] < 1.1 * 2 * CAP, f"{found['peak'] / 2 / CAP:.2f} of the cap"
+
+
+def test_a_text_without_borders_that_has_no_room_is_refused(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "word.txt.gz", "wb") as packed:
+        packed.write(b"a" * 200_000_000)
+    (tmp_path / "line.jsonl").write_bytes(b'{"text": "' + b"a " * 30_000_000 + b'"}\n')
+    for name, said in [("word.txt.gz", "no certain border between words in 4194304"), ("line.jsonl", "longer than")]:
+        found = measured(
+            f"""
+try: Counts.from_files(["{name}"], max_memory={CAP}, threads=2)
+except Exception as error: result["said"] = str(error)
+""",
+            tmp_path,
+        )
+        assert said in found["said"] and found["said"].endswith("or a larger --max-memory"), found
+        assert found["peak"] < CAP, found
 
 
 def test_adding_counts_files_keeps_to_the_cap(rare: Path) -> None:

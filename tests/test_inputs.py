@@ -292,6 +292,22 @@ def test_parquet_by_its_column(command, tmp_path: Path) -> None:
     assert np.load(tmp_path / "x.npy").tolist() == [id for d in DOCUMENTS for id in (*t.encode(d), t.eot_id)]
 
 
+def test_a_group_of_rows_is_not_held_as_a_whole(tmp_path: Path) -> None:
+    text = np.random.default_rng(1).integers(97, 123, size=80_000_000, dtype=np.uint8).tobytes().decode()
+    rows = [text[i : i + 400] for i in range(0, len(text), 400)]
+    pq.write_table(pa.table({"text": rows}), tmp_path / "x.parquet", compression="none", use_dictionary=False)
+    code = (
+        "import resource, pyarrow.parquet; from bytekiln.parquet import Column\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "column, before, size = Column('x.parquet', 'text'), peak(), 0\n"
+        "while batch := column.next(): size += len(batch[1])\n"
+        "print(size, peak() - before)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    size, peak = map(int, run.stdout.split())
+    assert size == len(text) and peak * (1 if sys.platform == "darwin" else 1024) < 60_000_000, run.stdout
+
+
 def test_damaged_parquet_is_named(tmp_path: Path) -> None:
     path = table(tmp_path / "x.parquet", {"text": DOCUMENTS}, compression="none", use_dictionary=False)
     whole = path.read_bytes()

@@ -1,6 +1,6 @@
 """What the tokenizer's commands share: kinds of arguments, where a dataset's files lie, outputs that are free.
 
-In: command-line arguments. Out: checked values, or an error that says what to do. Called by `cli_bpe`
+In: command-line arguments. Out: checked values, or an error that says what to do. Called by `cli_bpe`, `cli_count`
 and `cli_train`.
 """
 
@@ -159,7 +159,7 @@ def refuse_settings_of_counts(args: Namespace, parser: Parser) -> None:
     given = {"--pattern": args.pattern, "--special-token": args.special_token, "--errors": args.errors}
     given |= {f"--{name.replace('_', '-')}": getattr(args, name) for name in ("field", "limit_bytes", "sample", "seed")}
     for flag, value in given.items():
-        if value:
+        if value is not None:
             parser.error(f"{flag} with --counts; expected it without: the counts files say how they were counted")
     if args.threads:
         parser.error("--threads with --counts; expected it without: nothing is counted anew")

@@ -67,7 +67,7 @@ def sizes(text: str) -> list[Size]:
                 f"found {text}, one size or several; expected it without commas ({whole}), or 8k,16k"
             )
         text = whole
-    found = [Size(part, size(part)) for part in text.split(",")]
+    found = [Size(part, size(part)) for part in map(str.strip, text.split(","))]
     tokens = [s.tokens for s in found]
     if len(set(tokens)) < len(tokens):
         raise ArgumentTypeError(f"found {text}, the same size twice; expected different ones")
@@ -327,7 +327,10 @@ def _too_few(args: Namespace, tokenizers: Sequence[Tokenizer], stats: dict[str, 
     if stats["merges"] >= stats["requested_merges"]:
         return None
     most, asked = max(t.n_vocab for t in tokenizers), max(s.tokens for s in args.vocab_size)
-    if not stats["distinct_pretokens"]:
+    if not stats["bytes"]:
+        part = "what was to be read of the input" if args.sample or args.limit_bytes else "the input"
+        why = f"{part} holds no text"
+    elif not stats["distinct_pretokens"]:
         why = "the input holds nothing but special tokens"
     else:
         why = "no pair of tokens is left to merge"

@@ -58,6 +58,21 @@ def groups(files: Sequence[Path], sizes: Sequence[int], wanted: int) -> list[lis
     return [group for _, group in made]
 
 
+def field_of(group: Sequence[Path], files: Sequence[Path], field: str | None) -> str | None:
+    """The field for a group of `files`: none for one without records, which has no use for it and would refuse it.
+
+    >>> files = [Path("a.txt"), Path("b.jsonl.gz")]
+    >>> field_of(files[:1], files, "body"), field_of(files[1:], files, "body")
+    (None, 'body')
+    """
+
+    def records(files: Sequence[Path]) -> bool:
+        names = (f.with_suffix("") if f.suffix.lower() in (".gz", ".zst", ".xz", ".bz2") else f for f in files)
+        return any(name.suffix.lower() in (".jsonl", ".ndjson", ".parquet") for name in names)
+
+    return field if records(group) or not records(files) else None
+
+
 def count_there(files: Sequence[str], field: str | None, out: str, settings: dict[str, Any]) -> tuple[int, str, str]:
     """The task: one counts file. Returns bytes of text, or the kind of error and its words."""
     try:
@@ -97,7 +112,9 @@ def count_on_cluster(
         task = ray.remote(num_cpus=threads, max_retries=2)(count_there)
         made = [(parts / f"{i}.counts", group) for i, group in enumerate(groups(files, sizes, 4 * at_once))]
         waiting = [
-            task.remote([str(f.resolve()) for f in group], field, str(part.resolve()), task_settings)
+            task.remote(
+                [str(f.resolve()) for f in group], field_of(group, files, field), str(part.resolve()), task_settings
+            )
             for part, group in made
         ]
         done = 0

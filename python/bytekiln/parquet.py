@@ -13,6 +13,8 @@ from bytekiln.errors import FormatError, MissingExtraError
 
 BATCH_BYTES = 1 << 20
 """Text that is asked for at a time, by the file's own account of how long its texts are."""
+PAGE_BYTES = 256 << 10
+"""Of the file that are read at a time."""
 MOST_ROWS = 8192
 """Rows of a batch at most: that account may be too low where texts repeat."""
 
@@ -40,7 +42,8 @@ class Column:
         self._damage = (pyarrow.ArrowException, OSError)
         self._text = pyarrow.large_string()
         try:
-            file = pyarrow.parquet.ParquetFile(path)
+            # With a buffer a column is read page by page; without one, all of it in a row group at once.
+            file = pyarrow.parquet.ParquetFile(path, buffer_size=PAGE_BYTES, pre_buffer=False)
             schema = file.schema_arrow
         except self._damage as error:
             raise self._damaged(error) from None

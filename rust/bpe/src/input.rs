@@ -149,6 +149,12 @@ impl Inputs {
         self.total_bytes
     }
 
+    /// Sum of the sizes of the files before a place, of all where there is none; 0 where that is not known.
+    pub fn bytes_before(&self, place: Option<Position>) -> u64 {
+        let Some(Position { file, .. }) = place else { return self.total_bytes };
+        self.files.iter().take(file).map(|file| file.path.metadata().map_or(0, |m| m.len())).sum()
+    }
+
     /// Bytes of text handed out so far by all readers.
     pub fn text_bytes(&self) -> u64 {
         self.text_bytes.load(Relaxed)
@@ -327,7 +333,6 @@ impl<'a> ChunkReader<'a> {
                         return Err(Error::File { path: found.path.clone(), what });
                     }
                     source.skip(start, self.splitter)?;
-                    state.used = source.used();
                 }
                 source
             }

@@ -13,7 +13,7 @@ use crate::checkpoint::{Checkpoint, Done, input};
 use crate::counts::{Counts, Memory};
 use crate::error::{Error, Result};
 use crate::extend::{extended, prior_of};
-use crate::input::{ChunkReader, Inputs};
+use crate::input::Inputs;
 use crate::pretokenize::{Pattern, Splitter, TextPolicy, UNICODE_VERSION, canonical_name};
 use crate::prior::Prior;
 use crate::progress::{Progress, Stage};
@@ -247,23 +247,24 @@ impl Trainer {
         progress.begin(Stage::Count, inputs.total_bytes());
         let splitter = Arc::clone(self.counts.splitter());
         let chunk_bytes = self.counts.chunk_bytes(threads, chunk_bytes);
-        let mut reader = ChunkReader::new(&inputs, &splitter, chunk_bytes).stopped_by(progress);
+        let mut reader = self.counts.reader(&inputs, &splitter, chunk_bytes, progress);
         let mut goes_on = true;
         if let Some(counts) = counts {
             self.counts = counts;
             let about = self.counts.about()?;
             self.resumed_bytes = about.bytes;
-            // Of packed files the text is longer than what was read.
-            progress.add(about.bytes.min(inputs.total_bytes()));
             progress.add_pretokens(about.pretokens);
+            // What is passed over in the file where it goes on, the reader tells.
+            progress.add(inputs.bytes_before(about.next));
             match about.next {
                 Some(from) => reader = reader.starting_at(from),
                 None => goes_on = false,
             }
         }
         while goes_on {
-            let due = kept.due();
-            let pause = || Ok(progress.stopped() || Instant::now() >= due);
+            // However often it is due, there is something new to keep.
+            let (due, before) = (kept.due(), inputs.text_bytes());
+            let pause = || Ok(progress.stopped() || (Instant::now() >= due && inputs.text_bytes() > before));
             self.counts.add_part(&inputs, &reader, (threads, chunk_bytes), progress, pause)?;
             goes_on = self.counts.about()?.next.is_some();
             kept.save_counts(&mut self.counts)?;

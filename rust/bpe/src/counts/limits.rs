@@ -6,6 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::sources::MOST_UNCUT_BYTES;
 
 /// A cap on memory, and the folder of the sorted runs that do not fit.
 #[derive(Debug, Clone)]
@@ -53,6 +54,12 @@ impl Memory {
         Ok(Self { cap, folder })
     }
 
+    /// The longest text without a border, or line of records, that has room beside the tables: it lies there twice
+    /// while it grows, and its word once more.
+    pub(crate) fn longest_uncut(&self) -> usize {
+        usize::try_from(self.cap / 8).map_or(MOST_UNCUT_BYTES, |most| most.min(MOST_UNCUT_BYTES))
+    }
+
     /// Threads that the cap has room for, at most `wanted`.
     pub(super) fn threads(&self, wanted: usize) -> usize {
         wanted.clamp(1, usize::try_from(self.cap / (4 * Self::BESIDE)).unwrap_or(wanted).max(1))
@@ -76,6 +83,19 @@ fn physical() -> u64 {
     let group = |path: &str| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
     let groups = [group("/sys/fs/cgroup/memory.max"), group("/sys/fs/cgroup/memory/memory.limit_in_bytes")];
     groups.into_iter().flatten().chain([machine.unwrap_or(8 << 30)]).min().unwrap_or(8 << 30)
+}
+
+/// Gives back to the system what tables have left behind. glibc keeps freed blocks of up to 32 MiB once one of that size
+/// was freed, in each thread's own heap: half of a small cap, measured.
+pub(super) fn give_back() {
+    #[cfg(all(target_os = "linux", target_env = "gnu", not(miri)))]
+    {
+        unsafe extern "C" {
+            fn malloc_trim(pad: usize) -> std::ffi::c_int;
+        }
+        // SAFETY: glibc's own function, of this signature and safe from any thread; it touches free memory only.
+        let _ = unsafe { malloc_trim(0) };
+    }
 }
 
 /// Bytes as a person says them.

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use super::about::About;
+use super::limits::give_back;
 use super::merge::{Sorted, merge};
 use super::read::Stored;
 use super::write::{Unnamed, Writer};
@@ -91,6 +92,7 @@ pub(super) fn spill(table: WordCounts, about: &About, folder: &Path, progress: &
     let about = About { bytes: 0, documents: 0, pretokens, ..about.clone() };
     let mut writer = Writer::new(Unnamed::create(folder)?, &about)?;
     merge(vec![Box::new(table.into_sorted_words())], 1, progress, |word, count| writer.push(word, count))?;
+    give_back();
     let Unnamed { file, folder } = writer.finish()?;
     Stored::of(file, &folder)
 }

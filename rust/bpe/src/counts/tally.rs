@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use super::about::{About, add};
-use super::limits::Memory;
+use super::limits::{Memory, give_back};
 use super::merge::{Sorted, merge};
 use super::need::{Frequencies, merging};
 use super::read::Stored;
@@ -202,7 +202,7 @@ impl Counts {
         progress.begin(Stage::Count, inputs.total_bytes());
         let splitter = Arc::clone(&self.splitter);
         let chunk_bytes = self.chunk_bytes(threads, chunk_bytes);
-        let reader = ChunkReader::new(inputs, &splitter, chunk_bytes).stopped_by(progress);
+        let reader = self.reader(inputs, &splitter, chunk_bytes, progress);
         let pause = || progress.check().map(|()| false);
         self.add_part(inputs, &reader, (threads, chunk_bytes), progress, pause)
     }
@@ -212,6 +212,18 @@ impl Counts {
         // Three quarters of the cap are free at least when a part begins.
         let free = Memory { cap: self.memory.cap / 4 * 3, folder: self.memory.folder.clone() };
         free.share(free.threads(threads), wanted).chunk.max(1)
+    }
+
+    /// A reader for [`Self::add_part`], within the cap.
+    pub(crate) fn reader<'a>(
+        &self,
+        inputs: &'a Inputs,
+        splitter: &'a Splitter,
+        chunk_bytes: usize,
+        progress: &'a Progress,
+    ) -> ChunkReader<'a> {
+        let reader = ChunkReader::new(inputs, splitter, chunk_bytes).stopped_by(progress);
+        reader.with_most_uncut(self.memory.longest_uncut())
     }
 
     /// Counts what `reader` of `inputs` hands out until `pause` says so.
@@ -246,8 +258,12 @@ impl Counts {
         let before = inputs.text_bytes();
         let (tables, documents) = count_tables(reader, (inputs, self.policy), threads, progress, make_room, pause)?;
         let sum: usize = self.table.memory() + tables.iter().map(WordCounts::memory).sum::<usize>();
+        if 4 * sum as u64 > self.memory.cap {
+            give_back();
+        }
         let mut joined = None;
-        if 2 * sum as u64 <= self.memory.cap {
+        // Joined they may take twice as much, and while that grows as much again.
+        if 4 * sum as u64 <= self.memory.cap {
             joined = tables.into_iter().reduce(|mut all, table| {
                 all.merge(table);
                 all
@@ -308,11 +324,14 @@ impl Counts {
     /// Calls `f` with every word that occurs `least` times or more, in the order of their bytes.
     pub fn for_each(&mut self, least: u64, progress: &Progress, f: impl FnMut(&[u8], u64) -> Result<()>) -> Result<()> {
         self.whole()?;
-        // A copy of the table is sorted beside it.
-        if 2 * self.table.memory() as u64 > self.memory.cap {
+        // A copy of the table is sorted beside it. Where there are runs, it is read beside theirs, in memory in which the
+        // allocator may still hold what tables left behind when they grew.
+        let room = if self.runs.runs.is_empty() { self.memory.cap } else { self.memory.cap / 2 };
+        if 2 * self.table.memory() as u64 > room {
             self.spill_table(progress)?;
         }
-        reduce(&mut self.runs, &self.memory.folder, self.memory.share(1, 0).fan_in, progress)?;
+        let fan_in = self.memory.share(1, 0).fan_in;
+        reduce(&mut self.runs, &self.memory.folder, fan_in, progress)?;
         let mut sources = self.runs.sources();
         if !self.table.is_empty() {
             sources.push(Box::new(self.table.clone().into_sorted_words()) as Box<dyn Sorted>);

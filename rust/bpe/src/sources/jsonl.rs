@@ -13,7 +13,7 @@ use crate::pretokenize::Splitter;
 use crate::sources::document::Gather;
 use crate::sources::sample::Sample;
 use crate::sources::unpack::Stream;
-use crate::sources::{End, Job, Source};
+use crate::sources::{End, Job, Source, more_memory};
 
 /// Bytes at a time in which lines are passed over.
 const BLOCK: usize = 64 << 10;
@@ -61,7 +61,8 @@ impl Source for Jsonl<'_> {
             searched = raw.len();
             if searched >= job.most_uncut {
                 let (line, path) = (self.lines + 1, self.records.path.display());
-                let what = format!("longer than {} bytes; expected shorter records", job.most_uncut);
+                let (most, more) = (job.most_uncut, more_memory(&job));
+                let what = format!("longer than {most} bytes; expected shorter records{more}");
                 return Err(Error::format(format!("{path}: line {line}"), what));
             }
             wanted = (raw.len().max(job.chunk_bytes) * 2).min(job.most_uncut);

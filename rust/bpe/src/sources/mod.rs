@@ -130,6 +130,11 @@ pub(crate) trait Source: Send {
     fn skip(&mut self, to: u64, splitter: &Splitter) -> Result<()>;
 }
 
+/// The way out where it is the cap on memory that refuses a text.
+pub(crate) fn more_memory(job: &Job<'_>) -> &'static str {
+    if job.most_uncut < MOST_UNCUT_BYTES { ", or a larger --max-memory" } else { "" }
+}
+
 /// Where a text without borders must end: at its last certain border, else behind its last whole character.
 pub(crate) fn last_border(bytes: &[u8], splitter: &Splitter) -> usize {
     splitter.safe_cut(bytes).unwrap_or_else(|| {

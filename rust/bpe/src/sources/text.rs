@@ -8,7 +8,7 @@ use crate::input::{Chunk, Place};
 use crate::pretokenize::Splitter;
 use crate::sources::sample::Sample;
 use crate::sources::unpack::Stream;
-use crate::sources::{End, Job, Source, last_border};
+use crate::sources::{End, Job, Source, last_border, more_memory};
 
 /// Bytes at a time in which ends of documents are looked for.
 const BLOCK: usize = 64 << 10;
@@ -79,8 +79,9 @@ impl Source for Text<'_> {
             if searched >= job.most_uncut {
                 let what = format!(
                     "found no certain border between words in {searched} bytes from byte {}; expected white space \
-                     there, or a special token (for a pattern of your own only those are certain)",
-                    chunk.places.first().map_or(0, |place| place.at)
+                     there, or a special token (for a pattern of your own only those are certain){}",
+                    chunk.places.first().map_or(0, |place| place.at),
+                    more_memory(&job)
                 );
                 return Err(Error::File { path: self.stream.path().into(), what });
             }
