@@ -57,7 +57,7 @@ impl Memory {
     /// The longest text without a border, or line of records, that has room beside the tables: it lies there twice
     /// while it grows, and its word once more.
     pub(crate) fn longest_uncut(&self) -> usize {
-        usize::try_from(self.cap / 8).map_or(MOST_UNCUT_BYTES, |most| most.min(MOST_UNCUT_BYTES))
+        usize::try_from(self.cap.max(Self::LEAST) / 8).map_or(MOST_UNCUT_BYTES, |most| most.min(MOST_UNCUT_BYTES))
     }
 
     /// Threads that the cap has room for, at most `wanted`.
