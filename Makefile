@@ -53,9 +53,9 @@ lint-python: setup ## ruff, mypy --strict, and the stub of the Rust core against
 lint-rust: setup ## rustfmt and clippy, warnings are errors; NEON too where the target is installed
 	cargo fmt --all --check
 	cargo clippy --quiet --workspace --all-targets -- -D warnings
-	@if rustup target list --installed 2>/dev/null | grep -q '^$(ARM)$$'; then \
+	@if rustup target list --installed 2>/dev/null | grep -q '^$(ARM)$$' && command -v aarch64-linux-gnu-gcc >/dev/null; then \
 		cargo clippy --quiet --target $(ARM) -p bytekiln-bpe -p bytekiln-simd -- -D warnings; \
-	else echo "lint-rust: without $(ARM) (rustup target add $(ARM)) the NEON code is not checked"; fi
+	else echo "lint-rust: the NEON code is not checked without rustup target add $(ARM) and aarch64-linux-gnu-gcc"; fi
 
 .PHONY: format
 format: setup ## bring all source files into form
