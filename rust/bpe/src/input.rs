@@ -108,11 +108,22 @@ impl Inputs {
             return Err(Error::Config(what));
         }
         let mut this = Self { files, spec, total_bytes: 0, text_bytes: AtomicU64::new(0) };
-        let sizes = (0..this.files.len()).map(|file| this.check(file)).collect::<Result<Vec<_>>>()?;
+        let sizes = (0..this.files.len()).map(|file| this.check(file).map_err(|e| this.named(file, e)));
+        let sizes = sizes.collect::<Result<Vec<_>>>()?;
         // What comes through a pipe is not known in advance: then nothing is.
         let known = !this.files.iter().any(|file| file.stdin);
         this.total_bytes = if known { sizes.iter().sum() } else { 0 };
         Ok(this)
+    }
+
+    /// Says of a file that nobody named where it comes from.
+    fn named(&self, file: usize, error: Error) -> Error {
+        match error {
+            Error::File { path, what } if self.files[file].in_directory => {
+                Error::File { path, what: format!("found in a directory of the inputs: {what}") }
+            }
+            error => error,
+        }
     }
 
     /// The file's size, once it can be read.

@@ -25,6 +25,8 @@ pub(crate) struct Found {
     /// The file; `standard input` for that.
     pub path: PathBuf,
     pub stdin: bool,
+    /// Found in a directory; nobody named it.
+    pub in_directory: bool,
     pub kind: Kind,
     /// How its name says that it is packed.
     pub packing: Option<Packing>,
@@ -44,7 +46,7 @@ pub(crate) fn files(named: &[PathBuf], stdin_is_jsonl: bool) -> Result<Vec<Found
                 return Err(Error::Config("inputs: found - twice; expected standard input at most once".into()));
             }
             let kind = if stdin_is_jsonl { Kind::Jsonl } else { Kind::Text };
-            found.push(Found { path: "standard input".into(), stdin: true, kind, packing: None });
+            found.push(Found { path: "standard input".into(), stdin: true, in_directory: false, kind, packing: None });
         } else if path.is_dir() {
             walk(path, &mut found)?;
         } else if let Some(pattern) = glob_of(path) {
@@ -109,7 +111,7 @@ fn walk(folder: &Path, found: &mut Vec<Found>) -> Result<()> {
         let (kind, packing, foreign) = read_name(entry.path());
         let packed_parquet = kind == Some(Kind::Parquet) && packing.is_some();
         if let (Some(kind), None, false) = (kind, foreign, packed_parquet) {
-            found.push(Found { path: entry.into_path(), stdin: false, kind, packing });
+            found.push(Found { path: entry.into_path(), stdin: false, in_directory: true, kind, packing });
         }
     }
     if found.len() == before {
@@ -132,7 +134,7 @@ fn named_file(path: &Path) -> Result<Found> {
         let what = "is a packed parquet; expected it unpacked (parquet packs its own columns)".into();
         return Err(Error::File { path: path.into(), what });
     }
-    Ok(Found { path: path.into(), stdin: false, kind, packing })
+    Ok(Found { path: path.into(), stdin: false, in_directory: false, kind, packing })
 }
 
 /// Kind, packing and, where there is one, the ending of a foreign container, by the name alone.
