@@ -138,18 +138,17 @@ def test_corrupt_or_misnamed(text: Path, tmp_path: Path, packing: str) -> None:
 def peak_of(folder: Path, *arguments: object) -> tuple[int, str, int]:
     """Exit status, what was said and peak memory in bytes of `bpe-train` in a process of its own."""
     code = (
-        "import resource, sys; from bytekiln.cli import bpe_train\n"
+        "import sys; from bytekiln.cli import bpe_train; from bytekiln.cli_train import peak_memory_bytes\n"
         "sys.argv[0] = 'bpe-train'\n"
         "try: status = bpe_train()\n"
         "except SystemExit as end: status = end.code\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(status)"
+        "print(peak_memory_bytes()); sys.exit(status)"
     )
     run = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments), "--vocab-size", "300", "--out", "x.json", "--overwrite"],
         cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    peak = int(run.stdout.splitlines()[-1]) * (1 if sys.platform == "darwin" else 1024)
-    return run.returncode, run.stdout + run.stderr, peak
+    return run.returncode, run.stdout + run.stderr, int(run.stdout.splitlines()[-1])
 
 
 def bomb(path: Path, unit: bytes, size: int) -> Path:
