@@ -509,11 +509,26 @@ def test_sizes_that_are_none(text: str) -> None:
         byte_size(text)
 
 
+class Interrupted:
+    """Ctrl-C comes while it is asked for its name."""
+
+    def __fspath__(self) -> str:
+        raise KeyboardInterrupt
+
+
 def test_wrong_inputs_from_python(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="at least one"):
         bytekiln.train_bpe([], vocab_size=300)
     with pytest.raises(ConfigError, match="sample"):
         bytekiln.train_bpe(Inputs([tmp_path / "x"], sample=2.0), vocab_size=300)
+    for read in (lambda x: bytekiln.train_bpe(x, vocab_size=300), bytekiln.Counts.from_files, bytekiln.Counts.load):
+        for wrong, kind in ((3, "int"), ([3], "list"), (None, "NoneType")):
+            with pytest.raises(TypeError, match=f"found {kind}; expected a path"):
+                read(wrong)
+        with pytest.raises(KeyboardInterrupt):  # what a path raises is not taken for a wrong type
+            read([Interrupted()])
+        with pytest.raises(KeyboardInterrupt):
+            read(Interrupted())
     (tmp_path / "x.txt").write_text("one path")
     assert bytekiln.train_bpe(Inputs(tmp_path / "x.txt", limit_bytes=5), vocab_size=300).merges
     with pytest.raises(FileError, match="no such file"):

@@ -36,7 +36,7 @@ __version__: str
 UNICODE_VERSION: str
 
 _StrPath: TypeAlias = str | PathLike[str]
-_Inputs: TypeAlias = Sequence[_StrPath] | Inputs
+_Inputs: TypeAlias = _StrPath | Sequence[_StrPath] | Inputs
 _Progress: TypeAlias = Callable[[str, int, int], object]
 
 @final
@@ -141,7 +141,7 @@ class Counts:
     ) -> Counts: ...
     @staticmethod
     def from_files(
-        files: _StrPath | _Inputs,
+        files: _Inputs,
         *,
         special_tokens: Sequence[str] = (),
         pattern: str = "gpt2",

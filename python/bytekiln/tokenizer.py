@@ -117,7 +117,7 @@ def train_bpe(
             training could not have found (one that makes a token again, or a token that is never reached).
     """
     tokenizers, _ = _core.train_bpe(
-        _inputs(files),
+        files,
         vocab_size=vocab_size,
         special_tokens=special_tokens,
         pattern=pattern,
@@ -235,7 +235,7 @@ def encode_files(
 
     _core.encode_files(
         tokenizer,
-        _inputs(inputs),
+        inputs,
         out,
         dtype=dtype,
         append_eot=append_eot,
@@ -245,16 +245,3 @@ def encode_files(
         progress=progress,
     )
     return TokenFile.open(out)
-
-
-def _inputs(
-    files: str | PathLike[str] | Sequence[str | PathLike[str]] | Inputs,
-) -> Sequence[str | PathLike[str]] | Inputs:
-    """As the core takes them. `Inputs` itself, which not every process needs, is not loaded for that."""
-    if isinstance(files, str | PathLike):
-        return [files]
-    if not hasattr(files, "limit_bytes"):
-        return list(files)
-    from bytekiln.inputs import Inputs  # loaded, as there is one
-
-    return files._replace(paths=files.listed) if isinstance(files, Inputs) else files

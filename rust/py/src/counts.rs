@@ -175,7 +175,7 @@ impl Counts {
     #[staticmethod]
     #[pyo3(signature = (paths, *, max_memory=None, beside=None))]
     fn load(py: Python<'_>, paths: Paths, max_memory: Option<u64>, beside: Option<PathBuf>) -> PyResult<Self> {
-        let (memory, paths) = (memory(max_memory, beside).or_raise(py)?, paths.list());
+        let (memory, paths) = (memory(max_memory, beside).or_raise(py)?, paths.0);
         watched(py, None, |progress| counts::Counts::load(&paths, memory, progress)).map(Self::from)
     }
 

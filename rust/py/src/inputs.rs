@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use bytekiln_bpe::sources::{Feed, InputSpec};
 use bytekiln_bpe::{Error, Result};
-use pyo3::exceptions::PyValueError;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -14,17 +14,26 @@ use pyo3::types::PyBytes;
 pub struct Spec(pub InputSpec);
 
 /// One path or several.
-#[derive(FromPyObject)]
-pub enum Paths {
-    One(PathBuf),
-    Several(Vec<PathBuf>),
-}
+pub struct Paths(pub Vec<PathBuf>);
 
-impl Paths {
-    pub fn list(self) -> Vec<PathBuf> {
-        match self {
-            Self::One(path) => vec![path],
-            Self::Several(paths) => paths,
+impl<'py> FromPyObject<'_, 'py> for Paths {
+    type Error = PyErr;
+
+    fn extract(value: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        // Python code runs in between: what it raises besides, an interrupt for instance, is no matter of types.
+        let of_type = |error: &PyErr| error.is_instance_of::<PyTypeError>(value.py());
+        match value.extract() {
+            Ok(path) => return Ok(Self(vec![path])),
+            Err(error) if !of_type(&error) => return Err(error),
+            Err(_) => {}
+        }
+        match value.try_iter().and_then(|paths| paths.map(|path| path?.extract()).collect()) {
+            Ok(paths) => Ok(Self(paths)),
+            Err(error) if of_type(&error) => {
+                let found = value.get_type().name()?;
+                Err(PyTypeError::new_err(format!("paths: found {found}; expected a path, or several paths")))
+            }
+            Err(error) => Err(error),
         }
     }
 }
@@ -48,8 +57,7 @@ impl<'py> FromPyObject<'_, 'py> for Spec {
             Fields { paths: value.extract()?, field: None, limit_bytes: None, sample: None, seed: 0 }
         };
         let Fields { paths, field, limit_bytes, sample, seed } = fields;
-        let paths = paths.list();
-        Ok(Self(InputSpec { paths, field, limit_bytes, sample, seed, open_feed: Some(Arc::new(open_column)) }))
+        Ok(Self(InputSpec { paths: paths.0, field, limit_bytes, sample, seed, open_feed: Some(Arc::new(open_column)) }))
     }
 }
 
