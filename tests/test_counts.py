@@ -211,7 +211,7 @@ def test_bad_calls_are_one_line(command: Any, parts: SimpleNamespace, tmp_path: 
         (("bpe-count", a, "--out", a, "--overwrite"), "is one of the inputs"),
         (("bpe-count", "none.txt", "--out", "x.counts"), "none.txt: no such file"),
         (("bpe-count", a, "--max-memory", "1MB", "--out", "x.counts"), "expected 16MiB or more"),
-        (("bpe-count", a, "--max-memory", "much", "--out", "x.counts"), "expected an amount of memory"),
+        (("bpe-count", a, "--max-memory", "much", "--out", "x.counts"), "expected a number of bytes"),
         (("bpe-count", "--counts", "a.counts", "--pattern", "gpt2", "--out", "x.counts"), "--pattern with --counts"),
         (("bpe-count", "--counts", "a.counts", a.name, "--out", "x.counts"), "part0.txt: is no counts file"),
         (("bpe-count", "--counts", "a.counts", "o200k.counts", "--out", "x.counts"), "as in a.counts"),

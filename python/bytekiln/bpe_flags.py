@@ -7,7 +7,6 @@ and `cli_train`.
 from __future__ import annotations
 
 import os
-import re
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -126,16 +125,13 @@ def threads(text: str) -> int:
 
 
 def memory(text: str) -> int:
-    """An amount of memory in bytes, such as 512MB, 4G or 1.5GiB: decimal units, or binary ones with an i.
+    """An amount of memory in bytes, as `byte_size` reads it; 16 MiB or more.
 
-    >>> memory("512MB"), memory("4g"), memory("1.5GiB")
-    (512000000, 4000000000, 1610612736)
+    >>> memory("512MB")
+    512000000
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
-    if found is None or (found[3] and not found[2]):
-        raise ArgumentTypeError(f"found {text}; expected an amount of memory, such as 512MB or 4GiB")
-    value = int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
-    if not LEAST_MEMORY <= value < 2**63:
+    value = byte_size(text)
+    if value < LEAST_MEMORY:
         raise ArgumentTypeError(f"found {text}; expected 16MiB or more")
     return value
 
@@ -257,6 +253,21 @@ def add_text_flags(parser: Parser) -> None:
         help="invalid UTF-8: stop and name the byte (default), put U+FFFD in its place, or keep the bytes",
     )
     parser.add_argument("--threads", type=threads, metavar="N", help="default: one a core; results never depend on it")
+
+
+def add_word_flags(parser: Parser) -> None:
+    """The flags that say how text is cut into words, before anything is learnt of it."""
+    parser.add_argument(
+        "--special-token",
+        "--special-tokens",
+        action="append",
+        type=text,
+        metavar="T",
+        help="a hard boundary in the text that becomes one token; repeat for several",
+    )
+    parser.add_argument(
+        "--pattern", type=text, metavar="P", help="gpt2 (default), cl100k, o200k, or a regular expression"
+    )
 
 
 INPUT_HELP = "text, .jsonl or .parquet, also .gz .zst .xz .bz2; folders; globs; - for standard input (docs/inputs.md)"

@@ -21,11 +21,11 @@ from bytekiln.bpe_flags import (
     add_input_flags,
     add_memory_flag,
     add_text_flags,
+    add_word_flags,
     check_output,
     files_of,
     inputs_of,
     refuse_settings_of_counts,
-    text,
 )
 from bytekiln.console import Parser, human_bytes, human_time, table
 
@@ -49,15 +49,7 @@ def count(argv: Sequence[str]) -> int:
     add("inputs", nargs="*", type=Path, metavar="INPUT", help=INPUT_HELP)
     add("--counts", nargs="+", type=Path, default=[], metavar="PART", help="add up counts files instead")
     add("--out", type=Path, metavar="F", help="the counts file to write")
-    add(
-        "--special-token",
-        "--special-tokens",
-        action="append",
-        type=text,
-        metavar="T",
-        help="a hard boundary in the text that will become one token; repeat for several",
-    )
-    add("--pattern", type=text, metavar="P", help="gpt2 (default), cl100k, o200k, or a regular expression")
+    add_word_flags(parser)
     add_input_flags(parser)
     add_text_flags(parser)
     parser.set_defaults(errors=None)

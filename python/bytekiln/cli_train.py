@@ -25,13 +25,13 @@ from bytekiln.bpe_flags import (
     add_input_flags,
     add_memory_flag,
     add_text_flags,
+    add_word_flags,
     check_output,
     files_of,
     in_processed,
     inputs_of,
     refuse_settings_of_counts,
     size,
-    text,
 )
 from bytekiln.console import Parser, human_bytes, human_time, notice, table
 from bytekiln.errors import ConfigError
@@ -132,14 +132,7 @@ def make_parser() -> Parser:
         metavar="N",
         help="tokens in all: 256 bytes + merges + special tokens; 32k is fine, 8k,16k,32k writes a file for each",
     )
-    add(
-        "--special-token",
-        "--special-tokens",
-        action="append",
-        type=text,
-        metavar="T",
-        help="a hard boundary in the text that becomes one token; repeat for several",
-    )
+    add_word_flags(parser)
     add(
         "--out",
         "--output-path",
@@ -147,7 +140,6 @@ def make_parser() -> Parser:
         metavar="F",
         help="the tokenizer.json to write; of several sizes tokenizer-8k.json, or where {size} stands in it",
     )
-    add("--pattern", type=text, metavar="P", help="gpt2 (default), cl100k, o200k, or a regular expression")
     add(
         "--tie-break",
         choices=("lexicographic", "huggingface", "raw-bytes"),

@@ -1,13 +1,10 @@
 """Counting on a Ray cluster that is there already: a task a group of files, their counts files added up here.
 
-In: text files in a folder that the cluster's machines share. Out: `Counts`. Called by `cli_count` for `--ray`; ray is
-imported here only, when it is asked for.
+In: text files in a folder that the cluster's machines share. Out: `Counts`. Called by `cli_count` for `--ray`.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,34 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from bytekiln._core import Counts
-from bytekiln.errors import BytekilnError, ConfigError, FileError, MissingExtraError
+from bytekiln.cluster import connect
+from bytekiln.errors import BytekilnError, ConfigError, FileError
 from bytekiln.inputs import Inputs
 
 POLL_S = 0.2
-
-
-def connect() -> Any:  # noqa: ANN401 - ray's own module
-    """Ray, connected to the cluster that RAY_ADDRESS names, else to the one of this machine.
-
-    Raises:
-        MissingExtraError: ray is not installed.
-        ConfigError: there is no cluster.
-    """
-    try:
-        import ray
-    except ImportError:
-        said = 'the package ray is not installed; expected pip install "bytekiln[ray]"'
-        raise MissingExtraError(f"--ray: {said}") from None
-    if not ray.is_initialized():
-        where = os.environ.get("RAY_ADDRESS", "auto")
-        try:
-            ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as exc:
-            said = " ".join(str(exc).split())[:200]
-            raise ConfigError(
-                f"--ray: found no cluster at {where} ({said}); expected a running one: ray start --head"
-            ) from None
-    return ray
 
 
 def groups(files: Sequence[Path], sizes: Sequence[int], wanted: int) -> list[list[Path]]:

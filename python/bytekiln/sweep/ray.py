@@ -1,21 +1,17 @@
 """Runs of a sweep as tasks of a Ray cluster that is there already; the folder must be shared by its machines.
 
 In: a run's folder. Out: `sweep.process.Running` whose process works on whichever machine Ray chose. Called by
-`cli_sweep` for `--ray`; ray is imported here only, when it is asked for.
+`cli_sweep` for `--ray`.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import signal
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bytekiln.errors import ConfigError, MissingExtraError
+from bytekiln.cluster import connect
 from bytekiln.metrics import write_atomically
 from bytekiln.sweep.process import Process, stated_threads
 
@@ -34,23 +30,7 @@ class RayStart:
             MissingExtraError: ray is not installed.
             ConfigError: there is no cluster.
         """
-        try:
-            import ray
-        except ImportError:
-            said = 'the package ray is not installed; expected pip install "bytekiln[ray]"'
-            raise MissingExtraError(f"--ray: {said}") from None
-        self._ray: Any = ray
-        if not self._ray.is_initialized():
-            where, before = os.environ.get("RAY_ADDRESS", "auto"), signal.getsignal(signal.SIGTERM)
-            try:
-                self._ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
-            except (ConnectionError, RuntimeError, ValueError) as exc:
-                said = " ".join(str(exc).split())[:200]
-                raise ConfigError(
-                    f"--ray: found no cluster at {where} ({said}); expected a running one: ray start --head"
-                ) from None
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, before)  # Ray's own ends the sweep with exit status 15
+        self._ray = connect()
         self._gpus = float(self._ray.cluster_resources().get("GPU", 0))
 
     def _processors(self) -> list[int]:

@@ -129,7 +129,8 @@ pub(crate) fn train_and_keep(
 ) -> Result<Merges> {
     progress.begin(Stage::Layout, 0);
     let frequent;
-    let words = if options.min_frequency > 1 {
+    // Counts mostly leave rare words out already: then there is nothing to copy.
+    let words = if words.iter().any(|word| word.1 < options.min_frequency) {
         frequent = words.at_least(options.min_frequency);
         &frequent
     } else {
