@@ -497,7 +497,7 @@ fn folders_and_globs_are_sorted_and_hidden_files_left_out() {
     fs::write(root.join("[odd].txt"), "text").unwrap();
     assert_eq!(names(&["[odd].txt"]).unwrap(), ["[odd].txt"]);
     fs::write(root.join("a/empty.txt"), "").unwrap();
-    assert!(message(names(&["a"])).contains("empty.txt: empty file"));
+    assert!(message(names(&["a"])).contains("empty.txt: found in a directory of the inputs: empty file"));
 }
 
 #[test]
