@@ -15,6 +15,7 @@ use bytekiln_bpe::prior::Prior;
 use bytekiln_bpe::progress::Progress;
 use bytekiln_bpe::train::{Options, TieBreak, train};
 use bytekiln_bpe::vocab::{Merge, Vocab};
+use bytekiln_bpe::words::Words;
 use proptest::prelude::*;
 
 const EOT: &str = "<|eot|>";
@@ -78,8 +79,8 @@ fn vocab() -> impl Strategy<Value = (Vocab, bool)> {
         for (rank, merge) in (0..).zip(&mut merges) {
             merge.rank = rank;
         }
-        let tokens = tokens.into_iter().zip(0..).collect();
-        (Vocab::new(tokens, merges, vec![], "gpt2", whole).unwrap(), whole)
+        let tokens: Vec<_> = tokens.into_iter().zip(0..).collect();
+        (Vocab::new(&tokens, merges, vec![], "gpt2", whole).unwrap(), whole)
     })
 }
 
@@ -112,8 +113,8 @@ proptest! {
         let frequent: Vec<_> = words.into_iter().filter(|word| word.1 >= min_frequency).collect();
         prop_assert_eq!(&fast, &train(&frequent.iter().cloned().collect(), &options, &Progress::default()).unwrap());
         prop_assert!(fast.counts.iter().all(|&count| count >= min_frequency));
-        let news = &fast.tokens[256 + options.prior.pairs().len()..];
-        prop_assert!(news.iter().all(|token| token.len() <= max_token_length));
+        let mut news = fast.tokens.iter().skip(256 + options.prior.pairs().len());
+        prop_assert!(news.all(|token| token.len() <= max_token_length));
     }
 
     #[test]
@@ -122,7 +123,7 @@ proptest! {
         let at_once = train(&words, &Options::new(first + more, rule), &Progress::default()).unwrap();
         let begun = train(&words, &Options::new(first, rule), &Progress::default()).unwrap();
         // A smaller vocabulary is the beginning of a larger one.
-        let smaller = at_once.first(first);
+        let smaller = at_once.clone().first(first);
         prop_assert_eq!((&smaller.pairs, &smaller.tokens, &smaller.counts), (&begun.pairs, &begun.tokens, &begun.counts));
         let options = Options { prior: Prior::new(begun.pairs).unwrap(), ..Options::new(first + more, rule) };
         let went_on = train(&words, &options, &Progress::default()).unwrap();
@@ -174,6 +175,44 @@ proptest! {
     }
 }
 
+/// Files that end anywhere, also within what would be a word; a file's end is a document's end.
+#[test]
+fn merges_do_not_depend_on_threads_chunks_or_seeds() {
+    let (splitter, pieces) = (splitter("gpt2"), ["a", "b", "ab", " ", "  ", "\n", "é", "'s", "12", "漢", "?", EOT]);
+    for seed in 0..20u64 {
+        let mut state = seed;
+        let mut next = |below: usize| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) as usize % below
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let (mut paths, mut words) = (Vec::new(), BTreeMap::new());
+        for file in 0..=next(4) {
+            let text: String = (0..500 + next(4000)).map(|_| pieces[next(pieces.len())]).collect();
+            let count = |piece: Piece<'_>| {
+                if let Piece::Word(word) = piece {
+                    *words.entry(word.to_vec()).or_insert(0u64) += 1;
+                }
+            };
+            splitter.split(&text, count).unwrap();
+            paths.push(folder.path().join(format!("{file}.txt")));
+            std::fs::write(&paths[file], text).unwrap();
+        }
+        let rule = [TieBreak::Lexicographic, TieBreak::HuggingFace, TieBreak::RawBytes][seed as usize % 3];
+        let expected = naive::train(&words.into_iter().collect::<Vec<_>>(), &Options::new(25, rule));
+        let inputs = Inputs::open(&paths).unwrap();
+        for threads in [1, 2, 3, 8] {
+            for chunk in [1 << 10, 1 << 13, 1 << 20, 1 << 26] {
+                let progress = Progress::default();
+                let counts = count_files(&inputs, &splitter, TextPolicy::Error, threads, chunk, &progress).unwrap();
+                let options = Options { threads, ..Options::new(25, rule) };
+                let merges = train(&counts.into_words(), &options, &progress).unwrap();
+                assert_eq!(merges, expected, "seed {seed}, {threads} threads, chunks of {chunk} bytes");
+            }
+        }
+    }
+}
+
 #[test]
 fn more_merges_than_there_can_be_need_no_room() {
     let words = [(b"abab".to_vec(), 2), (b"abc".to_vec(), 1)];
@@ -203,6 +242,31 @@ fn great_counts_and_long_words_equal_the_specification() {
             let fast = train(&words.iter().cloned().collect(), &options, &Progress::default()).unwrap();
             assert!(fast.ties > 0);
             assert_eq!(fast, naive::train(&words, &options));
+        }
+    }
+}
+
+/// Enough words that several threads lay them out; one of them so long that they cannot be shared out evenly.
+#[test]
+fn merges_do_not_depend_on_the_threads_that_lay_words_out() {
+    let mut seed = 1u64;
+    let mut next = |below: u64| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 33) % below
+    };
+    let mut words = BTreeMap::new();
+    while words.len() < 120_000 {
+        let word: Vec<u8> = (0..2 + next(14)).map(|_| next(40) as u8 + if next(9) == 0 { 160 } else { 90 }).collect();
+        let count = if next(50) == 0 { u64::from(u32::MAX) + next(3) } else { 1 + next(1000) };
+        words.insert(word, count);
+    }
+    words.insert((0..600_000).map(|_| next(40) as u8 + 90).collect(), 3);
+    let words: Words = words.into_iter().collect();
+    for rule in [TieBreak::Lexicographic, TieBreak::RawBytes] {
+        let alone = train(&words, &Options::new(300, rule), &Progress::default()).unwrap();
+        for threads in [2, 3, 8] {
+            let options = Options { threads, ..Options::new(300, rule) };
+            assert_eq!(train(&words, &options, &Progress::default()).unwrap(), alone, "{threads} threads");
         }
     }
 }

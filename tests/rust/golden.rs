@@ -53,7 +53,7 @@ fn merges() {
         let words = counts.into_sorted();
         let fast = train(&words.iter().cloned().collect(), &Options::new(wanted, rule), &Progress::default()).unwrap();
         assert_eq!(fast, naive::train(&words, &Options::new(wanted, rule)), "{}", case.name);
-        let text = |id: u32| String::from_utf8(fast.tokens[id as usize].clone()).unwrap();
+        let text = |id: u32| String::from_utf8(fast.tokens[id].to_vec()).unwrap();
         let merges: Vec<_> = fast.pairs.iter().map(|&(a, b)| (text(a), text(b))).collect();
         assert_eq!(merges, case.merges, "{}", case.name);
     }

@@ -10,11 +10,11 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 
-use crate::count::{hash_packed, pack, packed_len};
 use crate::error::{Error, Result};
+use crate::packed::{hash_packed, pack, packed_len};
 use crate::pretokenize::{Pattern, Piece, SplitStream, Splitter, TextPolicy};
 use crate::train::{Pair, TokenId};
 use crate::vocab::Vocab;
@@ -203,7 +203,7 @@ pub struct Encoder {
     ordinary: Arc<Splitter>,
     /// In the order of the splitter's special tokens.
     special_ids: Arc<[TokenId]>,
-    hash: String,
+    hash: OnceLock<String>,
     idle: Mutex<Vec<Scratch>>,
 }
 
@@ -217,7 +217,7 @@ impl Encoder {
             splitter: Arc::new(Splitter::new(pattern.clone(), &texts)?),
             ordinary: Arc::new(Splitter::new(pattern, &[])?),
             special_ids: vocab.specials().iter().map(|special| special.1).collect(),
-            hash: vocab.hash(),
+            hash: OnceLock::new(),
             idle: Mutex::default(),
             vocab,
         })
@@ -228,9 +228,9 @@ impl Encoder {
         &self.vocab
     }
 
-    /// [`Vocab::hash`], computed once.
+    /// [`Vocab::hash`], computed when it is first asked for.
     pub fn hash(&self) -> &str {
-        &self.hash
+        self.hash.get_or_init(|| self.vocab.hash())
     }
 
     /// The splitter that recognises every special token.

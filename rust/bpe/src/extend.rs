@@ -50,11 +50,11 @@ pub fn extended(old: &Vocab, merges: &Merges) -> Result<Vocab> {
     let mut tokens: Vec<(Vec<u8>, TokenId)> =
         tokens.map(|id| (old.token(id).unwrap_or_default().to_vec(), id)).collect();
     let first_rank = rules.last().map_or(0, |merge| merge.rank + 1);
-    let news = merges.pairs.iter().zip(&merges.tokens[256..]).skip(known);
+    let news = merges.pairs.iter().zip(merges.tokens.iter().skip(256)).skip(known);
     for ((rank, id), (&(a, b), bytes)) in (first_rank..).zip(old.len() as TokenId..).zip(news) {
         rules.push(Merge { pair: (ids[a as usize], ids[b as usize]), id, rank });
         ids.push(id);
-        tokens.push((bytes.clone(), id));
+        tokens.push((bytes.to_vec(), id));
     }
-    Vocab::new(tokens, rules, old.specials().to_vec(), old.pattern(), old.ignore_merges())
+    Vocab::new(&tokens, rules, old.specials().to_vec(), old.pattern(), old.ignore_merges())
 }

@@ -153,7 +153,7 @@ pub fn from_parts(
         }
     }
     let specials = add_specials(&ordinary, found, specials)?;
-    Vocab::new(ordinary, rules, specials, pattern, false)
+    Vocab::new(&ordinary, rules, specials, pattern, false)
 }
 
 fn rule(rank: u32, a: &[u8], b: &[u8], id_of: impl Fn(&[u8]) -> Option<TokenId>) -> Result<Merge> {
@@ -281,7 +281,7 @@ fn from_tokenizer_value(
     let specials = add_specials(&tokens, added, specials).map_err(|e| at_place(place, e))?;
     let ignore_merges = model["ignore_merges"] == true;
     let pattern = pattern.map_or(own_pattern, str::to_string);
-    Vocab::new(tokens, rules, specials, &pattern, ignore_merges).map_err(|e| at_place(place, e))
+    Vocab::new(&tokens, rules, specials, &pattern, ignore_merges).map_err(|e| at_place(place, e))
 }
 
 /// The pattern of a `pre_tokenizer`: `ByteLevel` alone, or `Split` by a regular expression before it.
@@ -382,19 +382,24 @@ fn with_tokens(text: &str, vocab: &Vocab) -> String {
         '"' | '\\' => format!("\\{c}"),
         _ => c.to_string(), // the alphabet has no control characters
     });
-    let mut out = String::with_capacity(text.len() + 100 * vocab.len());
-    let quote = |out: &mut String, id: TokenId| {
-        out.push('"');
-        out.extend(vocab.token(id).unwrap_or_default().iter().map(|&byte| quoted[byte as usize].as_str()));
-        out.push('"');
+    // Each token's text is made once: it stands in three places of the file, on average.
+    let (mut texts, mut ends) = (String::new(), Vec::with_capacity(vocab.len()));
+    for id in 0..vocab.len() as TokenId {
+        texts.push('"');
+        texts.extend(vocab.token(id).unwrap_or_default().iter().map(|&byte| quoted[byte as usize].as_str()));
+        texts.push('"');
+        ends.push(texts.len());
+    }
+    let text_of = |id: TokenId| {
+        let id = id as usize;
+        &texts[if id == 0 { 0 } else { ends[id - 1] }..ends[id]]
     };
+    let mut out = String::with_capacity(text.len() + 100 * vocab.len());
     out.push_str(head);
     out.push_str("\"vocab\": {");
     let mut comma = "";
     for (_, id) in ordinary_tokens(vocab) {
-        out.extend([comma, "\n      "]);
-        quote(&mut out, id);
-        out.extend([": ", &id.to_string()]);
+        out.extend([comma, "\n      ", text_of(id), ": ", &id.to_string()]);
         comma = ",";
     }
     out.push_str(if comma.is_empty() { "}" } else { "\n    }" });
@@ -402,11 +407,8 @@ fn with_tokens(text: &str, vocab: &Vocab) -> String {
     out.push_str("\"merges\": [");
     comma = "";
     for merge in vocab.merges() {
-        out.extend([comma, "\n      [\n        "]);
-        quote(&mut out, merge.pair.0);
-        out.push_str(",\n        ");
-        quote(&mut out, merge.pair.1);
-        out.push_str("\n      ]");
+        let (a, b) = merge.pair;
+        out.extend([comma, "\n      [\n        ", text_of(a), ",\n        ", text_of(b), "\n      ]"]);
         comma = ",";
     }
     out.push_str(if comma.is_empty() { "]" } else { "\n    ]" });
@@ -470,7 +472,7 @@ fn from_tiktoken(bytes: &[u8], place: &str, specials: &SpecialNames, pattern: &s
     }
     let merges = merges_of_ranks(&tokens).unwrap_or_else(|| all_splits(&tokens));
     let specials = add_specials(&tokens, Vec::new(), Some(specials.clone()))?;
-    Vocab::new(tokens, merges, specials, pattern, true).map_err(|e| at_place(place, e))
+    Vocab::new(&tokens, merges, specials, pattern, true).map_err(|e| at_place(place, e))
 }
 
 /// The merges that ranks imply: each token's bytes, merged by lower ranks only, must end as two tokens.

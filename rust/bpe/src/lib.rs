@@ -1,8 +1,8 @@
 //! Byte-level BPE: training, encoding and tokenizing of datasets, exact whatever the number of threads, the
 //! chunk sizes and the splits of the input.
 //!
-//! Floors: `error` < `scan` < `pretokenize` (two rooms with floors of their own) < `sources` < `input` < `words` < `count` <
-//! `counts` < `ties` < `prior` < `queue` < `merge` < `train` < `vocab` < `encode` < `corpus`; `atomic` < `tokens` <
+//! Floors: `error` < `scan` < `pretokenize` (two rooms with floors of their own) < `sources` < `input` < `words`, `packed` < `word_counts` < `count` <
+//! `counts` < `token_bytes` < `ties` < `prior` < `queue` < `merge` < `train` < `vocab` < `encode` < `corpus`; `atomic` < `tokens` <
 //! `corpus`; `counts` and `checkpoint` write through `atomic`; `extend` joins `prior` and `vocab`, `trainer` all of training;
 //! `formats` reads and writes a `vocab`; `naive` is the specification that tests hold all of it to.
 
@@ -19,6 +19,7 @@ mod hash;
 pub mod input;
 mod merge;
 pub mod naive;
+mod packed;
 mod pages;
 pub mod pretokenize;
 pub mod prior;
@@ -27,10 +28,12 @@ mod queue;
 mod scan;
 pub mod sources;
 mod ties;
+pub mod token_bytes;
 pub mod tokens;
 pub mod train;
 pub mod trainer;
 pub mod vocab;
+mod word_counts;
 pub mod words;
 
 pub use error::{Error, Result};

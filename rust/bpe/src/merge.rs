@@ -20,7 +20,7 @@ use crate::train::{Pair, TokenId};
 mod layout;
 
 /// A cell of the arena: as wide as the largest id asks for.
-pub(crate) trait Cell: Copy + Eq {
+pub(crate) trait Cell: Copy + Eq + Send {
     /// Between words, and inside of tokens.
     const DEAD: Self;
     /// The cell of an id.

@@ -62,7 +62,7 @@ pub fn train(words: &[(Vec<u8>, u64)], options: &Options) -> Merges {
         ties += u64::from(counts.values().filter(|&&other| other == count).count() > 1);
         done = merge(&mut words, &mut tokens, pair);
     }
-    Merges { pairs, tokens, counts: met, ties }
+    Merges { pairs, tokens: tokens.into_iter().collect(), counts: met, ties }
 }
 
 /// Hugging Face's numbering: single bytes in the order of their printable characters, then merges.

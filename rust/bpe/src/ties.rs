@@ -3,6 +3,7 @@
 use std::cmp::Ordering;
 
 use crate::error::{Error, Result};
+use crate::token_bytes::TokenBytes;
 use crate::train::{Pair, TokenId, byte_alphabet};
 
 /// Which pair merges first among the most frequent.
@@ -93,9 +94,10 @@ impl Ties {
         &self.bytes[start..start + len as usize]
     }
 
-    /// The bytes of every token.
-    pub(crate) fn into_tokens(self) -> Vec<Vec<u8>> {
-        (0..self.tokens.len() as TokenId).map(|id| self.bytes_of(id).to_vec()).collect()
+    /// The bytes of every token: they lie one behind the other.
+    pub(crate) fn into_tokens(self) -> TokenBytes {
+        let ends = self.tokens.iter().map(|token| token.start + token.len as usize).collect();
+        TokenBytes::from_parts(self.bytes, ends)
     }
 
     fn number(&self, id: TokenId) -> u32 {

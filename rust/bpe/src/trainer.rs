@@ -92,7 +92,7 @@ pub struct TrainStats {
     pub layout_s: f64,
     /// Seconds of merging.
     pub merge_s: f64,
-    /// Threads that counted.
+    /// Threads that counted and laid the words out.
     pub threads: usize,
     /// Tables of counts that had no room in memory and went to disk.
     pub spilled_runs: u64,
@@ -193,10 +193,10 @@ impl Trainer {
     }
 
     /// A run on counts that are there; special tokens and pattern are theirs, and must be those of `extend`.
-    pub fn from_counts(counts: Counts, settings: Settings) -> Result<Self> {
+    pub fn from_counts(counts: Counts, settings: Settings, threads: usize) -> Result<Self> {
         let splitter = counts.splitter();
         let (specials, pattern) = (Some(splitter.specials().to_vec()), Some(splitter.pattern().name().to_string()));
-        Ok(Self { counts, ..Self::new(Settings { specials, pattern, ..settings })? })
+        Ok(Self { counts, threads, ..Self::new(Settings { specials, pattern, ..settings })? })
     }
 
     /// Counts the text of inputs; no pre-token crosses from one document to the next.
@@ -327,6 +327,7 @@ impl Trainer {
             min_frequency: least,
             max_token_length: self.settings.max_token_length,
             prior: self.prior.and(&done)?,
+            threads: self.threads,
         };
         let (keeps, mut kept) = (self.checkpoint.is_some(), self.checkpoint);
         let mut keep = |pairs: &[Pair], counts: &[u64], ties: u64, interrupted: bool| match &mut kept {
@@ -341,7 +342,7 @@ impl Trainer {
         done_counts.append(&mut merges.counts);
         (merges.counts, merges.ties) = (done_counts, merges.ties + done_ties);
         let merge_time = progress.began().map_or(0.0, |began| began.elapsed().as_secs_f64());
-        let token = |id: u32| merges.tokens[id as usize].clone();
+        let token = |id: u32| merges.tokens[id].to_vec();
         let news = merges.pairs[prior_merges..].iter().zip(&merges.counts);
         let stats = TrainStats {
             bytes: about.bytes,
@@ -359,7 +360,7 @@ impl Trainer {
             merge_s: merge_time,
             threads: self.threads,
             spilled_runs,
-            longest_token: merges.tokens.iter().max_by_key(|token| token.len()).cloned().unwrap_or_default(),
+            longest_token: merges.tokens.iter().max_by_key(|token| token.len()).unwrap_or_default().to_vec(),
             top_merges: news.take(TOP).map(|(&(a, b), &count)| (token(a), token(b), count)).collect(),
         };
         let pattern = splitter.pattern().name();
@@ -367,7 +368,9 @@ impl Trainer {
             None => Vocab::from_training(merges, &self.specials, pattern),
             Some(old) => extended(old, &merges),
         };
-        let vocabs = self.merges.iter().map(|&len| vocab(merges.first(len))).collect::<Result<_>>()?;
+        let (&size, others) = self.merges.split_last().unwrap_or((&0, &[]));
+        let mut vocabs = others.iter().map(|&len| vocab(merges.clone().first(len))).collect::<Result<Vec<_>>>()?;
+        vocabs.push(vocab(merges.first(size))?);
         Ok((vocabs, stats))
     }
 }

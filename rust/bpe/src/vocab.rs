@@ -3,12 +3,16 @@
 //! In: what `train` learnt or `formats` read. Out: [`Vocab`]. Called by `encode` and `formats`.
 
 use std::collections::{HashMap, HashSet};
+use std::hash::BuildHasher;
 
 use foldhash::fast::FixedState;
+use hashbrown::HashTable;
+use hashbrown::hash_table::Entry;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::pretokenize::canonical_name;
+use crate::token_bytes::TokenBytes;
 use crate::train::{Merges, Pair, TokenId, byte_alphabet};
 
 /// A merge: what is joined, what comes out, and its priority (smallest first).
@@ -26,12 +30,13 @@ pub struct Merge {
 #[derive(Debug, Clone)]
 pub struct Vocab {
     /// Bytes of each token by id; empty where an id is a special token's.
-    tokens: Vec<Vec<u8>>,
+    tokens: TokenBytes,
     merges: Vec<Merge>,
     /// In the order of their ids.
     specials: Vec<(String, TokenId)>,
     byte_ids: [TokenId; 256],
-    by_bytes: HashMap<Vec<u8>, TokenId, FixedState>,
+    /// Ordinary tokens, found by a hash of their bytes.
+    by_bytes: HashTable<TokenId>,
     pattern: String,
     ignore_merges: bool,
 }
@@ -46,7 +51,7 @@ impl Vocab {
     /// [`Error::Config`] for a byte without a token, holes or duplicates among the ids, a duplicate or empty
     /// special token, a merge whose result is not a token.
     pub fn new(
-        tokens: Vec<(Vec<u8>, TokenId)>,
+        tokens: &[(Vec<u8>, TokenId)],
         merges: Vec<Merge>,
         mut specials: Vec<(String, TokenId)>,
         pattern: &str,
@@ -55,90 +60,108 @@ impl Vocab {
         specials.sort_unstable_by_key(|special| special.1);
         check_specials(specials.iter().map(|(text, _)| text.as_str()))?;
         let size = tokens.len() + specials.len();
-        let mut table: Vec<Option<Vec<u8>>> = vec![None; size];
-        let mut by_bytes: HashMap<Vec<u8>, TokenId, FixedState> = HashMap::default();
-        let mut place = |id: TokenId, bytes: Vec<u8>| match table.get_mut(id as usize) {
-            None => Err(Error::Config(format!(
-                "vocabulary: found id {id} among {size} tokens; expected the ids 0 to {} without a hole",
-                size - 1
-            ))),
-            Some(Some(_)) => {
-                Err(Error::Config(format!("vocabulary: id {id} is given twice; expected one token an id")))
-            }
-            Some(free) => {
-                *free = Some(bytes);
-                Ok(())
-            }
-        };
-        for (bytes, id) in tokens {
-            if bytes.is_empty() {
+        let mut table: Vec<Option<&[u8]>> = vec![None; size];
+        let special = specials.iter().map(|&(_, id)| (&[][..], id));
+        let ordinary = tokens.iter().map(|(bytes, id)| (bytes.as_slice(), *id));
+        for (n, (bytes, id)) in ordinary.chain(special).enumerate() {
+            if n < tokens.len() && bytes.is_empty() {
                 return Err(Error::Config(format!("vocabulary: token {id} is empty; expected at least one byte")));
             }
-            place(id, bytes.clone())?;
-            if let Some(first) = by_bytes.insert(bytes, id) {
-                return Err(Error::Config(format!(
-                    "vocabulary: tokens {first} and {id} are the same bytes; expected distinct tokens"
-                )));
+            match table.get_mut(id as usize) {
+                None => {
+                    return Err(Error::Config(format!(
+                        "vocabulary: found id {id} among {size} tokens; expected the ids 0 to {} without a hole",
+                        size - 1
+                    )));
+                }
+                Some(Some(_)) => {
+                    return Err(Error::Config(format!("vocabulary: id {id} is given twice; expected one token an id")));
+                }
+                Some(free) => *free = Some(bytes),
             }
         }
-        for (_, id) in &specials {
-            place(*id, Vec::new())?;
+        Self::of(table.into_iter().flatten().collect(), merges, specials, pattern, ignore_merges)
+    }
+
+    /// The same of tokens in the order of their ids, special ones empty.
+    fn of(
+        tokens: TokenBytes,
+        merges: Vec<Merge>,
+        specials: Vec<(String, TokenId)>,
+        pattern: &str,
+        ignore_merges: bool,
+    ) -> Result<Self> {
+        let mut by_bytes = HashTable::with_capacity(tokens.len());
+        for (id, bytes) in (0..).zip(tokens.iter()).filter(|(_, bytes)| !bytes.is_empty()) {
+            let (same, rehash) = (|&other: &TokenId| &tokens[other] == bytes, |&id: &TokenId| hash(&tokens[id]));
+            match by_bytes.entry(hash(bytes), same, rehash) {
+                Entry::Vacant(free) => {
+                    free.insert(id);
+                }
+                Entry::Occupied(first) => {
+                    return Err(Error::Config(format!(
+                        "vocabulary: tokens {} and {id} are the same bytes; expected distinct tokens",
+                        first.get()
+                    )));
+                }
+            }
         }
-        let tokens: Vec<Vec<u8>> = table.into_iter().flatten().collect();
+        let mut this = Self {
+            tokens,
+            merges,
+            specials,
+            byte_ids: [0; 256],
+            by_bytes,
+            pattern: canonical_name(pattern).into(),
+            ignore_merges,
+        };
         let alphabet: HashMap<char, u8, FixedState> = byte_alphabet().into_iter().zip(0..=255).collect();
-        for (text, id) in &specials {
+        for (text, id) in &this.specials {
             // Files write ordinary tokens in an alphabet of bytes: a special token of the same spelling would be them.
             let spelt: Option<Vec<u8>> = text.chars().map(|c| alphabet.get(&c).copied()).collect();
-            if let Some(same) = spelt.and_then(|bytes| by_bytes.get(&bytes)) {
+            if let Some(same) = spelt.and_then(|bytes| this.id_of(&bytes)) {
                 return Err(Error::Config(format!(
                     "special token {text:?} ({id}): token {same} has the same spelling in tokenizer files; expected a text of its own, such as <|endoftext|>"
                 )));
             }
         }
-        let mut byte_ids = [0; 256];
-        for (byte, id) in (0u8..=255).zip(&mut byte_ids) {
-            *id = *by_bytes.get([byte].as_slice()).ok_or_else(|| {
+        for byte in 0u8..=255 {
+            this.byte_ids[usize::from(byte)] = this.id_of(&[byte]).ok_or_else(|| {
                 Error::Config(format!("vocabulary: byte 0x{byte:02x} has no token; expected all 256 bytes"))
             })?;
         }
-        for merge in &merges {
-            let (a, b) = merge.pair;
-            let joined = match (tokens.get(a as usize), tokens.get(b as usize)) {
-                (Some(a), Some(b)) if !a.is_empty() && !b.is_empty() => [a.as_slice(), b].concat(),
-                _ => {
-                    return Err(Error::Config(format!(
-                        "merge {}: found ids {a} and {b}; expected two tokens",
-                        merge.rank
-                    )));
-                }
-            };
-            if by_bytes.get(&joined) != Some(&merge.id) {
-                return Err(Error::Config(format!(
-                    "merge {}: {:?} is not token {}; expected the two parts' bytes joined",
-                    merge.rank,
-                    String::from_utf8_lossy(&joined),
-                    merge.id
-                )));
-            }
+        this.merges.iter().try_for_each(|merge| this.check(merge))?;
+        Ok(this)
+    }
+
+    /// A merge joins two ordinary tokens to a third.
+    fn check(&self, merge: &Merge) -> Result<()> {
+        let part = |id| self.tokens.get(id).filter(|bytes| !bytes.is_empty());
+        let (a, b) = merge.pair;
+        let (Some(left), Some(right)) = (part(a), part(b)) else {
+            return Err(Error::Config(format!("merge {}: found ids {a} and {b}; expected two tokens", merge.rank)));
+        };
+        if part(merge.id).and_then(|joined| joined.strip_prefix(left)) != Some(right) {
+            return Err(Error::Config(format!(
+                "merge {}: {:?} is not token {}; expected the two parts' bytes joined",
+                merge.rank,
+                String::from_utf8_lossy(&[left, right].concat()),
+                merge.id
+            )));
         }
-        Ok(Self {
-            tokens,
-            merges,
-            specials,
-            byte_ids,
-            by_bytes,
-            pattern: canonical_name(pattern).into(),
-            ignore_merges,
-        })
+        Ok(())
     }
 
     /// The vocabulary of freshly trained merges; the special tokens get the ids after the last merge.
     pub fn from_training(merges: Merges, specials: &[String], pattern: &str) -> Result<Self> {
-        let next = merges.tokens.len() as TokenId;
-        let specials = specials.iter().cloned().zip(next..).collect();
+        check_specials(specials.iter().map(String::as_str))?;
+        let mut tokens = merges.tokens;
         let rules = (0u32..).zip(&merges.pairs).map(|(rank, &pair)| Merge { pair, id: 256 + rank, rank }).collect();
-        let tokens = merges.tokens.into_iter().zip(0..).collect();
-        Self::new(tokens, rules, specials, pattern, false)
+        let specials: Vec<_> = specials.iter().cloned().zip(tokens.len() as TokenId..).collect();
+        for _ in &specials {
+            tokens.push(&[]);
+        }
+        Self::of(tokens, rules, specials, pattern, false)
     }
 
     /// Number of tokens, special ones included; ids are 0 up to this.
@@ -153,7 +176,7 @@ impl Vocab {
 
     /// Bytes of a token; of a special token the bytes of its text.
     pub fn token(&self, id: TokenId) -> Option<&[u8]> {
-        let bytes = self.tokens.get(id as usize)?;
+        let bytes = self.tokens.get(id)?;
         if !bytes.is_empty() {
             return Some(bytes);
         }
@@ -163,7 +186,7 @@ impl Vocab {
 
     /// Id of an ordinary token by its bytes.
     pub fn id_of(&self, bytes: &[u8]) -> Option<TokenId> {
-        self.by_bytes.get(bytes).copied()
+        self.by_bytes.find(hash(bytes), |&id| &self.tokens[id] == bytes).copied()
     }
 
     /// Id of each single byte.
@@ -183,7 +206,7 @@ impl Vocab {
 
     /// Whether `id` is a special token.
     pub fn is_special(&self, id: TokenId) -> bool {
-        self.tokens.get(id as usize).is_some_and(Vec::is_empty)
+        self.tokens.get(id).is_some_and(<[u8]>::is_empty)
     }
 
     /// The end-of-text token: `<|endoftext|>`, else the only special token there is.
@@ -216,7 +239,7 @@ impl Vocab {
         put(self.pattern.as_bytes());
         put(&[u8::from(self.ignore_merges)]);
         put(&(self.tokens.len() as u64).to_le_bytes());
-        for token in &self.tokens {
+        for token in self.tokens.iter() {
             put(token);
         }
         for merge in &self.merges {
@@ -230,6 +253,10 @@ impl Vocab {
         let digest = hasher.finalize();
         digest.iter().fold(String::from("sha256:"), |hex, byte| hex + &format!("{byte:02x}"))
     }
+}
+
+fn hash(bytes: &[u8]) -> u64 {
+    FixedState::default().hash_one(bytes)
 }
 
 /// Refuses an empty or a repeated special token.

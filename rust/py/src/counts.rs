@@ -9,9 +9,9 @@ use bytekiln_bpe::pretokenize::{Pattern, Splitter, TextPolicy};
 use bytekiln_bpe::progress::Progress;
 use bytekiln_bpe::trainer::Trainer;
 use bytekiln_bpe::{Error, Result};
-use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyIterator, PyString};
+use pythonize::pythonize;
 
 use crate::error::{OrRaise, to_python};
 use crate::inputs::{Paths, Spec};
@@ -232,7 +232,7 @@ impl Counts {
         progress: Option<Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let saved = watched(py, progress, |progress| self.with(|counts| counts.save(&path, overwrite, progress)))?;
-        from_json(py, serde_json::to_string(&saved))
+        Ok(pythonize(py, &saved)?)
     }
 
     /// Train a tokenizer on them; the pattern and the special tokens are those that counted.
@@ -255,7 +255,8 @@ impl Counts {
         progress: Option<Bound<'_, PyAny>>,
     ) -> PyResult<Tokenizer> {
         let settings = settings(py, Sizes::One(vocab_size), tie_break, min_frequency, None, None)?;
-        let trainer = Trainer::from_counts(self.copy(py)?, settings).or_raise(py)?;
+        let threads = threads_or_default(py, None)?;
+        let trainer = Trainer::from_counts(self.copy(py)?, settings, threads).or_raise(py)?;
         let (vocabs, _) = watched(py, progress, |progress| trainer.finish(progress))?;
         Tokenizer::from_vocab(py, vocabs.into_iter().next().ok_or(Error::Interrupted))
     }
@@ -271,7 +272,7 @@ impl Counts {
     #[getter]
     fn about<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let about = py.detach(|| self.with(|counts| counts.about())).or_raise(py)?;
-        from_json(py, serde_json::to_string(&about))
+        Ok(pythonize(py, &about)?)
     }
 
     /// Tables that had no room in memory and went to disk.
@@ -294,16 +295,11 @@ fn empty(special_tokens: Vec<String>, pattern: &str, errors: &str, memory: Resul
     Ok(counts::Counts::new(splitter, policy, memory?))
 }
 
-fn from_json(py: Python<'_>, json: serde_json::Result<String>) -> PyResult<Bound<'_, PyAny>> {
-    let json = json.map_err(|e| PyValueError::new_err(e.to_string()))?;
-    py.import("json")?.call_method1("loads", (json,))
-}
-
 /// `bpe-train --counts`: trains on counts files; returns the tokenizer, the statistics of the run and what the files
 /// say of how they were counted.
 #[pyfunction]
 #[expect(clippy::too_many_arguments, reason = "keyword-only options of the Python function")]
-#[pyo3(signature = (counts, *, vocab_size, tie_break="lexicographic", min_frequency=1, max_token_length=None, extend=None, max_memory=None, beside=None, progress=None))]
+#[pyo3(signature = (counts, *, vocab_size, tie_break="lexicographic", min_frequency=1, max_token_length=None, extend=None, threads=None, max_memory=None, beside=None, progress=None))]
 pub fn train_bpe_from_counts<'py>(
     py: Python<'py>,
     counts: Vec<PathBuf>,
@@ -312,15 +308,17 @@ pub fn train_bpe_from_counts<'py>(
     min_frequency: i64,
     max_token_length: Option<i64>,
     extend: Option<Bound<'py, Tokenizer>>,
+    threads: Option<usize>,
     max_memory: Option<u64>,
     beside: Option<PathBuf>,
     progress: Option<Bound<'py, PyAny>>,
 ) -> PyResult<(Vec<Tokenizer>, Py<PyAny>)> {
     let settings = settings(py, vocab_size, tie_break, min_frequency, max_token_length, extend)?;
     let memory = memory(max_memory, beside).or_raise(py)?;
+    let threads = threads_or_default(py, threads)?;
     let done = watched(py, progress, |progress: &Progress| {
         let counts = counts::Counts::load(&counts, memory, progress)?;
-        Trainer::from_counts(counts, settings)?.finish(progress)
+        Trainer::from_counts(counts, settings, threads)?.finish(progress)
     })?;
     trained(py, done)
 }

@@ -24,9 +24,9 @@ use bytekiln_bpe::train::TieBreak;
 use bytekiln_bpe::trainer::{Settings, TrainStats, Trainer};
 use bytekiln_bpe::vocab::Vocab;
 use bytekiln_bpe::{Error, Result};
-use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
+use pythonize::pythonize;
 
 use crate::counts::{Counts, train_bpe_from_counts};
 use crate::error::{OrRaise, to_python};
@@ -139,8 +139,7 @@ fn settings(
 }
 
 fn trained(py: Python<'_>, (vocabs, stats): (Vec<Vocab>, TrainStats)) -> PyResult<(Vec<Tokenizer>, Py<PyAny>)> {
-    let json = serde_json::to_string(&stats).map_err(|e| PyValueError::new_err(e.to_string()))?;
-    let dict = py.import("json")?.call_method1("loads", (json,))?;
+    let dict = pythonize(py, &stats)?;
     let bytes = |b: &[u8]| PyBytes::new(py, b).unbind();
     dict.set_item("longest_token", bytes(&stats.longest_token))?;
     let top: Vec<_> = stats.top_merges.iter().map(|(a, b, count)| (bytes(a), bytes(b), *count)).collect();
@@ -246,9 +245,9 @@ fn encode_files<'py>(
     };
     let manifest = watched(py, progress, |progress| {
         let inputs = Inputs::of(inputs.0)?;
-        corpus::encode_files(encoder, &inputs, &out, &options, progress)?.to_json()
+        corpus::encode_files(encoder, &inputs, &out, &options, progress)
     })?;
-    py.import("json")?.call_method1("loads", (manifest,))
+    Ok(pythonize(py, &manifest)?)
 }
 
 /// The files of an input, in the order of the text; opens none.

@@ -95,7 +95,7 @@ pub fn merges(data: &[u8]) {
     }
     let words: Vec<(Vec<u8>, u64)> = words.into_iter().collect();
     for rule in [TieBreak::Lexicographic, TieBreak::HuggingFace, TieBreak::RawBytes] {
-        let options = Options::new(usize::from(*wanted), rule);
+        let options = Options { threads: 3, ..Options::new(usize::from(*wanted), rule) };
         let fast = train(&words.iter().cloned().collect(), &options, &Progress::default()).unwrap();
         assert_eq!(fast, naive::train(&words, &options), "{rule:?}: {words:?}");
     }

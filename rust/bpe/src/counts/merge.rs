@@ -3,9 +3,9 @@
 //! In: [`Sorted`] sources. Out: words in ascending order. Memory: what each source holds. Called by `runs` and `tally`.
 
 use super::about::add;
-use crate::count::SortedWords;
 use crate::error::Result;
 use crate::progress::Progress;
+use crate::word_counts::SortedWords;
 
 /// Words in ascending order.
 pub(super) trait Sorted {

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use super::about::{About, add};
 use super::limits::{Memory, give_back};
 use super::merge::{Sorted, merge};
-use super::need::{Frequencies, merging};
+use super::need;
 use super::read::Stored;
 use super::runs::{Runs, push, reduce, spill};
 use super::write::Writer;
@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::input::{ChunkReader, Inputs};
 use crate::pretokenize::{Splitter, TextPolicy};
 use crate::progress::{Progress, Stage};
-use crate::words::Words;
+use crate::words::{Frequencies, Words};
 
 /// Counted words and how they were counted. Copies share what is on disk.
 #[derive(Debug, Clone)]
@@ -385,6 +385,10 @@ impl Counts {
             writer.push(word, count)
         })?;
         writer.finish()?.commit()?;
+        if 4 * self.table.memory() as u64 > self.memory.cap {
+            // The sorted copy of the table is free, and counting goes on.
+            give_back();
+        }
         Ok(Saved { about, distinct_pretokens: n, spilled_runs: self.runs.spilled })
     }
 
@@ -394,17 +398,24 @@ impl Counts {
     /// [`Error::Config`] where merging them needs more than the cap, with the figure and what would fit.
     pub fn words(&mut self, least: u64, wanted: usize, progress: &Progress) -> Result<Words> {
         self.whole()?;
-        // What the table's words take beside it: an order of 16 bytes each, bytes and ends.
-        let aside = 48 * self.table.len() as u64 + self.table.long_bytes() as u64;
+        // What the table's words take beside it: bytes, ends and counts.
+        let aside = 32 * self.table.len() as u64 + self.table.long_bytes() as u64;
         if self.runs.runs.is_empty() && self.table.memory() as u64 + aside <= self.memory.cap {
-            if least <= 1 && merging(self.table.len() as u64, aside, wanted) <= self.memory.cap {
-                return Ok(self.table.words());
-            }
-            let words = self.table.words();
             let mut frequencies = Frequencies::default();
-            words.iter().filter(|word| word.1 >= least).for_each(|(word, count)| frequencies.add(word.len(), count));
-            frequencies.check(wanted, self.memory.cap)?;
-            return Ok(words.iter().filter(|word| word.1 >= least).collect());
+            let frequent = |count: u64| count >= least;
+            self.table.for_each(|word, count| {
+                if frequent(count) {
+                    frequencies.add(word.len(), count);
+                }
+            });
+            need::check(&frequencies, wanted, self.memory.cap)?;
+            let mut placer = frequencies.place();
+            self.table.for_each(|word, count| {
+                if frequent(count) {
+                    placer.push(word, count);
+                }
+            });
+            return Ok(placer.into_words());
         }
         self.spill_table(progress)?;
         let mut frequencies = Frequencies::default();
@@ -412,7 +423,7 @@ impl Counts {
             frequencies.add(word.len(), count);
             Ok(())
         })?;
-        frequencies.check(wanted, self.memory.cap)?;
+        need::check(&frequencies, wanted, self.memory.cap)?;
         let mut placer = frequencies.place();
         self.for_each(least, progress, |word, count| {
             placer.push(word, count);
