@@ -41,6 +41,8 @@ from bytekiln.tokenizer import Tokenizer
 EOT = "<|endoftext|>"
 VOCAB_SIZES = {"tinystories": 10_000, "owt": 32_000}
 """The vocabularies that `--dataset` trains when `--vocab-size` does not say otherwise."""
+CHECKPOINT_EVERY = 30.0
+"""Seconds between two writings of a checkpoint."""
 SHOWN_TOKEN = 1000
 """Bytes of the longest token that the statistics hold; its length is there whole."""
 
@@ -162,7 +164,7 @@ def make_parser() -> Parser:
         metavar="F",
         help="keep the run in F and F.merges, and go on from there after Ctrl-C or a crash; deleted at the end",
     )
-    add("--checkpoint-every", type=seconds, default=30.0, metavar="S", help="seconds between two of them (30)")
+    add("--checkpoint-every", type=seconds, metavar="S", help=f"seconds between two of them ({CHECKPOINT_EVERY:.0f})")
     add("--dataset", metavar="X", help="train on data/X_train.txt into data/processed/X_tokenizer.json")
     add("--overwrite", action="store_true", help="replace an existing output")
     add("--json", action="store_true", help="print the statistics as one JSON object")
@@ -193,6 +195,8 @@ def train(argv: Sequence[str]) -> int:
         refuse_settings_of_counts(args, parser)
     elif not args.inputs:
         parser.error("no input; expected one text file or more, --counts F…, or --dataset X")
+    if args.checkpoint_every is not None and args.checkpoint is None:
+        parser.error("--checkpoint-every without --checkpoint; expected the file to keep the run in, too")
     if args.vocab_size is None:
         parser.error("--vocab-size is missing; expected 257 or more, such as --vocab-size 4096")
     if args.out is None:
@@ -240,6 +244,7 @@ def _learn(args: Namespace) -> tuple[list[Tokenizer], dict[str, Any]]:
             "min_frequency": args.min_frequency,
             "max_token_length": args.max_token_length,
             "extend": extend,
+            "threads": args.threads,
             "max_memory": args.max_memory,
             "beside": args.out,
             "progress": StageProgress(bars) if sys.stderr.isatty() else None,
@@ -252,9 +257,8 @@ def _learn(args: Namespace) -> tuple[list[Tokenizer], dict[str, Any]]:
                 special_tokens=args.special_token,
                 pattern=args.pattern,
                 errors=args.errors or "error",
-                threads=args.threads,
                 checkpoint=args.checkpoint,
-                checkpoint_every=args.checkpoint_every,
+                checkpoint_every=CHECKPOINT_EVERY if args.checkpoint_every is None else args.checkpoint_every,
                 **options,
             )
         except ConfigError as error:
@@ -344,6 +348,7 @@ def _summary(found: dict[str, Any], stats: dict[str, Any]) -> str:
         f"{name} {human_time(found[key])}"
         for name, key in (("count", "count_s"), ("lay out", "layout_s"), ("merge", "merge_s"), ("save", "save_s"))
     )
+    threads = f"{found['threads']} thread{'s' * (found['threads'] != 1)}"
     rows = [
         ("tokens", f"{found['vocab_size']:,} = 256 bytes + {prior}{found['merges']:,} merges + special: {specials}"),
         (
@@ -355,7 +360,7 @@ def _summary(found: dict[str, Any], stats: dict[str, Any]) -> str:
         ("longest token", show_token(stats["longest_token"])),
         ("first merges", "  ".join(f"{show_token(a)}+{show_token(b)} {n:,}" for a, b, n in stats["top_merges"][:3])),
         ("ties", f"{found['ties']:,} merges were chosen by the tie rule"),
-        ("with", f"{found['threads']} threads, {found['simd_level']}, Unicode {found['unicode_version']}"),
+        ("with", f"{threads}, {found['simd_level']}, Unicode {found['unicode_version']}"),
     ]
     wrote = "\n".join(f"wrote {t['tokenizer']}" for t in found["tokenizers"])
     return f"{wrote}\n{table(rows)}"
