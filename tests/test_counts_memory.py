@@ -113,6 +113,23 @@ except Exception as error: result["said"] = str(error)
         assert found["peak"] < CAP, found
 
 
+@pytest.mark.parametrize("every", [0.05, 0.4])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_checkpoint_keeps_to_the_cap(rare: Path, threads: int, every: float) -> None:
+    """Kept again and again while it counts, and while it merges."""
+    options = f"vocab_size=400, min_frequency=2, threads={threads}, max_memory={CAP}, beside='x'"
+    kept = f"{threads}-{every}.ck"
+    found = measured(
+        f"""
+made, stats = _core.train_bpe(["text.txt"], {options}, checkpoint="{kept}", checkpoint_every={every})
+result = {{"runs": stats["spilled_runs"], "merges": stats["merges"]}}
+""",
+        rare,
+    )
+    assert found["runs"] > 0 and found["merges"] == 144 and (rare / kept).stat().st_size > 0
+    assert found["peak"] < 1.1 * CAP, f"{found['peak'] / CAP:.2f} of the cap"
+
+
 def test_adding_counts_files_keeps_to_the_cap(rare: Path) -> None:
     measured('Counts.from_files("text.txt").save("a.counts")', rare)
     found = measured(
