@@ -180,7 +180,7 @@ def one_search(job: tuple[dict[str, Any], tuple[int, ...], dict[str, Any]]) -> d
         "lr": found.recommended, "low": fit.low if fit else None, "high": fit.high if fit else None,
         "bounded": fit.bounded if fit else None, "predicted": found.predicted_loss,
         "confirmed": found.confirmed_loss, "steps": found.steps, "share": found.steps / plan.grid_steps,
-        "given_up": sum(bool(r.given_up) for r in found.runs.values()), "notes": found.notes,
+        "given_up": sum(bool(r.given_up) for r in found.runs.values()), "notes": [*found.notes],
         "runs": [(r.lr, r.seed, r.status, r.steps, r.best) for r in found.runs.values()],
         "seconds": time.perf_counter() - began,
     }  # fmt: skip

@@ -255,7 +255,7 @@ fn merges_do_not_depend_on_the_threads_that_lay_words_out() {
         (seed >> 33) % below
     };
     let mut words = BTreeMap::new();
-    while words.len() < 120_000 {
+    while words.len() < 250_000 {
         let word: Vec<u8> = (0..2 + next(14)).map(|_| next(40) as u8 + if next(9) == 0 { 160 } else { 90 }).collect();
         let count = if next(50) == 0 { u64::from(u32::MAX) + next(3) } else { 1 + next(1000) };
         words.insert(word, count);

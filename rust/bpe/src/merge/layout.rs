@@ -26,8 +26,8 @@ const LOOK_EVERY: usize = 1 << 18;
 /// Postings beyond the first ones for which there is room from the beginning.
 const SPARE: usize = 1 << 22;
 
-/// Bytes of words that make another thread worth starting.
-const BYTES_A_THREAD: usize = 1 << 17;
+/// Bytes of words for each thread: its sums, 1.5 MB, are then less than a tenth of what merging needs (`counts::need`).
+const BYTES_A_THREAD: usize = 1 << 19;
 
 /// How often a pair occurs: in the text, and in distinct words.
 #[derive(Clone, Copy, Default)]
