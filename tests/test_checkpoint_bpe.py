@@ -242,9 +242,15 @@ def test_ctrl_c_within_one_giant_word(tmp_path: Path, letters: str, share: float
     alphabet = np.frombuffer(letters.encode(), dtype=np.uint8)
     (tmp_path / "t.txt").write_bytes(alphabet[rng.integers(0, len(alphabet), size=50_000_000)].tobytes())
     line = [*LINE, "t.txt", "--vocab-size", "2000", "--out", "t.json"]
+    wait = 0.3 + (2 if len(letters) > 1 else 1) * share  # one letter takes 26 merges only
     p = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    time.sleep(0.3 + (3 if len(letters) > 1 else 1) * share)  # one letter takes 26 merges only
-    assert p.poll() is None, "too quick to be interrupted"
+    time.sleep(wait)
+    while p.poll() is not None:  # a quick machine
+        end(p)
+        (tmp_path / "t.json").unlink()
+        wait *= 0.7
+        p = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        time.sleep(wait)
     began = time.monotonic()
     p.send_signal(signal.SIGINT)
     end(p)
