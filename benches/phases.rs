@@ -7,7 +7,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use bytekiln_bpe::count::{WordCounts, count_text};
-use bytekiln_bpe::pretokenize::{Pattern, Splitter, TextPolicy};
+use bytekiln_bpe::pretokenize::{Pattern, Run, Splitter, TextPolicy};
 use bytekiln_bpe::progress::Progress;
 use bytekiln_bpe::train::{Options, TieBreak, train};
 use bytekiln_bpe::words::Words;
@@ -66,7 +66,12 @@ fn scan(c: &mut Criterion) {
                 group.bench_with_input(BenchmarkId::new(*name, level.name()), text, |bench, text| {
                     bench.iter(|| {
                         let mut words = 0;
-                        splitter.split_ends(text, |ends| words += ends.offsets.len(), |_| ()).unwrap();
+                        let count = |run: Run<'_>| {
+                            if let Run::Words(ends) = run {
+                                words += ends.offsets.len();
+                            }
+                        };
+                        splitter.split_runs(text, count).unwrap();
                         black_box(words)
                     });
                 });

@@ -14,7 +14,7 @@ use xxhash_rust::xxh3::Xxh3;
 use crate::encode::{Encoder, Scratch};
 use crate::error::{Error, Result};
 use crate::input::{Chunk, ChunkReader, Inputs};
-use crate::pretokenize::{Piece, Splitter, TextPolicy};
+use crate::pretokenize::{Piece, Run, Splitter, TextPolicy};
 use crate::progress::{Progress, Stage};
 use crate::tokens::{Dtype, Manifest, Source, TokenWriter, checksum_text, manifest_path};
 use crate::train::TokenId;
@@ -188,27 +188,40 @@ impl Job<'_> {
         let special_ids = self.encoder.special_ids();
         let end_record = self.eot.filter(|_| chunk.records && self.options.append_eot != Some(false));
         for (start, text) in chunk.texts() {
-            let split = splitter.split_bytes(text, self.options.policy, |piece| {
-                match piece {
-                    Piece::Word(word) => {
-                        *text_bytes += word.len() as u64;
-                        *open_text = *open_text || !word.iter().all(u8::is_ascii_whitespace);
-                    }
-                    Piece::Special(index) if Some(special_ids[index]) == self.eot => {
-                        *ends += 1;
-                        *open_text = false;
-                    }
-                    Piece::Special(_) => *open_text = true,
+            let mut meet = |words: &[u8], special: Option<usize>| match special {
+                None => {
+                    *text_bytes += words.len() as u64;
+                    *open_text = *open_text || !words.iter().all(u8::is_ascii_whitespace);
                 }
-                self.encoder.piece(piece, special_ids, scratch, ids);
-            });
+                Some(index) if Some(special_ids[index]) == self.eot => {
+                    *ends += 1;
+                    *open_text = false;
+                }
+                Some(_) => *open_text = true,
+            };
+            let split = match simdutf8::basic::from_utf8(text) {
+                Ok(valid) => splitter.split_runs(valid, |run| match run {
+                    Run::Words(ends) => {
+                        meet(&text[ends.start..ends.end()], None);
+                        self.encoder.run(text, &ends, scratch, ids);
+                    }
+                    Run::Special(index) => {
+                        meet(&[], Some(index));
+                        ids.push(special_ids[index]);
+                    }
+                }),
+                Err(_) => splitter.split_bytes(text, self.options.policy, |piece| {
+                    match piece {
+                        Piece::Word(word) => meet(word, None),
+                        Piece::Special(index) => meet(&[], Some(index)),
+                    }
+                    self.encoder.piece(piece, special_ids, scratch, ids);
+                }),
+            };
+            self.encoder.flush(scratch, ids);
             split.map_err(|e| self.inputs.locate(chunk, start, e))?;
-            if let Some(eot) = end_record {
-                self.encoder.flush(scratch, ids);
-                ids.push(eot);
-            }
+            ids.extend(end_record);
         }
-        self.encoder.flush(scratch, ids);
         if chunk.records {
             (*ends, *open_text) = (chunk.record_count(), false);
         }

@@ -7,7 +7,7 @@ use std::thread;
 
 use crate::error::Result;
 use crate::input::{Chunk, ChunkReader, Inputs};
-use crate::pretokenize::{Piece, Splitter, TextPolicy};
+use crate::pretokenize::{Piece, Run, Splitter, TextPolicy};
 use crate::progress::{Progress, Stage};
 pub use crate::word_counts::WordCounts;
 
@@ -83,5 +83,9 @@ pub fn count_text(bytes: &[u8], splitter: &Splitter, policy: TextPolicy, counts:
             }
         });
     };
-    splitter.split_ends(text, |ends| counts.add_run(bytes, &ends), |_| {})
+    splitter.split_runs(text, |run| {
+        if let Run::Words(ends) = run {
+            counts.add_run(bytes, &ends);
+        }
+    })
 }

@@ -14,8 +14,10 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 
 use crate::error::{Error, Result};
-use crate::packed::{hash_packed, pack, packed_len};
-use crate::pretokenize::{Pattern, Piece, SplitStream, Splitter, TextPolicy};
+use crate::hash::prefetch;
+use crate::packed::{hash_packed, pack, pack_at, packed_len};
+use crate::pages;
+use crate::pretokenize::{Ends, Pattern, Piece, Run, SplitStream, Splitter, TextPolicy};
 use crate::train::{Pair, TokenId};
 use crate::vocab::Vocab;
 
@@ -33,8 +35,9 @@ const MOST_SPILLED: usize = 1 << 21;
 /// Bytes of text that make another thread worth starting.
 const BATCH_BYTES_A_THREAD: usize = 1 << 16;
 
-/// Words that are looked up together.
+/// Words that are looked up together: pieces, and words of a run.
 const BATCH: usize = 32;
+const RUN: usize = 64;
 
 const NO_RANK: u32 = u32::MAX;
 
@@ -156,8 +159,13 @@ impl Scratch {
     /// The slot of a word, or the free one where it belongs.
     #[inline]
     fn find(&self, key: u128) -> usize {
+        self.find_hashed(key, hash_packed(key))
+    }
+
+    #[inline]
+    fn find_hashed(&self, key: u128, hash: u64) -> usize {
         let mask = self.slots.len() - 1;
-        let mut at = self.home(key);
+        let mut at = hash as usize & mask;
         while self.slots[at].key != key && self.slots[at].key != 0 {
             at = (at + 1) & mask;
         }
@@ -165,13 +173,16 @@ impl Scratch {
     }
 
     fn remember(&mut self, key: u128, ids: &[TokenId]) {
-        if self.used * 2 >= self.slots.len() {
+        if self.used * 8 >= self.slots.len() * 5 {
             if self.slots.len() >= MOST_SLOTS || self.spilled.len() >= MOST_SPILLED {
                 self.slots.fill(FREE);
                 self.spilled.clear();
                 self.used = 0;
             } else {
-                let bigger = vec![FREE; self.slots.len() * 8];
+                let size = self.slots.len() * 4;
+                let mut bigger = Vec::with_capacity(size);
+                pages::large(&bigger);
+                bigger.resize(size, FREE);
                 let old = std::mem::replace(&mut self.slots, bigger);
                 for slot in old.into_iter().filter(|slot| slot.key != 0) {
                     let at = self.find(slot.key);
@@ -259,8 +270,10 @@ impl Encoder {
     pub fn encode(&self, text: &str, allowed: Allowed<'_>, out: &mut Vec<TokenId>) -> Result<()> {
         let (splitter, ids) = self.splitter_for(allowed)?;
         self.with_scratch(|scratch| {
-            let split = splitter.split(text, |piece| self.piece(piece, &ids, scratch, out));
-            split.map(|()| self.flush(scratch, out))
+            splitter.split_runs(text, |run| match run {
+                Run::Words(ends) => self.run(text.as_bytes(), &ends, scratch, out),
+                Run::Special(index) => out.push(ids[index]),
+            })
         })
     }
 
@@ -272,6 +285,9 @@ impl Encoder {
         allowed: Allowed<'_>,
         out: &mut Vec<TokenId>,
     ) -> Result<()> {
+        if let Ok(text) = simdutf8::basic::from_utf8(bytes) {
+            return self.encode(text, allowed, out);
+        }
         let (splitter, ids) = self.splitter_for(allowed)?;
         self.with_scratch(|scratch| {
             let split = splitter.split_bytes(bytes, policy, |piece| self.piece(piece, &ids, scratch, out));
@@ -338,6 +354,53 @@ impl Encoder {
     pub fn stream(self: Arc<Self>, allowed: Allowed<'_>) -> Result<EncodeStream> {
         let (splitter, special_ids) = self.splitter_for(allowed)?;
         Ok(EncodeStream { encoder: self, splitter, special_ids, parts: SplitStream::default() })
+    }
+
+    /// Appends the ids of the words of `text` that end at `ends`.
+    ///
+    /// The slots of a batch are asked for before the first of them is looked at: the table is larger than the caches,
+    /// and so the waits overlap.
+    pub(crate) fn run(&self, text: &[u8], ends: &Ends<'_>, scratch: &mut Scratch, out: &mut Vec<TokenId>) {
+        let mut start = ends.start;
+        let mut batch = [(0, 0); RUN];
+        for offsets in ends.offsets.chunks(RUN) {
+            let mut from = start;
+            for (word, &offset) in batch.iter_mut().zip(offsets) {
+                let end = ends.base.wrapping_add(offset as usize);
+                let key = pack_at(text, from, end.wrapping_sub(from));
+                let hash = hash_packed(key);
+                prefetch(&scratch.slots, hash as usize & (scratch.slots.len() - 1));
+                *word = (key, hash);
+                from = end;
+            }
+            // Room for what most words have: three stores, then on by as many ids as there are.
+            let mut at = out.len();
+            out.resize(at + offsets.len() * INLINE, 0);
+            for (n, (&(key, hash), &offset)) in batch.iter().zip(offsets).enumerate() {
+                let end = ends.base.wrapping_add(offset as usize);
+                let slot = &scratch.slots[scratch.find_hashed(key, hash)];
+                let len = slot.len as usize;
+                if slot.key == key && key != 0 && len <= INLINE {
+                    out[at..at + INLINE].copy_from_slice(&slot.ids);
+                    at += len;
+                } else {
+                    out.truncate(at);
+                    if slot.key == key && key != 0 {
+                        let begin = slot.ids[0] as usize;
+                        out.extend_from_slice(&scratch.spilled[begin..begin + len]);
+                    } else {
+                        self.merge(&text[start..end], &mut scratch.parts, out);
+                        if key != 0 {
+                            scratch.remember(key, &out[at..]);
+                        }
+                    }
+                    at = out.len();
+                    out.resize(at + (offsets.len() - n - 1) * INLINE, 0);
+                }
+                start = end;
+            }
+            out.truncate(at);
+        }
     }
 
     /// Takes the next piece; its ids are appended now or, with those of its neighbours, by [`Self::flush`].

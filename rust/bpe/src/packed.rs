@@ -33,6 +33,15 @@ pub(crate) fn pack(word: &[u8]) -> Option<u128> {
     Some(u128::from(low) | u128::from(high) << 64 | (n as u128) << 120)
 }
 
+/// [`pack`] of a word in a text; 0 where it is too long. One load whatever the length, where the text goes on for so long.
+#[inline]
+pub(crate) fn pack_at(text: &[u8], start: usize, len: usize) -> u128 {
+    match text.get(start..).and_then(|rest| rest.first_chunk()) {
+        Some(bytes) if len <= PACKED => u128::from_le_bytes(*bytes) & FIRST[len] | (len as u128) << 120,
+        _ => pack(&text[start..start + len]).unwrap_or_default(),
+    }
+}
+
 /// Bytes of a packed word.
 pub(crate) fn packed_len(key: u128) -> usize {
     (key >> 120) as usize
@@ -46,7 +55,7 @@ pub(crate) fn hash_packed(key: u128) -> u64 {
 }
 
 /// All bits of the first so many bytes.
-pub(crate) const FIRST: [u128; 16] = {
+const FIRST: [u128; 16] = {
     let mut masks = [0; 16];
     let mut n = 1;
     while n < 16 {

@@ -9,7 +9,7 @@ use foldhash::fast::FixedState;
 
 use crate::error::{Error, Result};
 use crate::hash::{self, prefetch};
-use crate::packed::{FIRST, PACKED, hash_packed, pack, packed_len};
+use crate::packed::{PACKED, hash_packed, pack, pack_at, packed_len};
 use crate::pages;
 use crate::pretokenize::Ends;
 use crate::words::{Frequencies, Words};
@@ -135,11 +135,7 @@ impl WordCounts {
         for &offset in offsets {
             let end = base.wrapping_add(offset as usize);
             let len = end.wrapping_sub(start);
-            // One load whatever the length, where the text goes on for so long.
-            let key = match text.get(start..).and_then(|rest| rest.first_chunk()) {
-                Some(bytes) if len <= PACKED => u128::from_le_bytes(*bytes) & FIRST[len] | (len as u128) << 120,
-                _ => pack(&text[start..end]).unwrap_or_default(),
-            };
+            let key = pack_at(text, start, len);
             if key == 0 {
                 long.push(start..end);
             } else {

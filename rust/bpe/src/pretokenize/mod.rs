@@ -18,4 +18,4 @@ mod splitter;
 pub(crate) use pattern::regex_ends;
 pub use pattern::{CL100K, GPT2, O200K, Pattern, UNICODE_VERSION, canonical_name};
 pub use policy::{TextPolicy, describe_invalid, first_invalid};
-pub use splitter::{Ends, Piece, SplitStream, Splitter};
+pub use splitter::{Ends, Piece, Run, SplitStream, Splitter};

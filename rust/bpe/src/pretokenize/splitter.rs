@@ -1,6 +1,5 @@
 //! A pattern and special tokens at work: text → pieces, at once or as it arrives, and where a stream may be cut.
 
-use std::cell::RefCell;
 use std::sync::Arc;
 
 use aho_corasick::{AhoCorasick, MatchKind};
@@ -45,6 +44,15 @@ impl Iterator for Ends<'_> {
         self.offsets = rest;
         Some(self.base + *first as usize)
     }
+}
+
+/// What a text is split into, many words at a time.
+#[derive(Debug, Clone)]
+pub enum Run<'e> {
+    /// Words that follow each other.
+    Words(Ends<'e>),
+    /// A special token, by its place in the splitter's list.
+    Special(usize),
 }
 
 /// A pattern together with the special tokens that cut the text before it runs.
@@ -99,45 +107,38 @@ impl Splitter {
     }
 
     /// Calls `f` with every piece of `text`, in order.
-    pub fn split<'t>(&self, text: &'t str, f: impl FnMut(Piece<'t>)) -> Result<()> {
-        // Both closures below want it; they never run at once.
-        let f = RefCell::new(f);
-        let words = |ends: Ends<'_>| {
-            let f = &mut *f.borrow_mut();
-            let mut start = ends.start;
-            for end in ends {
-                f(Piece::Word(&text.as_bytes()[start..end]));
-                start = end;
+    pub fn split<'t>(&self, text: &'t str, mut f: impl FnMut(Piece<'t>)) -> Result<()> {
+        self.split_runs(text, |run| match run {
+            Run::Words(ends) => {
+                let mut start = ends.start;
+                for end in ends {
+                    f(Piece::Word(&text.as_bytes()[start..end]));
+                    start = end;
+                }
             }
-        };
-        self.split_ends(text, words, |special| f.borrow_mut()(Piece::Special(special)))
+            Run::Special(index) => f(Piece::Special(index)),
+        })
     }
 
-    /// The same without pieces: calls `words` with the ends of many words at a time, `special` with a special token's
-    /// index; both in order.
-    pub fn split_ends(
-        &self,
-        text: &str,
-        mut words: impl FnMut(Ends<'_>),
-        mut special: impl FnMut(usize),
-    ) -> Result<()> {
-        let mut part = |from: usize, to: usize| {
+    /// The same without pieces: the ends of many words at a time.
+    pub fn split_runs(&self, text: &str, mut f: impl FnMut(Run<'_>)) -> Result<()> {
+        let part = |from: usize, to: usize, f: &mut dyn FnMut(Run<'_>)| {
             let mut start = from;
             self.pattern.ends(&text[from..to], &mut |base, offsets| {
                 let ends = Ends { start, base: from + base, offsets };
                 start = ends.end();
-                words(ends);
+                f(Run::Words(ends));
             })
         };
         let mut start = 0;
         if let Some(matcher) = &self.matcher {
             for found in matcher.find_iter(text) {
-                part(start, found.start())?;
-                special(found.pattern().as_usize());
+                part(start, found.start(), &mut f)?;
+                f(Run::Special(found.pattern().as_usize()));
                 start = found.end();
             }
         }
-        part(start, text.len())
+        part(start, text.len(), &mut f)
     }
 
     /// Calls `f` with every piece of `bytes`, treating what is not UTF-8 by `policy`.
