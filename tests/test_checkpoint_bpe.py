@@ -229,6 +229,13 @@ def test_a_broken_checkpoint_is_refused(command, begun: Path, corpus: Path, tmp_
 def test_a_checkpoint_is_no_input_and_no_output(command, corpus: Path) -> None:
     said = command("bpe-train", *SAME, "--checkpoint", "t.json", status=2).stderr
     assert "--checkpoint names t.json" in said
+    here = corpus.parent
+    (here / "link").symlink_to(here)
+    for other in (here / "t.json", here / "link" / "t.json"):
+        said = command("bpe-train", *SAME, "--checkpoint", other, "--overwrite", status=2).stderr
+        assert f"--checkpoint names {other}" in said
+        said = command("bpe-train", *SAME, "--stats", other, "--overwrite", status=2).stderr
+        assert f"--stats names {other}" in said
     assert "is one of the inputs" in command("bpe-train", *SAME, "--checkpoint", "corpus.txt", status=2).stderr
     assert "no/such" in command("bpe-train", *SAME, "--checkpoint", "no/such/run.ck", status=2).stderr
 

@@ -11,6 +11,7 @@ import gzip
 import itertools
 import json
 import lzma
+import os
 import signal
 import subprocess
 import sys
@@ -503,7 +504,9 @@ def test_flags_of_a_part(command, text: Path) -> None:
         assert all(word in error for word in words), error
 
 
-@pytest.mark.parametrize("text", ["", "k", "-1", "0.5", "nan", "inf", "1e400", "1e19", "2x", "kk1"])
+@pytest.mark.parametrize(
+    "text", ["", "k", "-1", "0.5", "nan", "inf", "1e400", "1e19", "2x", "kk1", "1,5GB", "1/0", "1/2G", "1e99999999"]
+)
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(Exception, match="expected a number of bytes"):
         byte_size(text)
@@ -541,3 +544,13 @@ def test_characters_read_plain_text_only(command, text: Path, tmp_path: Path) ->
     for inputs in (["x.txt.gz"], ["-"], ["plain.txt", "--limit-bytes", "1k"], ["plain.txt", "--sample", "0.5"]):
         error = command(*line, *inputs, status=2, stdin=subprocess.DEVNULL).stderr
         assert "with --characters" in error, error
+
+
+def test_a_named_pipe_is_refused_at_once(command, tmp_path: Path) -> None:
+    """Opening one waits for a writer, for ever and deaf to every signal."""
+    os.mkfifo(tmp_path / "pipe.txt")
+    for line in (
+        ["bpe-count", "pipe.txt", "--out", "c.counts"],
+        ["bpe-train", "pipe.txt", "--vocab-size", 300, "--out", "t.json"],
+    ):
+        assert "pipe.txt: is a pipe or a device" in command(*line, status=2).stderr

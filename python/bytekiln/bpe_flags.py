@@ -7,6 +7,7 @@ and `cli_train`.
 from __future__ import annotations
 
 import os
+import re
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -75,14 +76,14 @@ def byte_size(text: str) -> int:
     >>> byte_size("500MB"), byte_size("2k"), byte_size("1.5GiB"), byte_size("10_000")
     (500000000, 2000, 1610612736, 10000)
     """
-    number = text.replace("_", "").replace(",", "").lower().removesuffix("b")
-    digits = number.rstrip("kmgti ")
-    factor = _UNITS.get(number[len(digits) :].strip())
-    try:
-        value = Fraction(digits) * factor if factor else None
-    except ValueError:
-        value = None
-    if value is None or value < 1 or value >= 2**63:
+    found = re.fullmatch(
+        r"(\d{1,3}(?:,\d{3})+|\d[\d_]{0,30})(\.\d{1,30})? *([kmgt]i?|)b?", text.strip().lower(), re.ASCII
+    )
+    value = Fraction(0)
+    if found:
+        whole, part, unit = found.groups()
+        value = Fraction(re.sub("[_,]", "", whole) + (part or "")) * _UNITS[unit]
+    if not 1 <= value < 2**63:
         raise ArgumentTypeError(f"found {text}; expected a number of bytes, such as 500MB, 2G or 1.5GiB")
     return int(value)
 

@@ -172,6 +172,15 @@ def make_parser() -> Parser:
     return parser
 
 
+def same_place(path: Path, others: Sequence[Path]) -> bool:
+    """Whether one of the others is this file, however it is spelled, there already or not."""
+
+    def place(path: Path) -> Path:
+        return path.parent.resolve() / path.name
+
+    return place(path) in map(place, others)
+
+
 def train(argv: Sequence[str]) -> int:
     """`bpe-train`."""
     parser = make_parser()
@@ -205,11 +214,11 @@ def train(argv: Sequence[str]) -> int:
     read = [*files_of(args.inputs), *args.counts, *([args.extend] if args.extend else [])]
     for kept in kept_in(args.checkpoint):
         check_output(kept, [*read, *outs, *([args.stats] if args.stats else [])], overwrite=True, flag="--checkpoint")
-        if kept in [*outs, args.stats]:
+        if same_place(kept, [*outs, *([args.stats] if args.stats else [])]):
             parser.error(f"--checkpoint names {kept}, an output; expected another file")
     for out in [*outs, *([args.stats] if args.stats else [])]:
         check_output(out, read, overwrite=args.overwrite, flag="--stats" if out == args.stats else "--out")
-    if args.stats in outs:
+    if args.stats and same_place(args.stats, outs):
         parser.error(f"--stats names {args.stats}, a tokenizer; expected another file")
 
     start = time.perf_counter()
@@ -272,7 +281,9 @@ def peak_memory_bytes() -> int:
     # What Linux tells through `getrusage` is at least what the parent held when it started this process.
     status = Path("/proc/self/status")
     if status.exists():
-        return next(int(n.split()[1]) << 10 for n in status.read_text().splitlines() if n.startswith("VmHWM"))
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) << 10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -496,6 +496,12 @@ fn folders_and_globs_are_sorted_and_hidden_files_left_out() {
     assert!(message(names(&["none"])).contains("no file with a known ending"));
     fs::write(root.join("[odd].txt"), "text").unwrap();
     assert_eq!(names(&["[odd].txt"]).unwrap(), ["[odd].txt"]);
+    fs::create_dir_all(root.join("deep/er")).unwrap();
+    fs::write(root.join("deep/er/x.txt"), "text").unwrap();
+    fs::write(root.join("deep/y.txt"), "text").unwrap();
+    // Folders that match, and the files in them, which match again.
+    assert_eq!(names(&["deep/**/*"]).unwrap(), ["deep/er/x.txt", "deep/y.txt"]);
+    assert_eq!(names(&["dee[p]*", "deep/y.txt"]).unwrap(), ["deep/er/x.txt", "deep/y.txt", "deep/y.txt"]);
     fs::write(root.join("a/empty.txt"), "").unwrap();
     assert!(message(names(&["a"])).contains("empty.txt: found in a directory of the inputs: empty file"));
 }

@@ -133,11 +133,13 @@ impl Inputs {
         if found.stdin {
             return Ok(0);
         }
-        let metadata = open_file(path)?.metadata().map_err(|e| Error::io(path, &e))?;
-        if !metadata.is_file() {
+        // Before it is opened, which a pipe that nobody writes to would never be.
+        let metadata = path.metadata().map_err(|e| Error::io(path, &e))?;
+        if !metadata.is_file() && !metadata.is_dir() {
             let what = "is a pipe or a device; expected a text file, or - for standard input".into();
             return Err(Error::File { path: path.clone(), what });
         }
+        open_file(path)?;
         if metadata.len() == 0 {
             return Err(Error::File { path: path.clone(), what: "empty file (0 bytes); expected text".into() });
         }

@@ -3,6 +3,7 @@
 //! In: paths as the user gave them. Out: files in the order of the text; of each, its kind and packing by name.
 //! Nothing is opened here. Called by `input`.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
@@ -83,9 +84,13 @@ fn expand(pattern: &str, found: &mut Vec<Found>) -> Result<()> {
         return Err(Error::File { path: pattern.into(), what });
     }
     paths.sort();
+    let mut matched = Vec::new();
     for path in paths {
-        if path.is_dir() { walk(&path, found)? } else { found.push(named_file(&path)?) }
+        if path.is_dir() { walk(&path, &mut matched)? } else { matched.push(named_file(&path)?) }
     }
+    // `**/*` matches a folder and the files in it: each is read once, where it comes first.
+    let mut seen = HashSet::new();
+    found.extend(matched.into_iter().filter(|file| seen.insert(file.path.clone())));
     Ok(())
 }
 
