@@ -84,13 +84,13 @@ fn expand(pattern: &str, found: &mut Vec<Found>) -> Result<()> {
         return Err(Error::File { path: pattern.into(), what });
     }
     paths.sort();
-    let mut matched = Vec::new();
+    let mut listed = Vec::new();
     for path in paths {
-        if path.is_dir() { walk(&path, &mut matched)? } else { matched.push(named_file(&path)?) }
+        if path.is_dir() { walk(&path, &mut listed)? } else { listed.push(named_file(&path)?) }
     }
     // `**/*` matches a folder and the files in it: each is read once, where it comes first.
     let mut seen = HashSet::new();
-    found.extend(matched.into_iter().filter(|file| seen.insert(file.path.clone())));
+    found.extend(listed.into_iter().filter(|file| seen.insert(file.path.clone())));
     Ok(())
 }
 
