@@ -226,6 +226,11 @@ def test_a_broken_checkpoint_is_refused(command, begun: Path, corpus: Path, tmp_
     assert "run.ck.merges" in said and "expected both, or neither" in said
 
 
+def test_an_interval_without_a_checkpoint_is_refused(command, corpus: Path) -> None:
+    said = command("bpe-train", *SAME, "--checkpoint-every", "5", status=2).stderr
+    assert "--checkpoint-every without --checkpoint" in said
+
+
 def test_a_checkpoint_is_no_input_and_no_output(command, corpus: Path) -> None:
     said = command("bpe-train", *SAME, "--checkpoint", "t.json", status=2).stderr
     assert "--checkpoint names t.json" in said

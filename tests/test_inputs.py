@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -512,11 +512,22 @@ def test_sizes_that_are_none(text: str) -> None:
         byte_size(text)
 
 
+def test_sizes() -> None:
+    found = [byte_size(text) for text in ("1e9", ".5G", "5.", "1,500", "1_000k", "1.5 GiB", "7 B", "2Ti")]
+    assert found == [10**9, 5 * 10**8, 5, 1500, 10**6, 3 * 2**29, 7, 2**41]
+
+
 class Interrupted:
     """Ctrl-C comes while it is asked for its name."""
 
     def __fspath__(self) -> str:
         raise KeyboardInterrupt
+
+
+def faulty() -> Iterator[str]:
+    """Paths, and then a mistake of the caller's."""
+    yield "x.txt"
+    raise TypeError("my own fault")
 
 
 def test_wrong_inputs_from_python(tmp_path: Path) -> None:
@@ -532,6 +543,18 @@ def test_wrong_inputs_from_python(tmp_path: Path) -> None:
             read([Interrupted()])
         with pytest.raises(KeyboardInterrupt):
             read(Interrupted())
+    for read in (lambda x: bytekiln.train_bpe(x, vocab_size=300), bytekiln.Counts.from_files):
+        for paths in ([Interrupted()], Interrupted()):
+            with pytest.raises(KeyboardInterrupt):
+                read(Inputs(paths))
+        with pytest.raises(TypeError, match="found int; expected a path"):
+            read(Inputs(3))
+        with pytest.raises(TypeError, match="limit_bytes: found -1; expected a number of bytes"):
+            read(Inputs("x", limit_bytes=-1))
+        with pytest.raises(TypeError, match=r"sample: found '0\.1'; expected a share"):
+            read(Inputs("x", sample="0.1"))
+        with pytest.raises(TypeError, match="my own fault"):
+            read(faulty())
     (tmp_path / "x.txt").write_text("one path")
     assert bytekiln.train_bpe(Inputs(tmp_path / "x.txt", limit_bytes=5), vocab_size=300).merges
     with pytest.raises(FileError, match="no such file"):

@@ -77,12 +77,12 @@ def byte_size(text: str) -> int:
     (500000000, 2000, 1610612736, 10000)
     """
     found = re.fullmatch(
-        r"(\d{1,3}(?:,\d{3})+|\d[\d_]{0,30})(\.\d{1,30})? *([kmgt]i?|)b?", text.strip().lower(), re.ASCII
+        r"(\d{1,3}(?:,\d{3})+|\d[\d_]{0,30}|)(\.\d{0,30})?(e\d{1,2})? *([kmgt]i?|)b?", text.strip().lower(), re.ASCII
     )
     value = Fraction(0)
-    if found:
-        whole, part, unit = found.groups()
-        value = Fraction(re.sub("[_,]", "", whole) + (part or "")) * _UNITS[unit]
+    if found and any(c.isdigit() for c in found.group(1) + (found.group(2) or "")):
+        whole, part, power, unit = found.groups()
+        value = Fraction((re.sub("[_,]", "", whole) or "0") + (part or "").rstrip(".") + (power or "")) * _UNITS[unit]
     if not 1 <= value < 2**63:
         raise ArgumentTypeError(f"found {text}; expected a number of bytes, such as 500MB, 2G or 1.5GiB")
     return int(value)

@@ -31,6 +31,7 @@ fn words() -> impl Strategy<Value = Vec<(Vec<u8>, u64)>> {
         2 => "[abc é]{1,9}".prop_map(String::into_bytes),
         1 => prop::collection::vec(any::<u8>(), 1..20),
         1 => "a{1,40}".prop_map(String::into_bytes),
+        1 => Just(Vec::new()),
     ];
     prop::collection::btree_map(word, 1u64..20, 0..40).prop_map(|map| map.into_iter().collect())
 }

@@ -173,21 +173,20 @@ impl Scratch {
     }
 
     fn remember(&mut self, key: u128, ids: &[TokenId]) {
-        if self.used * 8 >= self.slots.len() * 5 {
-            if self.slots.len() >= MOST_SLOTS || self.spilled.len() >= MOST_SPILLED {
-                self.slots.fill(FREE);
-                self.spilled.clear();
-                self.used = 0;
-            } else {
-                let size = self.slots.len() * 4;
-                let mut bigger = Vec::with_capacity(size);
-                pages::large(&bigger);
-                bigger.resize(size, FREE);
-                let old = std::mem::replace(&mut self.slots, bigger);
-                for slot in old.into_iter().filter(|slot| slot.key != 0) {
-                    let at = self.find(slot.key);
-                    self.slots[at] = slot;
-                }
+        let full = self.used * 8 >= self.slots.len() * 5;
+        if self.spilled.len() >= MOST_SPILLED || (full && self.slots.len() >= MOST_SLOTS) {
+            self.slots.fill(FREE);
+            self.spilled.clear();
+            self.used = 0;
+        } else if full {
+            let size = (self.slots.len() * 4).min(MOST_SLOTS);
+            let mut bigger = Vec::with_capacity(size);
+            pages::large(&bigger);
+            bigger.resize(size, FREE);
+            let old = std::mem::replace(&mut self.slots, bigger);
+            for slot in old.into_iter().filter(|slot| slot.key != 0) {
+                let at = self.find(slot.key);
+                self.slots[at] = slot;
             }
         }
         let mut inline = [0; INLINE];
@@ -634,5 +633,25 @@ impl EncodeStream {
             let finished = parts.finish(splitter, |piece| encoder.piece(piece, special_ids, scratch, out));
             finished.map(|()| encoder.flush(scratch, out))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_of_words_keeps_to_its_bounds() {
+        let mut scratch = Scratch::default();
+        for n in 1..900_000u128 {
+            scratch.remember(n << 8 | 4 << 120, &[n as TokenId, 1]);
+            assert!(scratch.slots.len() <= MOST_SLOTS && scratch.used * 8 <= scratch.slots.len() * 5 + 8);
+        }
+        for n in 1..9_000u128 {
+            scratch.remember(n << 64 | 5 << 120, &[7; 500]);
+            assert!(scratch.spilled.len() < MOST_SPILLED + 500);
+        }
+        let slot = scratch.slots[scratch.find(8_999 << 64 | 5 << 120)];
+        assert_eq!((slot.len, &scratch.spilled[slot.ids[0] as usize..][..500]), (500, &[7; 500][..]));
     }
 }

@@ -111,7 +111,7 @@ impl WordCounts {
                 loop {
                     let slot = &mut slots[at & mask];
                     if slot.0 == key {
-                        slot.1 += 1;
+                        slot.1 = slot.1.saturating_add(1);
                         break;
                     }
                     if slot.0 == 0 {

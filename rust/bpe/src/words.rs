@@ -74,6 +74,10 @@ impl Words {
     pub(crate) fn split(&self, parts: usize) -> Vec<Range<usize>> {
         let end = |part| {
             let bytes = (self.bytes() as u128 * part as u128 / parts as u128) as u64;
+            // Words without a byte, at the front too, belong to some part.
+            if part == 0 {
+                return 0;
+            }
             if part == parts { self.len() } else { self.ends.partition_point(|&(end, _)| end <= bytes) }
         };
         (0..parts).map(|part| end(part)..end(part + 1)).collect()

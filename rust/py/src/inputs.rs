@@ -4,9 +4,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bytekiln_bpe::sources::{Feed, InputSpec};
+use bytekiln_bpe::sources::{Feed, InputSpec, OpenFeed};
 use bytekiln_bpe::{Error, Result};
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -27,37 +27,51 @@ impl<'py> FromPyObject<'_, 'py> for Paths {
             Err(error) if !of_type(&error) => return Err(error),
             Err(_) => {}
         }
-        match value.try_iter().and_then(|paths| paths.map(|path| path?.extract()).collect()) {
-            Ok(paths) => Ok(Self(paths)),
-            Err(error) if of_type(&error) => {
-                let found = value.get_type().name()?;
-                Err(PyTypeError::new_err(format!("paths: found {found}; expected a path, or several paths")))
-            }
-            Err(error) => Err(error),
-        }
+        let wrong = || -> PyErr {
+            let found = value.get_type().name().map_or_else(|_| "something else".into(), |name| name.to_string());
+            PyTypeError::new_err(format!("paths: found {found}; expected a path, or several paths"))
+        };
+        let items = value.try_iter().map_err(|error| if of_type(&error) { wrong() } else { error })?;
+        let path = |item: PyResult<Bound<'py, PyAny>>| {
+            item?.extract().map_err(|error: PyErr| if of_type(&error) { wrong() } else { error })
+        };
+        Ok(Self(items.map(path).collect::<PyResult<_>>()?))
     }
 }
 
-#[derive(FromPyObject)]
-struct Fields {
-    paths: Paths,
-    field: Option<String>,
-    limit_bytes: Option<u64>,
-    sample: Option<f64>,
-    seed: u64,
+/// A field of an `Inputs`; what Python code raises on the way is passed on, a wrong value is named.
+fn field<'py, T>(value: Borrowed<'_, 'py, PyAny>, name: &str, expected: &str) -> PyResult<T>
+where
+    T: for<'a> FromPyObject<'a, 'py, Error = PyErr>,
+{
+    let found = value.getattr(name)?;
+    found.extract().map_err(|error: PyErr| {
+        let py = value.py();
+        if error.is_instance_of::<PyTypeError>(py) || error.is_instance_of::<PyOverflowError>(py) {
+            let found = found.repr().map_or_else(|_| "another".into(), |text| text.to_string());
+            PyTypeError::new_err(format!("{name}: found {found}; expected {expected}"))
+        } else {
+            error
+        }
+    })
 }
 
 impl<'py> FromPyObject<'_, 'py> for Spec {
     type Error = PyErr;
 
     fn extract(value: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
-        let fields = if value.hasattr("limit_bytes")? {
-            value.extract()?
-        } else {
-            Fields { paths: value.extract()?, field: None, limit_bytes: None, sample: None, seed: 0 }
-        };
-        let Fields { paths, field, limit_bytes, sample, seed } = fields;
-        Ok(Self(InputSpec { paths: paths.0, field, limit_bytes, sample, seed, open_feed: Some(Arc::new(open_column)) }))
+        let open_feed: Option<Arc<OpenFeed>> = Some(Arc::new(open_column));
+        if !value.hasattr("limit_bytes")? {
+            return Ok(Self(InputSpec { open_feed, ..InputSpec::of(&value.extract::<Paths>()?.0) }));
+        }
+        Ok(Self(InputSpec {
+            paths: value.getattr("paths")?.extract::<Paths>()?.0,
+            field: field(value, "field", "a text or None")?,
+            limit_bytes: field(value, "limit_bytes", "a number of bytes, 1 or more, or None")?,
+            sample: field(value, "sample", "a share above 0 and at most 1, or None")?,
+            seed: field(value, "seed", "a whole number from 0, below 2^64")?,
+            open_feed,
+        }))
     }
 }
 

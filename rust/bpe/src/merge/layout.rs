@@ -151,7 +151,11 @@ impl<C: Cell> Merger<C> {
         progress: &Progress,
     ) -> Result<()> {
         let threads = threads.min(words.bytes() / BYTES_A_THREAD).max(1);
-        self.cells.resize(1 + words.bytes() + words.len(), C::DEAD);
+        let size = 1 + words.bytes() + words.len();
+        while self.cells.len() < size {
+            progress.check()?;
+            self.cells.resize(size.min(self.cells.len() + LOOK_EVERY), C::DEAD);
+        }
         let mut parts = Vec::with_capacity(threads);
         let mut rest = &mut self.cells[1..];
         for part in words.split(threads) {
@@ -290,14 +294,15 @@ fn count_bytes<C: Cell>(
     let mut at = 0;
     for (word, count) in words.part(part) {
         heavies.extend(heavy(before + at, count));
-        for piece in pieces(word) {
+        let own = &mut cells[at..at + word.len()];
+        for (piece, own) in pieces(word).zip(own.chunks_mut(LOOK_EVERY)) {
             look.at(piece.len())?;
             for pair in piece.windows(2) {
                 sums[number(pair)].add(Sum { count, edges: 1 })?;
             }
-        }
-        for (cell, &byte) in cells[at..at + word.len()].iter_mut().zip(word) {
-            *cell = C::of(byte.into());
+            for (cell, &byte) in own.iter_mut().zip(piece) {
+                *cell = C::of(byte.into());
+            }
         }
         at += word.len() + 1;
     }
