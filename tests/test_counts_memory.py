@@ -121,12 +121,16 @@ def test_a_checkpoint_keeps_to_the_cap(rare: Path, threads: int, every: float) -
     kept = f"{threads}-{every}.ck"
     found = measured(
         f"""
-made, stats = _core.train_bpe(["text.txt"], {options}, checkpoint="{kept}", checkpoint_every={every})
-result = {{"runs": stats["spilled_runs"], "merges": stats["merges"]}}
+from os.path import exists
+seen = set()
+progress = lambda stage, *_: seen.add((stage, exists("{kept}")))
+made, stats = _core.train_bpe(["text.txt"], {options}, checkpoint="{kept}", checkpoint_every={every}, progress=progress)
+result = {{"runs": stats["spilled_runs"], "merges": stats["merges"], "seen": sorted(seen)}}
 """,
         rare,
     )
     assert found["runs"] > 0 and found["merges"] == 144 and (rare / kept).stat().st_size > 0
+    assert ["count", True] in found["seen"]  # there before all was counted
     assert found["peak"] < 1.1 * CAP, f"{found['peak'] / CAP:.2f} of the cap"
 
 

@@ -164,7 +164,7 @@ class Counts:
         self,
         vocab_size: int,
         *,
-        tie_break: Literal["lexicographic", "huggingface"] = "lexicographic",
+        tie_break: Literal["lexicographic", "huggingface", "raw-bytes"] = "lexicographic",
         min_frequency: int = 1,
         progress: _Progress | None = None,
     ) -> Tokenizer: ...

@@ -27,7 +27,7 @@ const LOOK_EVERY: usize = 1 << 18;
 const SPARE: usize = 1 << 22;
 
 /// Bytes of words for each thread: its sums, 1.5 MB, are then less than a tenth of what merging needs (`counts::need`).
-const BYTES_A_THREAD: usize = 1 << 19;
+const BYTES_A_THREAD: usize = if cfg!(test) { 1 } else { 1 << 19 };
 
 /// How often a pair occurs: in the text, and in distinct words.
 #[derive(Clone, Copy, Default)]
@@ -334,4 +334,37 @@ fn post_bytes(words: &Words, pairs: &[Entered], postings: &mut [Posting], progre
         at += 1 + u32::from(!word.is_empty());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use crate::naive;
+    use crate::progress::Progress;
+    use crate::ties::TieBreak;
+    use crate::train::{Options, train};
+
+    /// Small ones, and those for which a posting has no room.
+    fn count() -> impl Strategy<Value = u64> {
+        prop_oneof![1u64..9, 0xffff_fffdu64..1 << 40]
+    }
+
+    proptest! {
+        /// A byte makes a thread worth starting here, so that words without a byte, threads without a word and threads
+        /// without a pair occur.
+        #[test]
+        fn every_number_of_threads_equals_the_specification(
+            words in prop::collection::btree_map("[ab\u{e9}]{0,7}", count(), 0..12),
+            rule in prop::sample::select(vec![TieBreak::Lexicographic, TieBreak::HuggingFace, TieBreak::RawBytes]),
+            threads in 1usize..9,
+            min_frequency in 1u64..5,
+            max_token_length in prop::sample::select(vec![2usize, 4, usize::MAX]),
+        ) {
+            let words: Vec<_> = words.into_iter().map(|(word, count)| (word.into_bytes(), count)).collect();
+            let options = Options { min_frequency, max_token_length, threads, ..Options::new(20, rule) };
+            let fast = train(&words.iter().cloned().collect(), &options, &Progress::default()).unwrap();
+            prop_assert_eq!(fast, naive::train(&words, &options));
+        }
+    }
 }
