@@ -71,7 +71,8 @@ def test_stopped_at_any_moment(texts: Path, undisturbed: tuple[list[bytes], floa
     out, kept = f"{how.name}.json", texts / f"{how.name}.ck"
     stopped = finished = 0
     went_on: list[str] = []
-    while stopped < 12 or not finished:
+    while stopped < 12 or not finished or not went_on:
+        assert stopped < 60, "no run found what another one had left"
         p = start(texts, out, "--checkpoint", kept.name, "--checkpoint-every", 0.02)
         if how != signal.SIGKILL:  # before that it is Python which is interrupted, and says so
             while p.poll() is None and not answers(p.pid):
@@ -92,22 +93,21 @@ def test_stopped_at_any_moment(texts: Path, undisturbed: tuple[list[bytes], floa
         else:
             assert p.returncode == (-9 if how == signal.SIGKILL else 128 + how), said
             stopped += 1
-    assert went_on, "no run found what another one had left"
 
 
 def test_counting_goes_on_within_a_file_and_merging_within_the_list(texts: Path, tmp_path: Path) -> None:
     """Both kinds of checkpoint are met: a callback stops the run at a given place, again and again."""
     files, kept = [texts / "0.txt", texts / "1.txt"], tmp_path / "run.ck"
-    options = {"vocab_size": 20_000, "chunk_bytes": 1 << 16, "threads": 2}
+    options = {"vocab_size": 20_000, "chunk_bytes": 1 << 18, "threads": 2}
     (expected,), _ = _core.train_bpe(files, **options)
     places = [("count", 1e6), ("count", 3e6), ("count", 6e6), ("merge", 100), ("merge", 7000), ("merge", 1)]
 
     def train(place: tuple[str, float] | None) -> tuple[list[bytekiln.Tokenizer], dict[str, int]]:
         def stop(stage: str, done: int, total: int) -> None:
-            if place and stage == place[0] and done >= place[1]:
+            if place and stage == place[0] and done >= place[1] and kept.exists():
                 raise KeyboardInterrupt
 
-        return _core.train_bpe(files, **options, checkpoint=kept, checkpoint_every=3600, progress=stop)
+        return _core.train_bpe(files, **options, checkpoint=kept, checkpoint_every=0, progress=stop)
 
     for place in places:
         try:
@@ -149,18 +149,18 @@ def test_packed_files_and_records_go_on_within_their_size(texts: Path, tmp_path:
     with gzip.open(tmp_path / "b.jsonl.gz", "wt", compresslevel=1) as file:
         file.writelines(json.dumps({"text": line}) + "\n" for line in lines)
     inputs = bytekiln.Inputs([tmp_path / "a.txt.gz", tmp_path / "b.jsonl.gz"], **part)
-    options = {"vocab_size": 400, "special_tokens": ["<e>"], "chunk_bytes": 1 << 9, "threads": 2}
+    options = {"vocab_size": 400, "special_tokens": ["<e>"], "chunk_bytes": 1 << 15, "threads": 2}
     (expected,), whole = _core.train_bpe(inputs, **options)
     kept, stopped = tmp_path / "run.ck", 0
     for share in (0.2, 0.6, 2):
 
         def stop(stage: str, done: int, total: int, share: float = share) -> None:
             assert done <= total or not total, f"{stage}: {done} of {total}"
-            if stage == "count" and done > share * total:
+            if stage == "count" and done > share * total and kept.exists():
                 raise KeyboardInterrupt
 
         try:
-            (made,), stats = _core.train_bpe(inputs, **options, checkpoint=kept, progress=stop)
+            (made,), stats = _core.train_bpe(inputs, **options, checkpoint=kept, checkpoint_every=0, progress=stop)
         except KeyboardInterrupt:
             assert kept.exists()
             stopped += 1
@@ -226,6 +226,21 @@ def test_a_broken_checkpoint_is_refused(command, begun: Path, corpus: Path, tmp_
     assert "run.ck.merges" in said and "expected both, or neither" in said
 
 
+def test_a_second_run_is_refused(command, begun: Path, tmp_path: Path) -> None:
+    ask = f"import bytekiln._core as c; c.train_bpe(['corpus.txt'], vocab_size=[300], checkpoint='{begun.name}')"
+
+    def look(stage: str, done: int, total: int) -> None:
+        again = subprocess.run([sys.executable, "-c", ask], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        said.append(again.stderr.splitlines()[-1])
+
+    said: list[str] = []
+    options = {"vocab_size": [300], "special_tokens": ["<|endoftext|>"]}
+    _core.train_bpe([tmp_path / "corpus.txt"], **options, checkpoint=begun, progress=look)
+    assert said and all("run.ck: another process goes on with it" in line for line in said[:-1]), said
+    said = command("bpe-train", *SAME, "--checkpoint", "run.ck").stderr  # it is free again
+    assert "went on from run.ck" in said
+
+
 def test_an_interval_without_a_checkpoint_is_refused(command, corpus: Path) -> None:
     said = command("bpe-train", *SAME, "--checkpoint-every", "5", status=2).stderr
     assert "--checkpoint-every without --checkpoint" in said
@@ -268,3 +283,30 @@ def test_ctrl_c_within_one_giant_word(tmp_path: Path, letters: str, share: float
     end(p)
     assert p.returncode == 130 and not (tmp_path / "t.json").exists()
     assert time.monotonic() - began < 1  # 0.2 s on a machine that has nothing else to do
+
+
+@pytest.fixture(scope="module")
+def many_words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """13 million different words: tables of a gigabyte, whose sorting takes seconds."""
+    words = np.random.default_rng(1).integers(97, 123, size=(13_600_000, 10), dtype=np.uint8)
+    words[:, 0] = ord(" ")
+    path = tmp_path_factory.mktemp("words") / "words.txt"
+    path.write_bytes(words.tobytes())
+    return path
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("more", [["--checkpoint", "run.ck"], ["--checkpoint", "run.ck", "--max-memory", "400MB"], []])
+@pytest.mark.parametrize("wait", [0.4, 0.7, 1.2, 2.0])
+def test_ctrl_c_among_many_words(many_words: Path, tmp_path: Path, wait: float, more: list[str]) -> None:
+    """While tables grow, and while a checkpoint is sorted and written, which is given up for the one before."""
+    line = [*LINE, str(many_words), "--vocab-size", "1000", "--min-frequency", "2", "--out", "t.json", *more]
+    p = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    time.sleep(wait)
+    if p.poll() is None:  # else it was quick
+        began = time.monotonic()
+        p.send_signal(signal.SIGINT)
+        end(p)
+        assert time.monotonic() - began < 1  # at most 0.07 s on a machine that has nothing else to do
+        assert p.returncode == 130 and not (tmp_path / "t.json").exists()
+        assert not list(tmp_path.glob("*.partial"))

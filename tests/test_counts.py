@@ -219,7 +219,7 @@ def test_bad_calls_are_one_line(command: Any, parts: SimpleNamespace, tmp_path: 
         (("bpe-train", "--counts", "a.counts", "o200k.counts"), "o200k.counts: found pattern o200k; expected gpt2"),
         (("bpe-train", "--counts", "a.counts", "--special-token", EOT), "--special-token with --counts"),
         (("bpe-train", "--counts", "a.counts", "--errors", "error"), "--errors with --counts"),
-        (("bpe-train", "--counts", "a.counts", "--threads", "2"), "--threads with --counts"),
+        (("bpe-count", "--counts", "a.counts", "--threads", "2", "--out", "x.counts"), "--threads with --counts"),
         (("bpe-train", "--counts", "a.counts", "--seed", "0"), "--seed with --counts"),
         (("bpe-train", "--counts", "a.counts", "--pattern", ""), "--pattern with --counts"),
         (("bpe-train", a, "--counts", "a.counts"), "found text and --counts"),

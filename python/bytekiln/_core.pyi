@@ -21,6 +21,7 @@ __all__ = [
     "attention_backward",
     "attention_forward",
     "borrow_threads",
+    "default_max_memory",
     "encode_files",
     "find_inputs",
     "payload_checksum",
@@ -166,6 +167,7 @@ class Counts:
         *,
         tie_break: Literal["lexicographic", "huggingface", "raw-bytes"] = "lexicographic",
         min_frequency: int = 1,
+        threads: int | None = None,
         progress: _Progress | None = None,
     ) -> Tokenizer: ...
     def most_common(self, n: int) -> list[tuple[bytes, int]]: ...
@@ -195,7 +197,7 @@ def train_bpe(
     max_memory: int | None = None,
     beside: _StrPath | None = None,
     checkpoint: _StrPath | None = None,
-    checkpoint_every: float = 30.0,
+    checkpoint_every: float | None = None,
     progress: _Progress | None = None,
 ) -> tuple[list[Tokenizer], dict[str, Any]]:
     """Returns a tokenizer for each size and the statistics of the run, those of the largest one:
@@ -252,6 +254,7 @@ def encode_files(
 def find_inputs(inputs: _Inputs) -> list[Path]:
     """The files of an input, in the order of the text: folders walked, globs expanded, `-` as it is. Opens none."""
 
+def default_max_memory() -> int: ...
 def payload_checksum(path: _StrPath, offset: int = 0) -> str: ...
 
 # Kernels: addresses of float32 tensors that the caller holds, `kernels.py` alone.

@@ -158,8 +158,6 @@ def refuse_settings_of_counts(args: Namespace, parser: Parser) -> None:
     for flag, value in given.items():
         if value is not None:
             parser.error(f"{flag} with --counts; expected it without: the counts files say how they were counted")
-    if args.threads:
-        parser.error("--threads with --counts; expected it without: nothing is counted anew")
 
 
 def share(text: str) -> Fraction:

@@ -67,6 +67,8 @@ def count(argv: Sequence[str]) -> int:
         parser.error(f"found {found} of INPUT and --counts; expected text files, or --counts PART…")
     if args.counts:
         refuse_settings_of_counts(args, parser)
+        if args.threads:
+            parser.error("--threads with --counts; expected it without: nothing is counted anew")
         if args.ray:
             parser.error("--ray with --counts; expected text files, whose counts a cluster makes")
     if args.ray and (args.limit_bytes or args.sample):

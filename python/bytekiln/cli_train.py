@@ -41,8 +41,6 @@ from bytekiln.tokenizer import Tokenizer
 EOT = "<|endoftext|>"
 VOCAB_SIZES = {"tinystories": 10_000, "owt": 32_000}
 """The vocabularies that `--dataset` trains when `--vocab-size` does not say otherwise."""
-CHECKPOINT_EVERY = 30.0
-"""Seconds between two writings of a checkpoint."""
 SHOWN_TOKEN = 1000
 """Bytes of the longest token that the statistics hold; its length is there whole."""
 
@@ -164,7 +162,12 @@ def make_parser() -> Parser:
         metavar="F",
         help="keep the run in F and F.merges, and go on from there after Ctrl-C or a crash; deleted at the end",
     )
-    add("--checkpoint-every", type=seconds, metavar="S", help=f"seconds between two of them ({CHECKPOINT_EVERY:.0f})")
+    add(
+        "--checkpoint-every",
+        type=seconds,
+        metavar="S",
+        help="seconds between two of them (default: 1 to 60, a twentieth of which they take)",
+    )
     add("--dataset", metavar="X", help="train on data/X_train.txt into data/processed/X_tokenizer.json")
     add("--overwrite", action="store_true", help="replace an existing output")
     add("--json", action="store_true", help="print the statistics as one JSON object")
@@ -267,7 +270,7 @@ def _learn(args: Namespace) -> tuple[list[Tokenizer], dict[str, Any]]:
                 pattern=args.pattern,
                 errors=args.errors or "error",
                 checkpoint=args.checkpoint,
-                checkpoint_every=CHECKPOINT_EVERY if args.checkpoint_every is None else args.checkpoint_every,
+                checkpoint_every=args.checkpoint_every,
                 **options,
             )
         except ConfigError as error:

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bytekiln._core import Counts
+from bytekiln._core import Counts, default_max_memory
 from bytekiln.cluster import connect
 from bytekiln.errors import BytekilnError, ConfigError, FileError
 from bytekiln.inputs import Inputs
 
 POLL_S = 0.2
+LEAST_MEMORY = 16 << 20
+"""The smallest cap that counting takes."""
 
 
 def groups(files: Sequence[Path], sizes: Sequence[int], wanted: int) -> list[list[Path]]:
@@ -47,10 +50,30 @@ def field_of(group: Sequence[Path], files: Sequence[Path], field: str | None) ->
     return field if records(group) or not records(files) else None
 
 
-def count_there(files: Sequence[str], field: str | None, out: str, settings: dict[str, Any]) -> tuple[int, str, str]:
-    """The task: one counts file. Returns bytes of text, or the kind of error and its words."""
+def most_beside(nodes: Sequence[dict[str, Any]], threads: int) -> int:
+    """The most tasks of so many threads that one machine runs at a time; several of Ray's nodes may share it.
+
+    >>> nodes = [{"Alive": True, "NodeManagerAddress": a, "Resources": {"CPU": 4.0}} for a in ("10.0.0.1", "10.0.0.1")]
+    >>> most_beside([*nodes, {**nodes[0], "Alive": False}], 2)
+    4
+    """
+    tasks: Counter[str] = Counter()
+    for node in nodes:
+        if node["Alive"]:
+            tasks[node["NodeManagerAddress"]] += int(node["Resources"].get("CPU", 0)) // threads
+    return max([1, *tasks.values()])
+
+
+def count_there(
+    files: Sequence[str], field: str | None, out: str, settings: dict[str, Any], beside: int
+) -> tuple[int, str, str]:
+    """The task: one counts file. Returns bytes of text, or the kind of error and its words.
+
+    Without a cap of its own it takes its part of what one process would, as one of the tasks `beside` each other here.
+    """
+    cap = settings["max_memory"] or max(default_max_memory() // beside, LEAST_MEMORY)
     try:
-        counts = Counts.from_files(Inputs(files, field), beside=out, **settings)
+        counts = Counts.from_files(Inputs(files, field), beside=out, **{**settings, "max_memory": cap})
         return int(counts.save(out)["bytes"]), "", ""
     except BytekilnError as exc:
         return 0, type(exc).__name__, str(exc)
@@ -79,15 +102,19 @@ def count_on_cluster(
     threads = settings["threads"] or 1
     processors = int(ray.cluster_resources().get("CPU", 1))
     at_once = max(processors // threads, 1)
-    cap = settings["max_memory"]
-    task_settings = {**settings, "threads": threads, "max_memory": cap and max(cap // at_once, 16 << 20)}
+    cap, beside = settings["max_memory"], most_beside(ray.nodes(), threads)
+    task_settings = {**settings, "threads": threads, "max_memory": cap and max(cap // at_once, LEAST_MEMORY)}
     parts = Path(tempfile.mkdtemp(prefix=f".{out.name}.parts-", dir=out.parent))
     try:
         task = ray.remote(num_cpus=threads, max_retries=2)(count_there)
         made = [(parts / f"{i}.counts", group) for i, group in enumerate(groups(files, sizes, 4 * at_once))]
         waiting = [
             task.remote(
-                [str(f.resolve()) for f in group], field_of(group, files, field), str(part.resolve()), task_settings
+                [str(f.resolve()) for f in group],
+                field_of(group, files, field),
+                str(part.resolve()),
+                task_settings,
+                beside,
             )
             for part, group in made
         ]

@@ -74,11 +74,17 @@ impl AtomicFile {
     }
 
     /// Makes it durable under its name.
-    pub fn commit(mut self) -> Result<()> {
+    pub fn commit(self) -> Result<()> {
+        self.commit_and_hold().map(drop)
+    }
+
+    /// The same; the file stays locked as long as what is returned lives.
+    pub fn commit_and_hold(mut self) -> Result<File> {
         let renamed = self.file.sync_all().and_then(|()| fs::rename(&self.partial, &self.path));
         renamed.and_then(|()| sync_folder(&self.path)).map_err(|e| Error::io(&self.path, &e))?;
         self.committed = true;
-        Ok(())
+        // Another handle of the same open file, and so of its lock.
+        self.file.try_clone().map_err(|e| Error::io(&self.path, &e))
     }
 }
 
@@ -118,6 +124,26 @@ pub fn write_file(path: &Path, bytes: &[u8], overwrite: bool) -> Result<()> {
     let mut file = AtomicFile::create(path, overwrite)?;
     file.write(bytes)?;
     file.commit()
+}
+
+/// Locks the file at `path`, where there is one, as long as what is returned lives.
+///
+/// # Errors
+/// What `taken` says, where another process holds it.
+pub fn hold(path: &Path, taken: impl FnOnce() -> Error) -> Result<Option<File>> {
+    loop {
+        let file = match File::open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            opened => opened.map_err(|e| Error::io(path, &e))?,
+        };
+        match file.try_lock() {
+            // Its holder may have put another file there in between.
+            Ok(()) if is_at(&file, path) => return Ok(Some(file)),
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(taken()),
+            Err(TryLockError::Error(e)) => return Err(Error::io(path, &e)),
+        }
+    }
 }
 
 /// Whether an open file is still the one at `path`.

@@ -12,14 +12,14 @@
 //! Layout of `FILE.merges`: magic, version, length of the head, head (JSON), pairs with their counts, XXH3 of all that;
 //! little-endian.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::atomic::{check_output, write_file};
+use crate::atomic::{AtomicFile, check_output, hold};
 use crate::counts::{Counts, Memory};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -27,6 +27,9 @@ use crate::train::Pair;
 
 const MAGIC: &[u8; 16] = b"bytekiln bpe-ck\n";
 const VERSION: u64 = 1;
+/// Bounds of the time between two savings, where nobody says how long it is.
+const LEAST: Duration = Duration::from_secs(1);
+const MOST: Duration = Duration::from_secs(60);
 
 /// A setting or an input by its name, and what it is.
 pub type Setting = (String, String);
@@ -53,8 +56,13 @@ pub struct Done {
 pub struct Checkpoint {
     path: PathBuf,
     settings: Vec<Setting>,
-    every: Duration,
+    /// Time between two savings; unset: so much that they take a twentieth of it.
+    every: Option<Duration>,
     last: Instant,
+    /// What saving the counts took the last time.
+    cost: Duration,
+    /// The second file: locked, so that a second run is refused.
+    lock: Option<File>,
 }
 
 /// The second file.
@@ -79,15 +87,21 @@ impl Checkpoint {
     /// # Errors
     /// A file that is no checkpoint or a broken one; one of a run with other settings or inputs, the first of which is
     /// named; a folder that is not there.
+    /// Another process goes on with it.
     pub fn open(
         path: &Path,
         settings: Vec<Setting>,
-        every: Duration,
+        every: Option<Duration>,
         memory: Memory,
     ) -> Result<(Self, Option<Counts>, Done)> {
         check_output(path, true)?;
-        let mut this = Self { path: path.into(), settings, every, last: Instant::now() };
-        let (merges, counted) = (merges_path(path), path.exists());
+        let merges = merges_path(path);
+        let lock = hold(&merges, || {
+            let what = "another process goes on with it; expected its end, or another checkpoint".into();
+            Error::File { path: path.into(), what }
+        })?;
+        let counted = path.exists();
+        let mut this = Self { path: path.into(), settings, every, last: Instant::now(), cost: Duration::ZERO, lock };
         let Some((head, body)) = this.read(&merges)? else {
             if counted {
                 let what = format!(
@@ -111,18 +125,23 @@ impl Checkpoint {
 
     /// Whether it is time to save.
     pub fn is_due(&self) -> bool {
-        self.last.elapsed() >= self.every
+        Instant::now() >= self.due()
     }
 
     /// When it will be time to save.
     pub fn due(&self) -> Instant {
-        self.last + self.every
+        self.last + self.every.unwrap_or_else(|| (20 * self.cost).clamp(LEAST, MOST))
     }
 
-    /// Saves the counts so far, interrupted or not.
-    pub fn save_counts(&mut self, counts: &mut Counts) -> Result<()> {
-        counts.save(&self.path, true, &Progress::default())?;
+    /// Saves the counts so far.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`], with what was saved before still there.
+    pub fn save_counts(&mut self, counts: &mut Counts, progress: &Progress) -> Result<()> {
+        let start = Instant::now();
+        counts.save(&self.path, true, progress)?;
         self.last = Instant::now();
+        self.cost = self.last - start;
         Ok(())
     }
 
@@ -142,7 +161,9 @@ impl Checkpoint {
         }
         let checksum = xxh3_64(&bytes);
         bytes.extend(checksum.to_le_bytes());
-        write_file(&path, &bytes, true)?;
+        let mut file = AtomicFile::create(&path, true)?;
+        file.write(&bytes)?;
+        self.lock = Some(file.commit_and_hold()?);
         self.last = Instant::now();
         Ok(())
     }
@@ -216,16 +237,16 @@ mod tests {
     }
 
     fn open(path: &Path, settings: Vec<Setting>) -> Result<(Option<Counts>, Done)> {
-        Checkpoint::open(path, settings, Duration::ZERO, memory()).map(|(_, counts, done)| (counts, done))
+        Checkpoint::open(path, settings, None, memory()).map(|(_, counts, done)| (counts, done))
     }
 
     fn saved(path: &Path) -> (Counts, Done) {
-        let (mut kept, counts, done) = Checkpoint::open(path, settings("a"), Duration::ZERO, memory()).unwrap();
+        let (mut kept, counts, done) = Checkpoint::open(path, settings("a"), None, memory()).unwrap();
         assert!(counts.is_none() && done == Done::default());
         let splitter = Splitter::new(Pattern::new("gpt2").unwrap().into(), &[]).unwrap();
         let mut counts = Counts::new(splitter, TextPolicy::Error, memory());
         counts.add_text(b"the kiln and the potter").unwrap();
-        kept.save_counts(&mut counts).unwrap();
+        kept.save_counts(&mut counts, &Progress::default()).unwrap();
         let done = Done { pairs: vec![(97, 98), (256, 70_000)], counts: vec![u64::MAX, 3], ties: 5 };
         kept.save_merges(&done.pairs, &done.counts, done.ties).unwrap();
         (counts, done)
@@ -243,6 +264,34 @@ mod tests {
             again.most_common(9, &Progress::default()).unwrap(),
             counts.most_common(9, &Progress::default()).unwrap()
         );
+    }
+
+    #[test]
+    fn one_run_at_a_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run.ck");
+        saved(&path);
+        let (mut first, ..) = Checkpoint::open(&path, settings("a"), None, memory()).unwrap();
+        let refused = || open(&path, settings("a")).unwrap_err().to_string();
+        assert!(refused().contains("run.ck: another process goes on with it"));
+        // The lock goes over to the file that takes the other one's place.
+        first.save_merges(&[], &[], 0).unwrap();
+        assert!(refused().contains("run.ck: another process goes on with it"));
+        drop(first);
+        open(&path, settings("a")).unwrap();
+    }
+
+    #[test]
+    fn what_cannot_be_saved_in_time_leaves_what_was_saved() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run.ck");
+        let (mut counts, _) = saved(&path);
+        let before = fs::read(&path).unwrap();
+        let (mut kept, ..) = Checkpoint::open(&path, settings("a"), None, memory()).unwrap();
+        counts.add_text(b"one more").unwrap();
+        let said = kept.save_counts(&mut counts, &Progress::within(Duration::ZERO));
+        assert!(matches!(said, Err(Error::Interrupted)));
+        assert_eq!((fs::read(&path).unwrap(), fs::read_dir(folder.path()).unwrap().count()), (before, 2));
     }
 
     #[test]

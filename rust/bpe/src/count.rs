@@ -24,11 +24,7 @@ pub fn count_files(
     let reader = ChunkReader::new(inputs, splitter, chunk_bytes).stopped_by(progress);
     let pause = || progress.check().map(|()| false);
     let (tables, _) = count_tables(&reader, (inputs, policy), threads, progress, |_, _| Ok(()), pause)?;
-    let joined = tables.into_iter().reduce(|mut all, table| {
-        all.merge(table);
-        all
-    });
-    Ok(joined.unwrap_or_default())
+    join(tables, progress).map(Option::unwrap_or_default)
 }
 
 /// The same of what `reader` hands out, each thread with a table of its own; `make_room` sees it before it takes in so
@@ -45,7 +41,7 @@ pub(crate) fn count_tables(
     let (make_room, pause) = (&make_room, &pause);
     let documents = AtomicU64::new(0);
     let work = || -> Result<WordCounts> {
-        let mut counts = WordCounts::default();
+        let mut counts = WordCounts::stopped_by(progress);
         let mut chunk = Chunk::default();
         while !pause()? && reader.next(&mut chunk)? {
             make_room(&mut counts, chunk.bytes.len())?;
@@ -54,6 +50,7 @@ pub(crate) fn count_tables(
                 let counted = count_text(text, reader.splitter(&chunk), policy, &mut counts);
                 counted.map_err(|e| inputs.locate(&chunk, start, e))?;
             }
+            counts.whole()?;
             progress.add(chunk.read_bytes);
             progress.add_pretokens(counts.seen() - before);
             let ended = if chunk.records { chunk.record_count() } else { chunk.ends_file.into() };
@@ -72,6 +69,14 @@ pub(crate) fn count_tables(
         all.into_iter().collect()
     });
     Ok((tables?, documents.into_inner()))
+}
+
+/// The sum of tables, if there are any.
+pub(crate) fn join(tables: Vec<WordCounts>, progress: &Progress) -> Result<Option<WordCounts>> {
+    let mut tables = tables.into_iter();
+    let Some(mut sum) = tables.next() else { return Ok(None) };
+    tables.try_for_each(|table| sum.merge(table, progress))?;
+    Ok(Some(sum))
 }
 
 /// Counts the pre-tokens of one text.

@@ -1,7 +1,7 @@
 //! Byte-level BPE: training, encoding and tokenizing of datasets, exact whatever the number of threads, the
 //! chunk sizes and the splits of the input.
 //!
-//! Floors: `error` < `scan` < `pretokenize` (two rooms with floors of their own) < `sources` < `input` < `words`, `packed` < `word_counts` < `count` <
+//! Floors: `error` < `scan` < `pretokenize` (two rooms with floors of their own) < `sources` < `input` < `words`, `packed`, `sorted_words` < `word_counts` < `count` <
 //! `counts` < `token_bytes` < `ties` < `prior` < `queue` < `merge` < `train` < `vocab` < `encode` < `corpus`; `atomic` < `tokens` <
 //! `corpus`; `counts` and `checkpoint` write through `atomic`; `extend` joins `prior` and `vocab`, `trainer` all of training;
 //! `formats` reads and writes a `vocab`; `naive` is the specification that tests hold all of it to.
@@ -26,6 +26,7 @@ pub mod prior;
 pub mod progress;
 mod queue;
 mod scan;
+mod sorted_words;
 pub mod sources;
 mod ties;
 pub mod token_bytes;

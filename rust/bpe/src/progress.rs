@@ -2,9 +2,9 @@
 //! so that the core neither prints nor calls back into another language. What costs more than an atomic is written only
 //! when the caller has asked for it.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
-use std::time::Instant;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 
@@ -46,7 +46,9 @@ pub struct Progress {
     stage: AtomicU8,
     done: AtomicU64,
     total: AtomicU64,
-    stop: AtomicBool,
+    stop: Arc<AtomicBool>,
+    /// When the job stops by itself.
+    deadline: Option<Instant>,
     began: Mutex<Option<Instant>>,
     pretokens: AtomicU64,
     asked: AtomicBool,
@@ -64,6 +66,8 @@ pub struct MergeShown {
     pub count: u64,
 }
 
+/// Time of a job that was asked to stop for keeping what it has: the caller waits for it.
+const GRACE: Duration = Duration::from_millis(80);
 /// Bytes of a token that are shown.
 pub const SHOWN_BYTES: usize = 32;
 
@@ -84,6 +88,25 @@ impl Progress {
     /// Asks the job to stop; it ends with [`Error::Interrupted`] within milliseconds.
     pub fn stop(&self) {
         self.stop.store(true, Relaxed);
+    }
+
+    /// For what a job keeps, which is shown to nobody: it stops with the job. Where that was asked to stop already, it
+    /// has [`GRACE`].
+    pub(crate) fn grace(&self) -> Self {
+        if self.stopped() {
+            return Self::within(GRACE);
+        }
+        Self { stop: Arc::clone(&self.stop), ..Self::default() }
+    }
+
+    /// For work that nobody asks to stop and that stops by itself when its time is over.
+    pub(crate) fn within(time: Duration) -> Self {
+        Self { deadline: Some(Instant::now() + time), ..Self::default() }
+    }
+
+    /// What says that the caller has asked to stop, for those who cannot hold on to this.
+    pub(crate) fn flag(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.stop)
     }
 
     /// When the stage began.
@@ -113,9 +136,9 @@ impl Progress {
         }
     }
 
-    /// Whether the caller has asked to stop.
+    /// Whether the caller has asked to stop, or the time is over.
     pub(crate) fn stopped(&self) -> bool {
-        self.stop.load(Relaxed)
+        self.stop.load(Relaxed) || self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
     }
 
     /// Begins a stage.
@@ -135,7 +158,7 @@ impl Progress {
 
     /// Fails once the caller has asked to stop.
     pub(crate) fn check(&self) -> Result<()> {
-        if self.stop.load(Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
+        if self.stopped() { Err(Error::Interrupted) } else { Ok(()) }
     }
 }
 

@@ -215,8 +215,8 @@ impl Trainer {
         Ok(())
     }
 
-    /// As [`Self::add_files`], kept at `checkpoint` every so often, when interrupted and when all is counted; the merges
-    /// that follow are kept there too. Goes on from what is there. No other text may be added.
+    /// As [`Self::add_files`], kept at `checkpoint` every so often, when all is counted, and when interrupted if that is
+    /// done at once; the merges that follow are kept there too. Goes on from what is there. No other text may be added.
     ///
     /// # Errors
     /// As [`Checkpoint::open`].
@@ -225,7 +225,7 @@ impl Trainer {
         inputs: InputSpec,
         threads: usize,
         chunk_bytes: usize,
-        (checkpoint, every): (&Path, Duration),
+        (checkpoint, every): (&Path, Option<Duration>),
         progress: &Progress,
     ) -> Result<()> {
         let start = Instant::now();
@@ -267,7 +267,7 @@ impl Trainer {
             let pause = || Ok(progress.stopped() || (Instant::now() >= due && inputs.text_bytes() > before));
             self.counts.add_part(&inputs, &reader, (threads, chunk_bytes), progress, pause)?;
             goes_on = self.counts.about()?.next.is_some();
-            kept.save_counts(&mut self.counts)?;
+            kept.save_counts(&mut self.counts, &progress.grace())?;
             progress.check()?;
         }
         self.checkpoint = Some(kept);

@@ -1,9 +1,11 @@
 //! A table of words and how often each occurs.
 //!
 //! In: words, one by one or as the ends of those of a text. Out: [`WordCounts`], u64 counts that can be added to others, and
-//! the same sorted. Filled by `count`, kept by `counts`.
+//! the same sorted (`sorted_words`). Filled by `count`, kept by `counts`.
 
 use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use foldhash::fast::FixedState;
 
@@ -12,8 +14,12 @@ use crate::hash::{self, prefetch};
 use crate::packed::{PACKED, hash_packed, pack, pack_at, packed_len};
 use crate::pages;
 use crate::pretokenize::Ends;
+use crate::progress::Progress;
+use crate::sorted_words::SortedWords;
 use crate::words::{Frequencies, Words};
 
+/// Slots that are touched between two looks at whether to stop.
+const TOUCHED_AT_ONCE: usize = 1 << 19;
 /// Words whose slots are asked for together.
 const BATCH: usize = 512;
 
@@ -29,6 +35,9 @@ pub struct WordCounts {
     /// Bytes of the words in `long`.
     long_bytes: usize,
     seed: u64,
+    /// Set when nobody wants the counts any more: growing to gigabytes, which takes a second, is given up then.
+    stop: Option<Arc<AtomicBool>>,
+    given_up: bool,
     /// Short words whose slots have been asked for, and how many: (key, index of the slot).
     waiting: (Box<[(u128, u32); BATCH]>, usize),
 }
@@ -36,11 +45,25 @@ pub struct WordCounts {
 impl Default for WordCounts {
     fn default() -> Self {
         let (long, waiting) = (HashMap::with_hasher(hash::state()), (Box::new([(0, 0); BATCH]), 0));
-        Self { slots: vec![(0, 0); 1 << 12], used: 0, seen: 0, long, long_bytes: 0, seed: hash::seed(), waiting }
+        let (slots, seed) = (vec![(0, 0); 1 << 12], hash::seed());
+        Self { slots, used: 0, seen: 0, long, long_bytes: 0, seed, stop: None, given_up: false, waiting }
     }
 }
 
 impl WordCounts {
+    /// An empty table that stops growing when `progress` says so: then [`Self::whole`] fails.
+    pub(crate) fn stopped_by(progress: &Progress) -> Self {
+        Self { stop: Some(progress.flag()), ..Self::default() }
+    }
+
+    /// Fails where words are missing.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`].
+    pub(crate) fn whole(&self) -> Result<()> {
+        if self.given_up { Err(Error::Interrupted) } else { Ok(()) }
+    }
+
     /// Words counted, repeats included, for whoever watches.
     pub(crate) fn seen(&self) -> u64 {
         self.seen
@@ -83,6 +106,9 @@ impl WordCounts {
                 return;
             }
             if slot.0 == 0 {
+                if self.given_up {
+                    return;
+                }
                 *slot = (key, count);
                 break;
             }
@@ -102,6 +128,9 @@ impl WordCounts {
         let (mut start, base) = (ends.start, ends.base);
         for offsets in ends.offsets.chunks(BATCH) {
             self.make_room(offsets.len());
+            if self.given_up {
+                return;
+            }
             start = self.ask(text, start, base, offsets);
             self.seen = self.seen.saturating_add(self.waiting.1 as u64);
             let Self { slots, used, waiting, .. } = self;
@@ -155,9 +184,13 @@ impl WordCounts {
 
     /// Grows until there is room for so many more short words.
     fn make_room(&mut self, words: usize) {
-        while (self.used + words) * 8 > self.slots.len() * 5 {
+        while (self.used + words) * 8 > self.slots.len() * 5 && !self.given_up {
             self.grow();
         }
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.stop.as_ref().is_some_and(|stop| stop.load(Relaxed))
     }
 
     fn grow(&mut self) {
@@ -166,20 +199,36 @@ impl WordCounts {
         pages::large(&bigger);
         // Written before it is read: zeroed memory that is read first gets a page that all share, and its own with the
         // first write, of which every thread's processor must be told. On two threads that took a fifth of counting.
-        bigger.resize(size, (0, 0));
+        while bigger.len() < size {
+            // A small table grows in no time.
+            if !bigger.is_empty() && self.is_stopped() {
+                self.given_up = true;
+                return;
+            }
+            bigger.resize(size.min(bigger.len() + TOUCHED_AT_ONCE), (0, 0));
+        }
         let old = std::mem::replace(&mut self.slots, bigger);
         let mask = self.slots.len() - 1;
-        for (key, count) in old.into_iter().filter(|slot| slot.0 != 0) {
-            let mut at = (hash_packed(key) ^ self.seed) as usize & mask;
-            while self.slots[at].0 != 0 {
-                at = (at + 1) & mask;
+        for (n, part) in old.chunks(TOUCHED_AT_ONCE).enumerate() {
+            if n > 0 && self.is_stopped() {
+                self.given_up = true;
+                return;
             }
-            self.slots[at] = (key, count);
+            for &(key, count) in part.iter().filter(|slot| slot.0 != 0) {
+                let mut at = (hash_packed(key) ^ self.seed) as usize & mask;
+                while self.slots[at].0 != 0 {
+                    at = (at + 1) & mask;
+                }
+                self.slots[at] = (key, count);
+            }
         }
     }
 
     /// Adds the counts of `other`.
-    pub fn merge(&mut self, mut other: Self) {
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`], with a part of them added.
+    pub fn merge(&mut self, mut other: Self, progress: &Progress) -> Result<()> {
         if other.used > self.used {
             std::mem::swap(self, &mut other);
         }
@@ -199,11 +248,14 @@ impl WordCounts {
             if batch.is_empty() {
                 break;
             }
+            progress.check()?;
+            self.whole()?;
         }
         #[expect(clippy::iter_over_hash_type, reason = "a sum does not depend on the order")]
         for (word, count) in other.long {
             self.add_many(&word, count);
         }
+        Ok(())
     }
 
     /// Words counted, repeats included.
@@ -246,15 +298,30 @@ impl WordCounts {
     }
 
     /// The words in the order of their bytes, in the memory of the table.
-    pub(crate) fn into_sorted_words(self) -> SortedWords {
-        let mut short = self.slots;
-        short.retain(|slot| slot.0 != 0);
-        // The first byte of a word is the lowest one of its key, its length the highest: swapped, words compare as
-        // their bytes do, and of two that differ in zero bytes at the end the shorter comes first.
-        short.sort_unstable_by_key(|slot| slot.0.swap_bytes());
-        let mut long: Vec<_> = self.long.into_iter().collect();
-        long.sort_unstable();
-        SortedWords { short: short.into_iter(), long: long.into_iter(), next: None, now: None }
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`] when `progress` says so, looked at every few milliseconds.
+    pub(crate) fn into_sorted_words(self, progress: &Progress) -> Result<SortedWords> {
+        let (mut short, mut words) = (self.slots, 0);
+        for at in 0..short.len() {
+            if at % TOUCHED_AT_ONCE == 0 {
+                progress.check()?;
+            }
+            short.swap(words, at);
+            words += usize::from(short[words].0 != 0);
+        }
+        short.truncate(words);
+        SortedWords::of(short, self.long.into_iter().collect(), progress)
+    }
+
+    /// The same beside the table.
+    pub(crate) fn sorted_words(&self, progress: &Progress) -> Result<SortedWords> {
+        let mut short = Vec::with_capacity(self.used);
+        for slots in self.slots.chunks(TOUCHED_AT_ONCE) {
+            progress.check()?;
+            short.extend(slots.iter().filter(|slot| slot.0 != 0));
+        }
+        SortedWords::of(short, self.long.iter().map(|(word, &count)| (word.clone(), count)).collect(), progress)
     }
 
     /// Number of distinct words.
@@ -268,30 +335,56 @@ impl WordCounts {
     }
 
     /// Calls `f` with every word and its count, in no particular order.
-    pub(crate) fn for_each(&self, mut f: impl FnMut(&[u8], u64)) {
-        for (key, count) in self.slots.iter().filter(|slot| slot.0 != 0) {
-            f(&key.to_le_bytes()[..packed_len(*key)], *count);
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`].
+    pub(crate) fn for_each(&self, progress: &Progress, mut f: impl FnMut(&[u8], u64)) -> Result<()> {
+        for slots in self.slots.chunks(TOUCHED_AT_ONCE) {
+            progress.check()?;
+            for (key, count) in slots.iter().filter(|slot| slot.0 != 0) {
+                f(&key.to_le_bytes()[..packed_len(*key)], *count);
+            }
         }
         #[expect(clippy::iter_over_hash_type, reason = "no order is promised")]
         for (word, &count) in &self.long {
             f(word, count);
         }
+        Ok(())
     }
 
-    /// Every word with its count, the most frequent first: in training, what is read often lies together.
-    pub fn into_words(self) -> Words {
+    /// Every word with its count, the most frequent first: in training, what is read often lies together. Words that
+    /// occur less than `least` times are left out; `fits` sees what the others take before they are copied.
+    ///
+    /// # Errors
+    /// What `fits` says; [`Error::Interrupted`].
+    pub(crate) fn frequent_words(
+        &self,
+        least: u64,
+        progress: &Progress,
+        fits: impl FnOnce(&Frequencies) -> Result<()>,
+    ) -> Result<Words> {
         let mut frequencies = Frequencies::default();
-        self.for_each(|word, count| frequencies.add(word.len(), count));
+        self.for_each(progress, |word, count| {
+            if count >= least {
+                frequencies.add(word.len(), count);
+            }
+        })?;
+        fits(&frequencies)?;
         let mut placer = frequencies.place();
-        self.for_each(|word, count| placer.push(word, count));
-        placer.into_words()
+        self.for_each(progress, |word, count| {
+            if count >= least {
+                placer.push(word, count);
+            }
+        })?;
+        Ok(placer.into_words())
     }
 
     /// Every word with its count, the most frequent first, equals in the order of their bytes: no trace of a
     /// hash table's order is left.
     pub fn into_sorted(self) -> Vec<(Vec<u8>, u64)> {
-        let words = self.into_words();
-        let mut words: Vec<_> = words.iter().map(|(word, count)| (word.to_vec(), count)).collect();
+        let mut words = Vec::with_capacity(self.len());
+        // Nobody can ask it to stop.
+        let _ = self.for_each(&Progress::default(), |word, count| words.push((word.to_vec(), count)));
         words.sort_unstable_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
         words
     }
@@ -312,59 +405,6 @@ fn long_memory(words: usize, room: usize, bytes: usize) -> usize {
     buckets * (size_of::<(Box<[u8]>, u64)>() + 1) + bytes + 24 * words
 }
 
-/// Counted words in the order of their bytes.
-pub(crate) struct SortedWords {
-    short: std::vec::IntoIter<(u128, u64)>,
-    long: std::vec::IntoIter<(Box<[u8]>, u64)>,
-    /// The next short word, which was compared with the next long one.
-    next: Option<([u8; 16], u64)>,
-    now: Option<(Word, u64)>,
-}
-
-/// A packed word, or a longer one.
-enum Word {
-    Short([u8; 16]),
-    Long(Box<[u8]>),
-}
-
-impl SortedWords {
-    /// Goes to the next word; `false` behind the last.
-    pub(crate) fn next(&mut self) -> bool {
-        if self.next.is_none() {
-            self.next = self.short.next().map(|(key, count)| (key.to_le_bytes(), count));
-        }
-        let long = self.long.as_slice().first();
-        let short_first = match (&self.next, long) {
-            (Some((short, _)), Some((long, _))) => short_word(short) < &**long,
-            (short, _) => short.is_some(),
-        };
-        self.now = if short_first {
-            self.next.take().map(|(word, count)| (Word::Short(word), count))
-        } else {
-            self.long.next().map(|(word, count)| (Word::Long(word), count))
-        };
-        self.now.is_some()
-    }
-
-    /// The word.
-    pub(crate) fn word(&self) -> &[u8] {
-        match &self.now {
-            Some((Word::Short(short), _)) => short_word(short),
-            Some((Word::Long(long), _)) => long,
-            None => &[],
-        }
-    }
-
-    /// How often it occurs.
-    pub(crate) fn count(&self) -> u64 {
-        self.now.as_ref().map_or(0, |now| now.1)
-    }
-}
-
-fn short_word(bytes: &[u8; 16]) -> &[u8] {
-    &bytes[..usize::from(bytes[15])]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -380,8 +420,15 @@ mod tests {
                 *expected.entry(word.as_bytes().to_vec()).or_insert(0u64) += 1;
                 if i % 3 == 0 { a.add(word.as_bytes()) } else { b.add(word.as_bytes()) }
             }
-            a.merge(b);
+            a.merge(b, &Progress::default()).unwrap();
             prop_assert_eq!(a.len(), expected.len());
+            for mut sorted in [a.sorted_words(&Progress::default()).unwrap(), a.clone().into_sorted_words(&Progress::default()).unwrap()] {
+                let mut words = Vec::new();
+                while sorted.next() {
+                    words.push((sorted.word().to_vec(), sorted.count()));
+                }
+                prop_assert!(words.iter().eq(expected.iter().map(|(word, count)| (word.clone(), *count)).collect::<Vec<_>>().iter()));
+            }
             prop_assert_eq!(a.into_sorted().into_iter().collect::<BTreeMap<_, _>>(), expected);
         }
     }

@@ -45,6 +45,12 @@ pub struct Counts {
     inner: Mutex<counts::Counts>,
 }
 
+/// Bytes that `max_memory` stands for where nobody names any: half of the machine's, or of its container's.
+#[pyfunction]
+pub fn default_max_memory() -> u64 {
+    Memory::default_cap()
+}
+
 /// The cap on memory; runs go beside `output`, where there is one.
 pub fn memory(cap: Option<u64>, output: Option<PathBuf>) -> Result<Memory> {
     Memory::new(cap, output.as_deref())
@@ -241,21 +247,23 @@ impl Counts {
     ///     vocab_size: tokens in all, as in `train_bpe`.
     ///     tie_break: as in `train_bpe`.
     ///     min_frequency: rarer words are left out; they take no memory either.
+    ///     threads: that lay the words out; default: one a core. Merges never depend on it.
     ///     progress: called as `progress(stage, done, total)`.
     ///
     /// Raises:
     ///     ConfigError: vocabulary too small; merging needs more than `max_memory`.
-    #[pyo3(signature = (vocab_size, *, tie_break="lexicographic", min_frequency=1, progress=None))]
+    #[pyo3(signature = (vocab_size, *, tie_break="lexicographic", min_frequency=1, threads=None, progress=None))]
     fn train(
         &self,
         py: Python<'_>,
         vocab_size: i64,
         tie_break: &str,
         min_frequency: i64,
+        threads: Option<usize>,
         progress: Option<Bound<'_, PyAny>>,
     ) -> PyResult<Tokenizer> {
         let settings = settings(py, Sizes::One(vocab_size), tie_break, min_frequency, None, None)?;
-        let threads = threads_or_default(py, None)?;
+        let threads = threads_or_default(py, threads)?;
         let trainer = Trainer::from_counts(self.copy(py)?, settings, threads).or_raise(py)?;
         let (vocabs, _) = watched(py, progress, |progress| trainer.finish(progress))?;
         Tokenizer::from_vocab(py, vocabs.into_iter().next().ok_or(Error::Interrupted))

@@ -28,7 +28,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use pythonize::pythonize;
 
-use crate::counts::{Counts, train_bpe_from_counts};
+use crate::counts::{Counts, default_max_memory, train_bpe_from_counts};
 use crate::error::{OrRaise, to_python};
 use crate::inputs::Spec;
 use crate::tokenizer::{TokenIterator, Tokenizer};
@@ -150,7 +150,7 @@ fn trained(py: Python<'_>, (vocabs, stats): (Vec<Vocab>, TrainStats)) -> PyResul
 
 /// `bytekiln.train_bpe`, with the statistics of the run and the size of the chunks.
 #[pyfunction]
-#[pyo3(signature = (files, *, vocab_size, special_tokens=None, pattern=None, tie_break="lexicographic", errors="error", min_frequency=1, max_token_length=None, extend=None, threads=None, chunk_bytes=None, max_memory=None, beside=None, checkpoint=None, checkpoint_every=30.0, progress=None))]
+#[pyo3(signature = (files, *, vocab_size, special_tokens=None, pattern=None, tie_break="lexicographic", errors="error", min_frequency=1, max_token_length=None, extend=None, threads=None, chunk_bytes=None, max_memory=None, beside=None, checkpoint=None, checkpoint_every=None, progress=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword-only options of the Python function")]
 fn train_bpe(
     py: Python<'_>,
@@ -168,7 +168,7 @@ fn train_bpe(
     max_memory: Option<u64>,
     beside: Option<PathBuf>,
     checkpoint: Option<PathBuf>,
-    checkpoint_every: f64,
+    checkpoint_every: Option<f64>,
     progress: Option<Bound<'_, PyAny>>,
 ) -> PyResult<(Vec<Tokenizer>, Py<PyAny>)> {
     let settings = settings(py, vocab_size, tie_break, min_frequency, max_token_length, extend)?;
@@ -177,9 +177,11 @@ fn train_bpe(
     let settings = Settings { specials: special_tokens, pattern, policy, memory, ..settings };
     let mut trainer = Trainer::new(settings).or_raise(py)?;
     let threads = threads_or_default(py, threads)?;
-    let every = Duration::try_from_secs_f64(checkpoint_every)
-        .map_err(|_| Error::Config(format!("checkpoint_every: found {checkpoint_every}; expected seconds, 0 or more")))
-        .or_raise(py)?;
+    let seconds = |every: f64| {
+        Duration::try_from_secs_f64(every)
+            .map_err(|_| Error::Config(format!("checkpoint_every: found {every}; expected seconds, 0 or more")))
+    };
+    let every = checkpoint_every.map(seconds).transpose().or_raise(py)?;
     let done = watched(py, progress, |progress| {
         let chunk_bytes = chunk_bytes.unwrap_or(DEFAULT_CHUNK_BYTES);
         match &checkpoint {
@@ -270,7 +272,7 @@ mod _core {
 
     #[pymodule_export]
     use super::{
-        Counts, TokenIterator, Tokenizer, encode_files, find_inputs, payload_checksum, train_bpe,
+        Counts, TokenIterator, Tokenizer, default_max_memory, encode_files, find_inputs, payload_checksum, train_bpe,
         train_bpe_from_counts, train_bpe_from_iterator,
     };
 

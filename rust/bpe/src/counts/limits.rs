@@ -36,11 +36,11 @@ impl Memory {
     /// Bytes of a run that is read.
     const READER: u64 = 256 << 10;
 
-    /// `cap` bytes, by default half of the machine's memory (of the container's limit, where that is less).
+    /// `cap` bytes, by default [`Self::default_cap`].
     ///
     /// Runs go to `$TMPDIR` where that is set, else beside `output`, else to the system's temporary folder.
     pub fn new(cap: Option<u64>, output: Option<&Path>) -> Result<Self> {
-        let cap = cap.unwrap_or_else(|| (physical() / 2).max(Self::LEAST));
+        let cap = cap.unwrap_or_else(Self::default_cap);
         if cap < Self::LEAST {
             let (found, least) = (human(cap), human(Self::LEAST));
             return Err(Error::Config(format!("max_memory: found {found}; expected {least} or more")));
@@ -52,6 +52,11 @@ impl Memory {
         };
         let folder = std::env::var_os("TMPDIR").filter(|dir| !dir.is_empty()).map_or_else(beside, PathBuf::from);
         Ok(Self { cap, folder })
+    }
+
+    /// Half of the machine's memory (of the container's limit, where that is less).
+    pub fn default_cap() -> u64 {
+        (physical() / 2).max(Self::LEAST)
     }
 
     /// The longest text without a border, or line of records, that has room beside the tables: it lies there twice

@@ -5,7 +5,7 @@
 use super::about::add;
 use crate::error::Result;
 use crate::progress::Progress;
-use crate::word_counts::SortedWords;
+use crate::sorted_words::SortedWords;
 
 /// Words in ascending order.
 pub(super) trait Sorted {

@@ -91,7 +91,7 @@ pub(super) fn spill(table: WordCounts, about: &About, folder: &Path, progress: &
     let pretokens = table.total()?;
     let about = About { bytes: 0, documents: 0, pretokens, ..about.clone() };
     let mut writer = Writer::new(Unnamed::create(folder)?, &about)?;
-    merge(vec![Box::new(table.into_sorted_words())], 1, progress, |word, count| writer.push(word, count))?;
+    merge(vec![Box::new(table.into_sorted_words(progress)?)], 1, progress, |word, count| writer.push(word, count))?;
     give_back();
     let Unnamed { file, folder } = writer.finish()?;
     Stored::of(file, &folder)

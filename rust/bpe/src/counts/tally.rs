@@ -16,7 +16,7 @@ use super::read::Stored;
 use super::runs::{Runs, push, reduce, spill};
 use super::write::Writer;
 use crate::atomic::AtomicFile;
-use crate::count::{WordCounts, count_tables, count_text};
+use crate::count::{WordCounts, count_tables, count_text, join};
 use crate::error::{Error, Result};
 use crate::input::{ChunkReader, Inputs};
 use crate::pretokenize::{Splitter, TextPolicy};
@@ -251,7 +251,7 @@ impl Counts {
         };
         let make_room = |table: &mut WordCounts, text: usize| {
             if !table.is_empty() && table.peak_after(text) > share.table {
-                to_disk(std::mem::take(table))?;
+                to_disk(std::mem::replace(table, WordCounts::stopped_by(progress)))?;
             }
             Ok(())
         };
@@ -261,13 +261,10 @@ impl Counts {
         if 4 * sum as u64 > self.memory.cap {
             give_back();
         }
-        let mut joined = None;
+        let (mut joined, grace) = (None, progress.grace());
         // Joined they may take twice as much, and while that grows as much again.
         if 4 * sum as u64 <= self.memory.cap {
-            joined = tables.into_iter().reduce(|mut all, table| {
-                all.merge(table);
-                all
-            });
+            joined = join(tables, &grace)?;
         } else {
             tables.into_iter().filter(|table| !table.is_empty()).try_for_each(to_disk)?;
         }
@@ -277,20 +274,23 @@ impl Counts {
         self.about.bytes += inputs.text_bytes() - before;
         self.about.documents += documents;
         self.about.next = reader.position();
-        self.join(joined, &runs);
-        Ok(())
+        self.join(joined, &runs, &grace)
     }
 
-    fn join(&mut self, table: Option<WordCounts>, runs: &Runs) {
+    fn join(&mut self, table: Option<WordCounts>, runs: &Runs, progress: &Progress) -> Result<()> {
         if let Some(table) = table {
             if self.table.is_empty() {
                 self.table = table;
             } else {
-                self.table.merge(table);
+                // Until all is in, some of it is missing.
+                self.broken = true;
+                self.table.merge(table, progress)?;
+                self.broken = false;
             }
         }
         self.runs.runs.extend(runs.runs.iter().cloned());
         self.runs.spilled += runs.spilled;
+        Ok(())
     }
 
     /// A copy that takes a quarter of the cap at most; the larger part of both is on disk.
@@ -317,7 +317,7 @@ impl Counts {
         }
         self.about = About { pretokens: add(self.about.pretokens, other.about.pretokens)?, ..about };
         let table = (!other.table.is_empty()).then(|| other.table.clone());
-        self.join(table, &other.runs);
+        self.join(table, &other.runs, progress)?;
         reduce(&mut self.runs, &self.memory.folder, self.memory.share(1, 0).fan_in, progress)
     }
 
@@ -334,7 +334,7 @@ impl Counts {
         reduce(&mut self.runs, &self.memory.folder, fan_in, progress)?;
         let mut sources = self.runs.sources();
         if !self.table.is_empty() {
-            sources.push(Box::new(self.table.clone().into_sorted_words()) as Box<dyn Sorted>);
+            sources.push(Box::new(self.table.sorted_words(progress)?) as Box<dyn Sorted>);
         }
         merge(sources, least, progress, f)
     }
@@ -401,21 +401,9 @@ impl Counts {
         // What the table's words take beside it: bytes, ends and counts.
         let aside = 32 * self.table.len() as u64 + self.table.long_bytes() as u64;
         if self.runs.runs.is_empty() && self.table.memory() as u64 + aside <= self.memory.cap {
-            let mut frequencies = Frequencies::default();
-            let frequent = |count: u64| count >= least;
-            self.table.for_each(|word, count| {
-                if frequent(count) {
-                    frequencies.add(word.len(), count);
-                }
-            });
-            need::check(&frequencies, wanted, self.memory.cap)?;
-            let mut placer = frequencies.place();
-            self.table.for_each(|word, count| {
-                if frequent(count) {
-                    placer.push(word, count);
-                }
-            });
-            return Ok(placer.into_words());
+            return self
+                .table
+                .frequent_words(least, progress, |frequent| need::check(frequent, wanted, self.memory.cap));
         }
         self.spill_table(progress)?;
         let mut frequencies = Frequencies::default();
