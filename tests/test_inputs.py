@@ -300,12 +300,40 @@ def test_a_group_of_rows_is_not_held_as_a_whole(tmp_path: Path) -> None:
         "import resource, pyarrow.parquet; from bytekiln.parquet import Column\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "column, before, size = Column('x.parquet', 'text'), peak(), 0\n"
-        "while batch := column.next(): size += len(batch[1])\n"
+        "while batch := column.next(1 << 30): size += len(batch[1])\n"
         "print(size, peak() - before)"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     size, peak = map(int, run.stdout.split())
     assert size == len(text) and peak * (1 if sys.platform == "darwin" else 1024) < 60_000_000, run.stdout
+
+
+def test_rows_that_repeat_a_text_are_not_written_out_together(tmp_path: Path) -> None:
+    """4,000 rows of 100 kB in a file of some kilobytes: 400 MB of text passes, some megabytes at a time."""
+    table(tmp_path / "x.parquet", {"text": ["kiln " * 20_000] * 4_000}, compression="zstd")
+    assert (tmp_path / "x.parquet").stat().st_size < 20_000
+    code = (
+        "import resource, pyarrow.parquet; from bytekiln import Counts\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\n"
+        "counts = Counts.from_files('x.parquet', max_memory=32 << 20, threads=2)\n"
+        "print(counts.about['bytes'], counts.about['documents'], peak() - before)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    size, rows, peak = map(int, run.stdout.split())
+    assert (size, rows) == (400_000_000, 4_000)
+    assert peak * (1 if sys.platform == "darwin" else 1024) < 60_000_000, run.stdout
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_a_row_that_has_no_room_is_refused(tmp_path: Path, dictionary: bool) -> None:
+    table(tmp_path / "x.parquet", {"text": ["a b", "c", "kiln " * 1_000_000, "d"]}, use_dictionary=dictionary)
+    with pytest.raises(FormatError, match=r"x\.parquet: row 3: longer than \d+ bytes.* or a larger --max-memory"):
+        bytekiln.Counts.from_files(tmp_path / "x.parquet", max_memory=16 << 20)
+    assert bytekiln.Counts.from_files(tmp_path / "x.parquet").about["documents"] == 4
+    table(tmp_path / "x.parquet", {"text": ["kiln " * 1_000_000] * 2}, use_dictionary=False)
+    with pytest.raises(FormatError, match=r"x\.parquet: its texts have 5,000,\d+ bytes on average"):
+        bytekiln.Counts.from_files(tmp_path / "x.parquet", max_memory=16 << 20)
 
 
 def test_damaged_parquet_is_named(tmp_path: Path) -> None:
@@ -432,6 +460,48 @@ def test_the_limit_cuts_between_words(tmp_path: Path) -> None:
     path.write_text("日本語", encoding="utf-8")
     for limit, size in ((9, 9), (8, 6), (3, 3), (2, 0)):
         assert trained(Inputs([path], limit_bytes=limit))[1]["bytes"] == size
+
+
+def test_links_to_nothing(command, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("wet clay")
+    for name in (".#a.txt", "notes", "old.zip"):  # an editor's lock, and what would not be read
+        (folder / name).symlink_to(tmp_path / "nothing")
+    assert trained([folder])[1]["bytes"] == 8
+    (folder / "b.txt").symlink_to(tmp_path / "nothing")
+    said = command("bpe-train", folder, "--vocab-size", 300, "--out", "t.json", status=2).stderr
+    assert "b.txt: is a link to nothing in a directory of the inputs" in said
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("what", ["sample", "packed", "records", "rows"])
+def test_what_is_passed_over_is_left_at_once(tmp_path: Path, what: str) -> None:
+    """A sample that takes next to nothing of a large file, or what a resumed run has read before."""
+    text, inputs = "the kiln " * 2_000_000, Inputs([tmp_path / "x.txt"], sample=1e-9)
+    if what == "rows":
+        rows = [text[:9_000]] * 20_000
+        table(tmp_path / "x.parquet", {"text": rows}, compression="zstd")
+        inputs = Inputs([tmp_path / "x.parquet"], sample=1e-9)
+    elif what == "records":
+        (tmp_path / "x.jsonl").write_text((json.dumps({"text": text[:900]}) + "\n") * 200_000)
+        inputs = Inputs([tmp_path / "x.jsonl"], sample=1e-9)
+    elif what == "packed":
+        with bz2.open(tmp_path / "x.txt.bz2", "wt", compresslevel=1) as packed:
+            packed.write(EOT.join([text] * 3))
+        inputs = Inputs([tmp_path / "x.txt.bz2"], sample=1e-9)
+    else:
+        (tmp_path / "x.txt").write_text(EOT.join([text] * 30))
+
+    def stop(stage: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    began = time.monotonic()
+    trained(inputs)
+    whole, began = time.monotonic() - began, time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        trained(inputs, progress=stop)
+    assert time.monotonic() - began < max(0.5 * whole, 0.2)
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])

@@ -1,6 +1,6 @@
 """A column of text of a parquet file, batch by batch, through pyarrow.
 
-In: a path and a column's name. Out: batches of texts as the bytes and borders that Arrow keeps them in. Called by the
+In: a path and a column's name. Out: parts of it as the bytes and borders that Arrow keeps them in. Called by the
 core's binding (`rust/py/src/inputs.rs`), from the threads that count; pyarrow is imported only here.
 """
 
@@ -16,7 +16,12 @@ BATCH_BYTES = 1 << 20
 PAGE_BYTES = 256 << 10
 """Of the file that are read at a time."""
 MOST_ROWS = 8192
-"""Rows of a batch at most: that account may be too low where texts repeat."""
+"""Rows of a batch at most."""
+DICTIONARY_BYTES = 2 << 20
+"""A column with little more than so much, and some bytes a row, may consist of a few texts that repeat: its own account
+of their lengths says nothing. It is read as those texts and their places."""
+INDEX_BYTES = 4
+"""Of the place of a text that repeats, at most."""
 
 
 class Column:
@@ -60,33 +65,70 @@ class Column:
         self.num_rows: int = file.metadata.num_rows
         # Rows of a batch, so that it has about `BATCH_BYTES` of text.
         groups = map(file.metadata.row_group, range(self.num_rows and file.metadata.num_row_groups))
-        chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
-        size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema == field)
+        chunks = [
+            (group.num_rows, group.column(i).total_uncompressed_size)
+            for group in groups
+            for i in range(group.num_columns)
+            if group.column(i).path_in_schema == field
+        ]
+        self._mean = max((size // max(rows, 1) for rows, size in chunks), default=0)
+        size = sum(size for _, size in chunks)
         rows = max(1, min(MOST_ROWS, BATCH_BYTES * self.num_rows // max(size, 1)))
+        if any(size <= DICTIONARY_BYTES + INDEX_BYTES * rows for rows, size in chunks):
+            file = pyarrow.parquet.ParquetFile(
+                path, buffer_size=PAGE_BYTES, pre_buffer=False, read_dictionary=[field], metadata=file.metadata
+            )
         self._batches: Iterator[Any] = file.iter_batches(rows, columns=[field])
+        self._parts: Iterator[Any] = iter(())
 
-    def next(self) -> tuple[bytes, bytes] | None:
+    def next(self, most: int) -> tuple[bytes, bytes] | None:
         """The next texts: their borders (int64, one more than texts) and the bytes between; None at the end.
 
+        Args:
+            most: bytes of a text at most; a longer one comes alone, for the caller to refuse.
+
         Raises:
-            FormatError: damaged data, or a row without a text.
+            FormatError: damaged data, a row without a text, or texts that are surely longer than `most`.
         """
+        # Twice: the account has more in it than the texts.
+        if self._mean > 2 * most:
+            raise FormatError(
+                f"{self._path}: its texts have {self._mean:,} bytes on average in a group of rows; expected at most "
+                f"{most:,}: shorter texts, or a larger --max-memory"
+            )
         try:
-            batch = next(self._batches, None)
-            if batch is None:
-                return None
-            column = batch.column(0).cast(self._text)
+            while (part := next(self._parts, None)) is None:
+                if (batch := next(self._batches, None)) is None:
+                    return None
+                self._parts = self._split(batch.column(0))
+            column = part.cast(self._text)
         except self._damage as error:
             raise self._damaged(error) from None
+        _, borders, data = column.buffers()
+        first, end = 8 * column.offset, 8 * (column.offset + len(column) + 1)
+        return bytes(memoryview(borders)[first:end]), bytes(data or b"")
+
+    def _split(self, column: Any) -> Iterator[Any]:  # noqa: ANN401 - pyarrow has no types
+        """Parts of a batch of about `BATCH_BYTES`: rows that repeat a text are small until they are written out."""
+        from pyarrow import DictionaryArray, compute
+
         if column.null_count:
             row = self._seen + 1 + column.is_null().index(True).as_py()
             raise FormatError(
                 f"{self._path}: row {row}: no text in column {self._field!r} (null); expected one in each row"
             )
         self._seen += len(column)
-        _, borders, data = column.buffers()
-        first = 8 * column.offset
-        return bytes(memoryview(borders)[first : first + 8 * (len(column) + 1)]), bytes(data or b"")
+        if not isinstance(column, DictionaryArray):
+            yield column
+            return
+        start, size = 0, 0
+        lengths = compute.binary_length(column.dictionary).take(column.indices).to_pylist()
+        for row, length in enumerate(lengths):
+            if size and size + length > BATCH_BYTES:
+                yield column.slice(start, row - start)
+                start, size = row, 0
+            size += length
+        yield column.slice(start)
 
     def _damaged(self, error: Exception) -> FormatError:
         said = "; ".join(line.strip() for line in str(error).splitlines())

@@ -178,7 +178,7 @@ fn naive(files: &[File], spec: &InputSpec, splitter: &Splitter) -> (BTreeMap<Vec
 struct Rows(std::vec::IntoIter<String>);
 
 impl Feed for Rows {
-    fn next(&mut self, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<bool> {
+    fn next(&mut self, _most: usize, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<bool> {
         let before = self.0.len();
         Ok(self.0.by_ref().take(3).all(|row| take(row.as_bytes())) && before > 3)
     }

@@ -226,7 +226,7 @@ impl Inputs {
                 };
                 let feed = open(&found.path, self.records(file).field)?;
                 let size = found.path.metadata().map_or(0, |m| m.len());
-                Box::new(FeedSource::new(feed, self.sample(), size))
+                Box::new(FeedSource::new(feed, (&found.path, size), self.sample(), progress))
             }
         })
     }

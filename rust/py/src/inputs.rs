@@ -97,10 +97,10 @@ struct Parquet {
 }
 
 impl Feed for Parquet {
-    fn next(&mut self, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<bool> {
+    fn next(&mut self, most: usize, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<bool> {
         // pyarrow lets the interpreter go while it unpacks.
         let next = |py: Python<'_>| -> PyResult<Option<(Py<PyBytes>, Py<PyBytes>)>> {
-            self.column.bind(py).call_method0("next")?.extract()
+            self.column.bind(py).call_method1("next", (most,))?.extract()
         };
         let Some((borders, texts)) = Python::attach(next).map_err(called)? else { return Ok(false) };
         let hand_over = |py: Python<'_>| -> PyResult<u64> {

@@ -4,17 +4,19 @@
 
 use std::path::Path;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::input::Chunk;
 use crate::pretokenize::Splitter;
+use crate::progress::Progress;
 use crate::sources::document::Gather;
 use crate::sources::sample::Sample;
-use crate::sources::{End, Job, Source};
+use crate::sources::{End, Job, Source, more_memory};
 
 /// A column of text that is being read, batch by batch.
 pub trait Feed: Send {
-    /// Gives the documents of the next batch, in order, to `take`, until that says `false`; `false` at the end.
-    fn next(&mut self, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<bool>;
+    /// Gives the documents of the next batch, in order, to `take`, until that says `false`; `false` at the end. One that
+    /// is longer than `most` bytes comes alone, or is refused.
+    fn next(&mut self, most: usize, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<bool>;
 
     /// How much of the file has been read, 0 to 1.
     fn share_done(&self) -> f64;
@@ -24,8 +26,10 @@ pub trait Feed: Send {
 pub type OpenFeed = dyn Fn(&Path, &str) -> Result<Box<dyn Feed>> + Send + Sync;
 
 /// A feed as a source.
-pub(crate) struct FeedSource {
+pub(crate) struct FeedSource<'a> {
     feed: Box<dyn Feed>,
+    path: &'a Path,
+    progress: Option<&'a Progress>,
     sample: Option<Sample>,
     size: u64,
     rows: u64,
@@ -33,20 +37,31 @@ pub(crate) struct FeedSource {
     skip: u64,
 }
 
-impl FeedSource {
-    pub fn new(feed: Box<dyn Feed>, sample: Option<Sample>, size: u64) -> Self {
-        Self { feed, sample, size, rows: 0, skip: 0 }
+impl<'a> FeedSource<'a> {
+    /// `path`: what the file is called in messages; `size`: its bytes.
+    pub fn new(
+        feed: Box<dyn Feed>,
+        (path, size): (&'a Path, u64),
+        sample: Option<Sample>,
+        progress: Option<&'a Progress>,
+    ) -> Self {
+        Self { feed, path, progress, sample, size, rows: 0, skip: 0 }
     }
 }
 
-impl Source for FeedSource {
+impl Source for FeedSource<'_> {
     fn fill(&mut self, chunk: &mut Chunk, job: Job<'_>) -> Result<End> {
         chunk.records = true;
         let mut gather = Gather::new(chunk, self.sample, job.plain, job.room);
         while gather.len() < job.chunk_bytes {
-            let (rows, skip) = (&mut self.rows, self.skip);
-            let more = self.feed.next(&mut |document| {
+            self.progress.map_or(Ok(()), Progress::check)?;
+            let (rows, skip, mut too_long) = (&mut self.rows, self.skip, false);
+            let more = self.feed.next(job.most_uncut, &mut |document| {
                 *rows += 1;
+                too_long = document.len() > job.most_uncut;
+                if too_long {
+                    return false;
+                }
                 if *rows > skip && gather.takes(*rows) {
                     let added = gather.add(*rows, |out| {
                         out.extend_from_slice(document);
@@ -56,6 +71,11 @@ impl Source for FeedSource {
                 }
                 !gather.full()
             })?;
+            if too_long {
+                let (most, more) = (job.most_uncut, more_memory(&job));
+                let what = format!("longer than {most} bytes; expected shorter texts{more}");
+                return Err(Error::format(format!("{}: row {}", self.path.display(), self.rows), what));
+            }
             if gather.full() {
                 return Ok(End::Limit);
             }

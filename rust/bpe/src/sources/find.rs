@@ -4,6 +4,7 @@
 //! Nothing is opened here. Called by `input`.
 
 use std::collections::HashSet;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
@@ -100,16 +101,12 @@ fn walk(folder: &Path, found: &mut Vec<Found>) -> Result<()> {
     let hidden = |name: &std::ffi::OsStr| name.as_encoded_bytes().starts_with(b".");
     let entries = walkdir::WalkDir::new(folder).follow_links(true).sort_by_file_name().into_iter();
     for entry in entries.filter_entry(|e| e.depth() == 0 || !hidden(e.file_name())) {
-        let entry = entry.map_err(|e| {
-            let path = e.path().unwrap_or(folder).to_path_buf();
-            e.io_error().map_or_else(
-                || Error::File {
-                    path: path.clone(),
-                    what: "is a link to a folder that it lies in; expected a folder without loops".into(),
-                },
-                |io| Error::io(&path, io),
-            )
-        })?;
+        let entry = match entry {
+            Ok(entry) => entry,
+            // A link to nothing that would not be read either.
+            Err(e) if e.depth() > 0 && e.path().is_some_and(|path| path.is_symlink() && !is_wanted(path)) => continue,
+            Err(e) => return Err(failed(e.path().unwrap_or(folder), e.io_error())),
+        };
         if !entry.file_type().is_file() {
             continue;
         }
@@ -125,6 +122,25 @@ fn walk(folder: &Path, found: &mut Vec<Found>) -> Result<()> {
         return Err(Error::File { path: folder.into(), what: what.into() });
     }
     Ok(())
+}
+
+/// Whether a file of a folder is read, by its name.
+fn is_wanted(path: &Path) -> bool {
+    let is_hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+    let (kind, _, foreign) = read_name(path);
+    !is_hidden && kind.is_some() && foreign.is_none()
+}
+
+/// Why what a folder holds cannot be read.
+fn failed(path: &Path, error: Option<&io::Error>) -> Error {
+    let what = match error {
+        None => "is a link to a folder that it lies in; expected a folder without loops",
+        Some(_) if path.is_symlink() && !path.exists() => {
+            "is a link to nothing in a directory of the inputs; expected a file there, or no link"
+        }
+        Some(error) => return Error::io(path, error),
+    };
+    Error::File { path: path.into(), what: what.into() }
 }
 
 /// A file that was named itself: whatever its ending, it is read, unless that is known to be something else.

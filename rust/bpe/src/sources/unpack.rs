@@ -21,6 +21,8 @@ use crate::sources::pipe::Pipe;
 const XZ_MEMORY: u64 = 512 << 20;
 /// Bytes of a packed file that are read at once.
 const BLOCK: usize = 128 << 10;
+/// Bytes of text between two looks at whether to stop: bzip2 unpacks as many in 30 ms.
+const AT_ONCE: usize = 1 << 20;
 /// Bytes that tell every format.
 const HEAD: usize = 10;
 
@@ -161,19 +163,28 @@ impl<'a> Stream<'a> {
     }
 
     /// Reads until `bytes` has `wanted` bytes; `true` where the file ends before.
+    ///
+    /// # Errors
+    /// Of the file; [`Error::Interrupted`] when `progress` says so, looked at every few milliseconds.
     pub fn read_to(&mut self, bytes: &mut Vec<u8>, wanted: usize) -> Result<bool> {
-        let before = bytes.len();
-        let missing = wanted.saturating_sub(before);
-        if bytes.try_reserve_exact(missing).is_err() {
+        if bytes.try_reserve_exact(wanted.saturating_sub(bytes.len())).is_err() {
             let what = format!("no memory for a text of {wanted} bytes without a border; expected more memory");
             return Err(Error::File { path: self.path.clone(), what });
         }
-        let result = match &mut self.reader {
-            Reader::Plain(file) => file.take(missing as u64).read_to_end(bytes),
-            Reader::Other(reader) => reader.take(missing as u64).read_to_end(bytes),
-        };
-        self.produced += (bytes.len() - before) as u64;
-        result.map(|read| read < missing).map_err(|e| self.explain(&e))
+        loop {
+            stopped(self.progress).map_or(Ok(()), Err)?;
+            let before = bytes.len();
+            let missing = wanted.saturating_sub(before).min(AT_ONCE);
+            let result = match &mut self.reader {
+                Reader::Plain(file) => file.take(missing as u64).read_to_end(bytes),
+                Reader::Other(reader) => reader.take(missing as u64).read_to_end(bytes),
+            };
+            self.produced += (bytes.len() - before) as u64;
+            let ended = result.map_err(|e| self.explain(&e))? < missing;
+            if ended || bytes.len() >= wanted {
+                return Ok(ended);
+            }
+        }
     }
 
     /// Bytes of the file itself that were read.
