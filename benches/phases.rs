@@ -52,7 +52,7 @@ fn counted(text: &str) -> Words {
     let splitter = splitter("gpt2", Level::of_process().unwrap());
     let mut counts = WordCounts::default();
     count_text(text.as_bytes(), &splitter, TextPolicy::Error, &mut counts).unwrap();
-    counts.into_words()
+    counts.into_sorted().into_iter().collect()
 }
 
 fn scan(c: &mut Criterion) {
