@@ -41,7 +41,7 @@ fn benches(c: &mut Criterion) {
     for (name, text) in cases {
         group.sample_size(10).throughput(Throughput::Bytes(text.len() as u64));
         group.bench_with_input(BenchmarkId::from_parameter(name), text, |b, text| {
-            let mut ids = Vec::new();
+            let mut ids = Vec::<u32>::new();
             b.iter(|| {
                 ids.clear();
                 encoder.encode(text, Allowed::None, &mut ids).unwrap();

@@ -429,3 +429,20 @@ def test_every_level_of_instructions_gives_the_same_pretokens() -> None:
     assert best.count("\n") == 3 and len(best) > 3 * len(text)
     for level in levels:
         assert said(level) == best, level
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_large_text_on_threads(threads: int) -> None:
+    """Cut between words where there is such a place, also within a special token's neighbourhood."""
+    parts = ["the kiln is warm and the clay is wet", "x" * 700_000, EOT, "  \n\n ", "é日本", "12345 don't"]
+    text = "".join(parts[i] for i in np.random.default_rng(0).integers(0, 6, size=30)) + "the potter " * 100_000
+    t = bytekiln.train_bpe_from_iterator([text[:100_000]], vocab_size=400, special_tokens=[EOT])
+    expected = t.encode(text, allowed_special="all")
+    assert t.encode_to_numpy(text, allowed_special="all", threads=threads).tolist() == expected
+    found = t.encode_to_numpy(text.encode(), allowed_special="all", threads=threads)
+    assert found.tolist() == expected and found.dtype == np.uint16 and found.flags.writeable
+    assert EOT in t.decode(t.encode_to_numpy(text, threads=threads).tolist())
+    with pytest.raises(TextError, match="special token"):
+        t.encode_to_numpy(text, disallowed_special="all", threads=threads)
+    with pytest.raises(TextError, match="byte offset 2: invalid UTF-8"):
+        t.encode_to_numpy(b"ab\xff")

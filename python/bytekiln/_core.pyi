@@ -91,10 +91,11 @@ class Tokenizer:
     def encode_ordinary(self, text: str) -> list[int]: ...
     def encode_to_numpy(
         self,
-        text: str,
+        text: str | bytes,
         *,
         allowed_special: Literal["all"] | Iterable[str] = (),
         disallowed_special: Literal["all"] | Iterable[str] = (),
+        threads: int | None = None,
     ) -> NDArray[np.uint16] | NDArray[np.uint32]: ...
     def encode_bytes(
         self,

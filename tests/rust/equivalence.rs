@@ -300,7 +300,7 @@ fn a_megabyte_without_spaces_is_encoded_as_its_halves_joined_by_the_specificatio
             .unwrap();
     let encoder = Encoder::new(Vocab::from_training(merges, &[], r"[a-z]+").unwrap()).unwrap();
     let unit = "abcaabcabbzz";
-    let (mut one, mut many) = (vec![], vec![]);
+    let (mut one, mut many) = (Vec::<u32>::new(), Vec::<u32>::new());
     encoder.encode(unit, Allowed::None, &mut one).unwrap();
     encoder.encode(&unit.repeat(90_000), Allowed::None, &mut many).unwrap();
     assert_eq!(many, one.repeat(90_000));

@@ -6,18 +6,17 @@
 //! depend on the threads, and memory is threads × chunk whatever the input's size.
 
 use std::path::Path;
-use std::sync::{Condvar, Mutex};
-use std::thread;
 
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::encode::{Encoder, Scratch};
+use crate::encode::{Encoder, Packed};
 use crate::error::{Error, Result};
 use crate::input::{Chunk, ChunkReader, Inputs};
 use crate::pretokenize::{Piece, Run, Splitter, TextPolicy};
 use crate::progress::{Progress, Stage};
 use crate::tokens::{Dtype, Manifest, Source, TokenWriter, checksum_text, manifest_path};
 use crate::train::TokenId;
+use crate::turns::Turns;
 
 /// How to encode files; the defaults are those of the command line.
 #[derive(Debug, Clone)]
@@ -37,10 +36,8 @@ pub struct EncodeOptions {
 }
 
 /// A chunk after encoding.
-#[derive(Default)]
 struct Encoded {
-    ids: Vec<TokenId>,
-    packed: Vec<u8>,
+    ids: Packed,
     text_bytes: u64,
     max_id: Option<TokenId>,
     /// End-of-text tokens in the chunk.
@@ -49,10 +46,9 @@ struct Encoded {
     open_text: bool,
 }
 
-/// What is written, and whose turn it is.
+/// What is written.
 struct Output {
     writer: TokenWriter,
-    turn: u64,
     text_bytes: u64,
     documents: u64,
     max_id: Option<TokenId>,
@@ -62,7 +58,6 @@ struct Output {
     file_bytes: u64,
     file_hash: Xxh3,
     sources: Vec<Source>,
-    failed: bool,
 }
 
 /// Encodes `inputs`, in their order, into the token file `out`.
@@ -84,9 +79,8 @@ pub fn encode_files(
     refuse_input_as_output(inputs, out)?;
     progress.begin(Stage::Encode, inputs.total_bytes());
     let reader = ChunkReader::new(inputs, encoder.splitter(), options.chunk_bytes).stopped_by(progress);
-    let output = Mutex::new(Output {
+    let output = Turns::new(Output {
         writer: TokenWriter::create(out, dtype, options.overwrite)?,
-        turn: 0,
         text_bytes: 0,
         documents: 0,
         max_id: None,
@@ -95,48 +89,22 @@ pub fn encode_files(
         file_bytes: 0,
         file_hash: Xxh3::new(),
         sources: Vec::new(),
-        failed: false,
     });
-    let turn_changed = Condvar::new();
     let job = Job { encoder, inputs, options, dtype, eot };
 
-    let work = || -> Result<()> {
+    output.work(options.threads, || {
         let mut chunk = Chunk::default();
-        let mut done = Encoded::default();
+        let ids = Packed::new(dtype);
+        let mut done = Encoded { ids, text_bytes: 0, max_id: None, ends: 0, open_text: false };
         while reader.next(&mut chunk)? {
             progress.check()?;
-            encoder.with_scratch(|scratch| job.encode(&chunk, reader.splitter(&chunk), &mut done, scratch))?;
-            let guard = output.lock().map_err(|_| Error::Interrupted)?;
-            let waited = turn_changed.wait_while(guard, |o| o.turn != chunk.index && !o.failed);
-            let mut output = waited.map_err(|_| Error::Interrupted)?;
-            if output.failed {
-                return Err(Error::Interrupted);
-            }
-            job.write(&chunk, &done, &mut output)?;
-            output.turn += 1;
-            drop(output);
-            turn_changed.notify_all();
+            job.encode(&chunk, reader.splitter(&chunk), &mut done)?;
+            output.wait(chunk.index, |output| job.write(&chunk, &done, output))?;
             progress.add(chunk.read_bytes);
         }
         Ok(())
-    };
-    // Whoever fails, by a panic even, tells those who wait for its turn.
-    let work = || {
-        let abandon = Abandon { output: &output, turn_changed: &turn_changed };
-        work().inspect(|()| std::mem::forget(abandon))
-    };
-    thread::scope(|scope| {
-        let others: Vec<_> = (1..options.threads.max(1)).map(|_| scope.spawn(work)).collect();
-        let mut results = vec![work()];
-        results.extend(
-            others.into_iter().map(|other| other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))),
-        );
-        // The cause comes before the threads that only stopped because of it.
-        let mut errors = results.into_iter().filter_map(Result::err).collect::<Vec<_>>();
-        errors.sort_by_key(|e| matches!(e, Error::Interrupted));
-        errors.into_iter().next().map_or(Ok(()), Err)
     })?;
-    let output = output.into_inner().map_err(|_| Error::Interrupted)?;
+    let output = output.into_inner()?;
     progress.check()?;
     output.writer.finish(|tokens, checksum| Manifest {
         format: "bytekiln-tokens".into(),
@@ -156,21 +124,6 @@ pub fn encode_files(
     })
 }
 
-/// Dropped by a thread that did not finish: nobody need wait for it any longer.
-struct Abandon<'a> {
-    output: &'a Mutex<Output>,
-    turn_changed: &'a Condvar,
-}
-
-impl Drop for Abandon<'_> {
-    fn drop(&mut self) {
-        if let Ok(mut output) = self.output.lock() {
-            output.failed = true;
-        }
-        self.turn_changed.notify_all();
-    }
-}
-
 struct Job<'a> {
     encoder: &'a Encoder,
     inputs: &'a Inputs,
@@ -180,59 +133,64 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    fn encode(&self, chunk: &Chunk, splitter: &Splitter, done: &mut Encoded, scratch: &mut Scratch) -> Result<()> {
-        let Encoded { ids, packed, text_bytes, max_id, ends, open_text } = done;
-        ids.clear();
-        packed.clear();
+    fn encode(&self, chunk: &Chunk, splitter: &Splitter, done: &mut Encoded) -> Result<()> {
+        let Encoded { ids, text_bytes, max_id, ends, open_text } = done;
+        ids.bytes.clear();
         (*text_bytes, *ends, *open_text) = (0, 0, false);
         let special_ids = self.encoder.special_ids();
         let end_record = self.eot.filter(|_| chunk.records && self.options.append_eot != Some(false));
-        for (start, text) in chunk.texts() {
-            let mut meet = |words: &[u8], special: Option<usize>| match special {
-                None => {
-                    *text_bytes += words.len() as u64;
-                    *open_text = *open_text || !words.iter().all(u8::is_ascii_whitespace);
+        self.encoder.with(ids, |take| {
+            for (start, text) in chunk.texts() {
+                let mut meet = |words: &[u8], special: Option<usize>| match special {
+                    None => {
+                        *text_bytes += words.len() as u64;
+                        *open_text = *open_text || !words.iter().all(u8::is_ascii_whitespace);
+                    }
+                    Some(index) if Some(special_ids[index]) == self.eot => {
+                        *ends += 1;
+                        *open_text = false;
+                    }
+                    Some(_) => *open_text = true,
+                };
+                let split = match simdutf8::basic::from_utf8(text) {
+                    Ok(valid) => splitter.split_runs(valid, |run| match run {
+                        Run::Words(ends) => {
+                            meet(&text[ends.start..ends.end()], None);
+                            take.run(text, &ends);
+                        }
+                        Run::Special(index) => {
+                            meet(&[], Some(index));
+                            take.id(special_ids[index]);
+                        }
+                    }),
+                    Err(_) => splitter.split_bytes(text, self.options.policy, |piece| match piece {
+                        Piece::Word(word) => {
+                            meet(word, None);
+                            take.word(word);
+                        }
+                        Piece::Special(index) => {
+                            meet(&[], Some(index));
+                            take.id(special_ids[index]);
+                        }
+                    }),
+                };
+                split.map_err(|e| self.inputs.locate(chunk, start, e))?;
+                if let Some(eot) = end_record {
+                    take.id(eot);
                 }
-                Some(index) if Some(special_ids[index]) == self.eot => {
-                    *ends += 1;
-                    *open_text = false;
-                }
-                Some(_) => *open_text = true,
-            };
-            let split = match simdutf8::basic::from_utf8(text) {
-                Ok(valid) => splitter.split_runs(valid, |run| match run {
-                    Run::Words(ends) => {
-                        meet(&text[ends.start..ends.end()], None);
-                        self.encoder.run(text, &ends, scratch, ids);
-                    }
-                    Run::Special(index) => {
-                        meet(&[], Some(index));
-                        ids.push(special_ids[index]);
-                    }
-                }),
-                Err(_) => splitter.split_bytes(text, self.options.policy, |piece| {
-                    match piece {
-                        Piece::Word(word) => meet(word, None),
-                        Piece::Special(index) => meet(&[], Some(index)),
-                    }
-                    self.encoder.piece(piece, special_ids, scratch, ids);
-                }),
-            };
-            self.encoder.flush(scratch, ids);
-            split.map_err(|e| self.inputs.locate(chunk, start, e))?;
-            ids.extend(end_record);
-        }
+            }
+            Ok(())
+        })?;
         if chunk.records {
             (*ends, *open_text) = (chunk.record_count(), false);
         }
-        *max_id = ids.iter().copied().max();
-        self.dtype.pack(ids, packed);
+        *max_id = ids.max(0);
         Ok(())
     }
 
     /// Writes a chunk in its turn.
     fn write(&self, chunk: &Chunk, done: &Encoded, output: &mut Output) -> Result<()> {
-        output.writer.write(&done.packed)?;
+        output.writer.write(&done.ids.bytes)?;
         output.file_hash.update(&chunk.bytes);
         output.file_bytes += chunk.bytes.len() as u64;
         output.text_bytes += done.text_bytes;

@@ -37,6 +37,9 @@ pub enum Error {
     /// A parameter that cannot work.
     #[error("{0}")]
     Config(String),
+    /// The system gives no more memory.
+    #[error("{0}")]
+    Memory(String),
     /// An error of the caller's own code, which was called for input.
     #[error("{0}")]
     Called(Box<dyn std::error::Error + Send + Sync>),

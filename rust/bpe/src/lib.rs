@@ -2,7 +2,7 @@
 //! chunk sizes and the splits of the input.
 //!
 //! Floors: `error` < `scan` < `pretokenize` (two rooms with floors of their own) < `sources` < `input` < `words`, `packed`, `sorted_words` < `word_counts` < `count` <
-//! `counts` < `token_bytes` < `ties` < `prior` < `queue` < `merge` < `train` < `vocab` < `encode` < `corpus`; `atomic` < `tokens` <
+//! `counts` < `token_bytes` < `ties` < `prior` < `queue` < `merge` < `train` < `vocab`, `turns` < `encode` < `corpus`; `atomic` < `tokens` <
 //! `corpus`; `counts` and `checkpoint` write through `atomic`; `extend` joins `prior` and `vocab`, `trainer` all of training;
 //! `formats` reads and writes a `vocab`; `naive` is the specification that tests hold all of it to.
 
@@ -33,6 +33,7 @@ pub mod token_bytes;
 pub mod tokens;
 pub mod train;
 pub mod trainer;
+mod turns;
 pub mod vocab;
 mod word_counts;
 pub mod words;

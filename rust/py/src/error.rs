@@ -1,7 +1,7 @@
 //! The one place where errors change language: [`Error`] becomes a class of `bytekiln.errors`.
 
 use bytekiln_bpe::Error;
-use pyo3::exceptions::PyKeyboardInterrupt;
+use pyo3::exceptions::{PyKeyboardInterrupt, PyMemoryError};
 use pyo3::prelude::*;
 
 /// The Python exception of an error of the core.
@@ -12,6 +12,7 @@ pub fn to_python(py: Python<'_>, error: &Error) -> PyErr {
         Error::Text(_) => "TextError",
         Error::Format { .. } => "FormatError",
         Error::Config(_) => "ConfigError",
+        Error::Memory(what) => return PyMemoryError::new_err(what.clone()),
         Error::Called(own) => match own.downcast_ref::<PyErr>() {
             Some(own) => return own.clone_ref(py),
             None => "FileError",

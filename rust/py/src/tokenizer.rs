@@ -4,16 +4,17 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytekiln_bpe::Error;
-use bytekiln_bpe::encode::{Allowed, EncodeStream, Encoder};
+use bytekiln_bpe::encode::{Allowed, EncodeStream, Encoder, Out};
 use bytekiln_bpe::formats::{self, Format, SpecialNames};
 use bytekiln_bpe::pretokenize::TextPolicy;
 use bytekiln_bpe::tokens::Dtype;
 use bytekiln_bpe::train::TokenId;
 use bytekiln_bpe::vocab::Vocab;
+use numpy::PyArray1;
 use pyo3::buffer::{Element, PyBuffer};
 use pyo3::exceptions::{PyOverflowError, PyTypeError};
 use pyo3::prelude::*;
-use pyo3::types::{PyByteArray, PyBytes, PyDict, PyIterator, PyList, PyString};
+use pyo3::types::{PyBytes, PyDict, PyIterator, PyList, PyString};
 
 use crate::error::{OrRaise, to_python};
 use crate::threads_or_default;
@@ -82,6 +83,13 @@ impl SpecialArgument<'_> {
     }
 }
 
+/// A text, or its UTF-8.
+#[derive(FromPyObject)]
+enum TextArgument<'py> {
+    Text(Bound<'py, PyString>),
+    Bytes(Bound<'py, PyBytes>),
+}
+
 #[derive(FromPyObject)]
 enum VocabArgument {
     Path(PathBuf),
@@ -94,6 +102,14 @@ enum MergesArgument {
     Pairs(Vec<(Vec<u8>, Vec<u8>)>),
 }
 
+/// Bytes as the text that they are.
+fn valid_utf8(bytes: &[u8]) -> bytekiln_bpe::Result<&str> {
+    std::str::from_utf8(bytes).map_err(|e| {
+        let at = e.valid_up_to();
+        Error::Text(format!("text: byte offset {at}: invalid UTF-8; expected UTF-8, or encode_bytes(data, errors=...)"))
+    })
+}
+
 /// Text of a Python string; a lone surrogate is not text.
 pub fn text_of<'a>(text: &'a Bound<'_, PyString>) -> PyResult<&'a str> {
     text.to_str().map_err(|e| {
@@ -103,6 +119,25 @@ pub fn text_of<'a>(text: &'a Bound<'_, PyString>) -> PyResult<&'a str> {
 }
 
 impl Tokenizer {
+    fn array<'py, T: numpy::Element + Copy + Sync>(
+        &self,
+        py: Python<'py>,
+        text: &str,
+        allowed: Allowed<'_>,
+        disallowed: Allowed<'_>,
+        threads: usize,
+    ) -> PyResult<Bound<'py, PyArray1<T>>>
+    where
+        Vec<T>: Out,
+    {
+        let encoded = py.detach(|| {
+            self.encoder.refuse(text, disallowed, allowed)?;
+            let mut ids = Vec::new();
+            self.encoder.encode_on_threads(text, allowed, threads, &mut ids).map(|()| ids)
+        });
+        encoded.or_raise(py).map(|ids| PyArray1::from_vec(py, ids))
+    }
+
     pub fn from_vocab(py: Python<'_>, vocab: bytekiln_bpe::Result<Vocab>) -> PyResult<Self> {
         let encoder = vocab.and_then(Encoder::new).or_raise(py)?;
         Ok(Self { encoder: Arc::new(encoder) })
@@ -270,20 +305,30 @@ impl Tokenizer {
     }
 
     /// `encode` as an array of uint16, or of uint32 where the vocabulary has more than 65,536 tokens.
-    #[pyo3(signature = (text, *, allowed_special=SpecialSet::NONE, disallowed_special=SpecialSet::NONE), text_signature = "($self, text, *, allowed_special=(), disallowed_special=())")]
+    ///
+    /// Args:
+    ///     text: a text, or one as the bytes of its UTF-8.
+    ///     allowed_special, disallowed_special: as in `encode`.
+    ///     threads: that encode a large text; default: one a core. Ids never depend on it.
+    #[pyo3(signature = (text, *, allowed_special=SpecialSet::NONE, disallowed_special=SpecialSet::NONE, threads=None), text_signature = "($self, text, *, allowed_special=(), disallowed_special=(), threads=None)")]
     fn encode_to_numpy<'py>(
         &self,
-        text: &Bound<'py, PyString>,
+        py: Python<'py>,
+        text: TextArgument<'_>,
         allowed_special: SpecialSet,
         disallowed_special: SpecialSet,
+        threads: Option<usize>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let py = text.py();
-        let ids = self.ids(text, &allowed_special, &disallowed_special)?;
-        let dtype = Dtype::for_vocab(self.encoder.vocab().len());
-        let mut packed = Vec::with_capacity(ids.len() * dtype.size());
-        dtype.pack(&ids, &mut packed);
-        let name = if dtype == Dtype::Uint16 { "<u2" } else { "<u4" };
-        py.import("numpy")?.call_method1("frombuffer", (PyByteArray::new(py, &packed), name))
+        let text = match &text {
+            TextArgument::Text(text) => text_of(text)?,
+            TextArgument::Bytes(bytes) => valid_utf8(bytes.as_bytes()).or_raise(py)?,
+        };
+        let threads = threads_or_default(py, threads)?;
+        let (allowed, disallowed) = (allowed_special.allowed(), disallowed_special.allowed());
+        Ok(match Dtype::for_vocab(self.encoder.vocab().len()) {
+            Dtype::Uint16 => self.array::<u16>(py, text, allowed, disallowed, threads)?.into_any(),
+            Dtype::Uint32 => self.array::<u32>(py, text, allowed, disallowed, threads)?.into_any(),
+        })
     }
 
     /// Ids of bytes that need not be UTF-8.

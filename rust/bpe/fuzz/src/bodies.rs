@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 
 use bytekiln_bpe::count::{WordCounts, count_text};
 use bytekiln_bpe::naive;
-use bytekiln_bpe::pretokenize::{CL100K, GPT2, O200K, Pattern, Piece, SplitStream, Splitter, TextPolicy};
+use bytekiln_bpe::pretokenize::{CL100K, GPT2, O200K, Pattern, Piece, Run, SplitStream, Splitter, TextPolicy};
 use bytekiln_bpe::progress::Progress;
 use bytekiln_bpe::train::{Options, TieBreak, train};
 use bytekiln_simd::Level;
@@ -28,6 +28,20 @@ fn own(piece: Piece<'_>) -> Option<Vec<u8>> {
     match piece {
         Piece::Word(word) => Some(word.to_vec()),
         Piece::Special(_) => None,
+    }
+}
+
+/// The same of a run of them.
+fn own_run(found: &mut Vec<Option<Vec<u8>>>, text: &[u8], run: Run<'_>) {
+    match run {
+        Run::Special(_) => found.push(None),
+        Run::Words(ends) => {
+            let mut start = ends.start;
+            for end in ends {
+                found.push(Some(text[start..end].to_vec()));
+                start = end;
+            }
+        }
     }
 }
 
@@ -58,10 +72,10 @@ pub fn pieces(data: &[u8]) {
             while !rest.is_char_boundary(size) {
                 size += 1;
             }
-            stream.push(&splitter, &rest[..size], |piece| found.push(own(piece))).unwrap();
+            stream.push(&splitter, &rest[..size], |text, run| own_run(&mut found, text, run)).unwrap();
             rest = &rest[size..];
         }
-        stream.finish(&splitter, |piece| found.push(own(piece))).unwrap();
+        stream.finish(&splitter, |text, run| own_run(&mut found, text, run)).unwrap();
         assert_eq!(found, expected, "{} at {level:?} in parts: {text:?}", PATTERNS[which].0);
 
         let (mut counts, mut plain) = (WordCounts::default(), BTreeMap::new());

@@ -206,33 +206,37 @@ impl Splitter {
 /// What cannot be decided yet is held back: the text from the last certain border on.
 #[derive(Debug, Default)]
 pub struct SplitStream {
-    held: Vec<u8>,
+    held: String,
     /// Length at which looking for a border again is worth it: doubles after each vain search, so that the
     /// whole cost stays linear however small the parts are.
     try_at: usize,
 }
 
 impl SplitStream {
-    /// Takes the next part; calls `f` with the pieces that it completes.
-    pub fn push(&mut self, splitter: &Splitter, part: &str, f: impl FnMut(Piece<'_>)) -> Result<()> {
-        self.held.extend_from_slice(part.as_bytes());
+    /// Takes the next part; calls `f` with what it completes, and the text that this lies in.
+    pub fn push(&mut self, splitter: &Splitter, part: &str, f: impl FnMut(&[u8], Run<'_>)) -> Result<()> {
+        self.held.push_str(part);
         if self.held.len() < self.try_at {
             return Ok(());
         }
-        let Some(cut) = splitter.safe_cut(&self.held) else {
+        let Some(cut) = splitter.safe_cut(self.held.as_bytes()) else {
             self.try_at = self.held.len() * 2;
             return Ok(());
         };
-        let done = splitter.split_bytes(&self.held[..cut], TextPolicy::Error, f);
+        let done = split_held(splitter, &self.held[..cut], f);
         self.held.drain(..cut);
         self.try_at = self.held.len() + self.held.len() / 2;
         done
     }
 
-    /// The text has ended: calls `f` with the remaining pieces.
-    pub fn finish(self, splitter: &Splitter, f: impl FnMut(Piece<'_>)) -> Result<()> {
-        splitter.split_bytes(&self.held, TextPolicy::Error, f)
+    /// The text has ended: calls `f` with the rest.
+    pub fn finish(self, splitter: &Splitter, f: impl FnMut(&[u8], Run<'_>)) -> Result<()> {
+        split_held(splitter, &self.held, f)
     }
+}
+
+fn split_held(splitter: &Splitter, held: &str, mut f: impl FnMut(&[u8], Run<'_>)) -> Result<()> {
+    splitter.split_runs(held, |run| f(held.as_bytes(), run))
 }
 
 #[cfg(test)]
@@ -323,20 +327,29 @@ mod tests {
         ) {
             let specials = ["<|e|>".to_string(), "e|> <".into(), " a\n".into()];
             let splitter = Splitter::new(Pattern::new(name).unwrap().into(), &specials).unwrap();
-            let own = |p: Piece<'_>| match p {
+            let mut whole = vec![];
+            splitter.split(&text, |p| whole.push(match p {
                 Piece::Word(w) => (w.to_vec(), 9),
                 Piece::Special(i) => (vec![], i),
+            })).unwrap();
+            let own = |parts: &mut Vec<(Vec<u8>, usize)>, text: &[u8], run: Run<'_>| match run {
+                Run::Special(i) => parts.push((vec![], i)),
+                Run::Words(ends) => {
+                    let mut start = ends.start;
+                    for end in ends {
+                        parts.push((text[start..end].to_vec(), 9));
+                        start = end;
+                    }
+                }
             };
-            let mut whole = vec![];
-            splitter.split(&text, |p| whole.push(own(p))).unwrap();
             let (mut parts, mut stream) = (vec![], SplitStream::default());
             let mut chars = text.chars();
             for size in sizes.iter().cycle() {
                 let part: String = chars.by_ref().take(*size).collect();
                 if part.is_empty() { break }
-                stream.push(&splitter, &part, |p| parts.push(own(p))).unwrap();
+                stream.push(&splitter, &part, |text, run| own(&mut parts, text, run)).unwrap();
             }
-            stream.finish(&splitter, |p| parts.push(own(p))).unwrap();
+            stream.finish(&splitter, |text, run| own(&mut parts, text, run)).unwrap();
             prop_assert_eq!(whole, parts);
         }
     }
