@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from fractions import Fraction
@@ -21,13 +20,10 @@ from bytekiln import _core
 from bytekiln.atomic import AtomicFile, in_our_words
 from bytekiln.characters import CODE_POINTS, CharTokenizer
 from bytekiln.errors import ConfigError, FileError, TextError
+from bytekiln.tokens.files import NPY_HEADER, file_name, is_orphan, npy_header
 
 BLOCK_BYTES = 1 << 20
 """Bytes of text that are in memory at a time."""
-NPY_HEADER = 128
-"""Bytes of the `.npy` header: fixed, so that the count can be filled in at the end."""
-NPY_MAGIC = b"\x93NUMPY\x01\x00" + (NPY_HEADER - 10).to_bytes(2, "little")
-"""Format 1.0 and the length of what follows."""
 Progress = Callable[[str, int, int], object]
 """Called with the stage, the bytes done and the bytes in all."""
 
@@ -228,7 +224,7 @@ class _TokenFile:
         with ExitStack() as stack:
             # The manifest's place is taken first, as in the core: refused before any work is done.
             self._side = stack.enter_context(
-                AtomicFile(path.with_name(path.name + ".json"), overwrite=overwrite or _is_orphan(path))
+                AtomicFile(path.with_name(path.name + ".json"), overwrite=overwrite or is_orphan(path))
             )
             self._file = stack.enter_context(AtomicFile(path, overwrite=overwrite))
             self._file.write(bytes(self._header))
@@ -261,7 +257,7 @@ class _TokenFile:
         """Count the text into its source: a file, or the part of one that is written here."""
         if self._source is None or self._source[0] is not source:
             self._finish_source()
-            self._sources.append({"name": _name(source), "bytes": 0, "offset": offset})
+            self._sources.append({"name": file_name(source), "bytes": 0, "offset": offset})
             self._source = (source, hashlib.sha256(), True)
         path, digest, blank = self._source
         digest.update(raw)
@@ -279,15 +275,12 @@ class _TokenFile:
         """Complete both files and bring them to the disk, still without their names; returns the manifest."""
         self._finish_source()
         if self._header:
-            kind = 2 if self._dtype == "uint16" else 4
-            text = f"{{'descr': '<u{kind}', 'fortran_order': False, 'shape': ({self._tokens},), }}"
-            room = NPY_HEADER - len(NPY_MAGIC)
-            self._file.write_head(NPY_MAGIC + text.ljust(room - 1).encode() + b"\n")
+            self._file.write_head(npy_header(self._dtype, self._tokens))
         self._file.sync()
         manifest: dict[str, Any] = {
             "format": "bytekiln-tokens",
             "version": 1,
-            "file": _name(self._path),
+            "file": file_name(self._path),
             "dtype": self._dtype,
             "tokens": self._tokens,
             "documents": self._documents,
@@ -313,22 +306,3 @@ class _TokenFile:
             if not self._overwrite:
                 self._side.path.unlink(missing_ok=True)  # without the ids it describes nothing
             raise
-
-
-def _name(path: Path) -> str:
-    """A file's name as text, whatever bytes it has on the disk."""
-    return os.fsencode(path.name).decode("utf-8", "replace")
-
-
-def _is_orphan(path: Path) -> bool:
-    """Whether `path` has a manifest and no token file: a writer was killed between two renames."""
-    try:
-        manifest = json.loads(path.with_name(path.name + ".json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return (
-        not path.exists()
-        and isinstance(manifest, dict)
-        and manifest.get("format") == "bytekiln-tokens"
-        and manifest.get("file") == _name(path)
-    )

@@ -182,9 +182,8 @@ def vocabulary_of(
     source = config.data.tokenizer or config.data.vocab_path or "the tokenizer" if tokenizer is not None else ""
     size = stated or known
     if not size:
-        raise ConfigError(
-            f"vocab_size: unknown, {files[0].path} has no manifest; expected --tokenizer FILE or --vocab-size N"
-        )
+        why = "has no manifest" if files[0].manifest is None else "has a manifest that does not name it"
+        raise ConfigError(f"vocab_size: unknown, {files[0].path} {why}; expected --tokenizer FILE or --vocab-size N")
     if tokenizer is not None and known > size:
         raise MismatchError(f"vocab_size: found {size}; expected at least {known}, the size of {source}")
     if config.training.objective != "mlm" and not config.data.token_corruption:

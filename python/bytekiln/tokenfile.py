@@ -1,8 +1,8 @@
 """Token files on disk, opened as memory maps and checked before anything trusts them.
 
-In: a path to `.npy` or raw ids. Out: `TokenFile`. What has a magic is read by its magic, never by its suffix;
-a raw file's type comes from its manifest, else from the caller, else it is uint16 (docs/formats.md).
-Called by users, `tokenizer.encode_files` and `data`.
+In: a path to `.npy`, raw ids, llm.c's or Megatron's files. Out: `TokenFile`. What has a magic is read by its magic,
+never by its suffix; a raw file's type comes from its manifest, else from the caller, else it is uint16
+(docs/formats.md). Called by users, `tokenizer.encode_files`, `data` and `tokens.convert`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from bytekiln import _core
 from bytekiln.errors import FileError, FormatError, MismatchError
+from bytekiln.tokens import llmc, megatron
+from bytekiln.tokens.mapping import NPY_MAGIC, SCAN_IDS, head_of, map_llmc, map_npy, map_plain, map_raw, reason
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -22,57 +24,70 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_NPY_MAGIC = b"\x93NUMPY"
-_SCAN_IDS = 1 << 22
-"""Ids looked at in one go while a file is scanned: 8 MB of uint16."""
-
 
 class TokenFile:
     """Token ids in a file: a read-only memory map and what its manifest says.
 
     Attributes:
-        path: the file.
+        path: the file of the ids.
         array: the ids, 1-D, read-only, `np.memmap`.
         manifest: the manifest beside it (`<file>.json`), or None.
         notice: a sentence about a type that had to be assumed, or None.
+        kind: "npy", "bin" (no header), "llmc" or "megatron".
+        index: Megatron's index of the ids, or None.
     """
 
     def __init__(
-        self, path: Path, array: NDArray[Any], manifest: dict[str, Any] | None, notice: str | None, offset: int
+        self,
+        path: Path,
+        array: NDArray[Any],
+        manifest: dict[str, Any] | None,
+        notice: str | None,
+        offset: int,
+        kind: str,
+        index: megatron.Index | None,
     ) -> None:
         self.path = path
         self.array = array
         self.manifest = manifest
         self.notice = notice
-        self._offset = offset
+        self.kind = kind
+        self.index = index
+        self.offset = offset
 
     @classmethod
     def open(cls, path: str | PathLike[str], dtype: str | None = None) -> TokenFile:
         """Open a token file and check everything that can be checked without reading it.
 
         Args:
-            path: `.npy` (told by its magic) or raw little-endian ids.
+            path: `.npy` or llm.c's (told by their magic), the `.bin` or `.idx` of a Megatron data set (told by the
+                magic of its index), or raw little-endian ids.
             dtype: type of a raw file that has no manifest: uint16, uint32, int32 or int64; default uint16.
 
         Raises:
             FileError: missing, unreadable, empty, or a directory.
-            FormatError: truncated, not one-dimensional, not integers, an odd number of bytes, or int32 ids
-                taken for uint16.
+            FormatError: truncated, bytes behind the ids, not one-dimensional, not integers, an odd number of bytes,
+                or int32 ids taken for uint16.
             MismatchError: the manifest describes another file.
         """
         path = Path(path)
-        try:
-            with path.open("rb") as file:
-                head = file.read(len(_NPY_MAGIC))
-        except OSError as error:
-            raise FileError(f"{path}: {_reason(error)}; expected a token file") from None
+        head = head_of(path)
+        if head.startswith(megatron.MAGIC):
+            path = path.with_suffix(".bin")
+            head = head_of(path)
         if not head:
             raise FileError(f"{path}: empty file (0 bytes); expected token ids")
         manifest = _read_manifest(path)
-        if head == _NPY_MAGIC:
-            array, notice = _map_npy(path), None
+        notice, kind, index = None, "npy", None
+        if head.startswith(NPY_MAGIC):
+            array = map_npy(path)
+        elif llmc.is_llmc(head):
+            array, kind = map_llmc(path, head), "llmc"
+        elif side := megatron.index_of(path):
+            index, kind = megatron.Index(side, path.stat().st_size), "megatron"
+            array = map_plain(path, index.dtype)
         else:
-            array, notice = _map_raw(path, manifest, dtype)
+            (array, notice), kind = map_raw(path, manifest, dtype), "bin"
         if manifest is not None:
             for field, found in (("tokens", len(array)), ("dtype", str(array.dtype))):
                 if manifest.get(field, found) != found:
@@ -80,7 +95,9 @@ class TokenFile:
                         f"{path}: holds {field} {found}; expected {manifest[field]}, "
                         f"as its manifest {path.name}.json says"
                     )
-        return cls(path, array, manifest, notice, path.stat().st_size - array.nbytes)
+        file = cls(path, array, manifest, notice, path.stat().st_size - array.nbytes, kind, index)
+        file._check_document_ends()
+        return file
 
     def __len__(self) -> int:
         """Number of ids."""
@@ -121,14 +138,64 @@ class TokenFile:
     def _of_manifest(self, field: str) -> Any:  # noqa: ANN401 - what JSON holds; `open` has checked the manifest
         return None if self.manifest is None else self.manifest.get(field)
 
+    @property
+    def document_ends(self) -> NDArray[np.int64] | None:
+        """One place past the end of each document, where the format or the manifest keeps them beside the ids.
+
+        Megatron's index has them, and the file that the manifest names; None: at most `eot_id` tells.
+        """
+        import numpy as np
+
+        blocks = self.document_blocks()
+        return None if blocks is None else np.concatenate(list(blocks))
+
+    def document_blocks(self) -> Iterator[NDArray[np.int64]] | None:
+        """`document_ends` in blocks, for whoever must not hold them all."""
+        if self.index is not None:
+            return self.index.end_blocks()
+        side = self._ends_path()
+        if side is None:
+            return None
+        ends = map_npy(side)
+        return (ends[begin : begin + SCAN_IDS] for begin in range(0, len(ends), SCAN_IDS))
+
+    def _ends_path(self) -> Path | None:
+        """Where the manifest says that the ends of documents are: a file beside the ids, or Megatron's index."""
+        told = self._of_manifest("document_ends")
+        if told is None:
+            return None
+        name = told.get("file") if isinstance(told, dict) else None
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise FormatError(f"{self.path}.json: document_ends {told!r}; expected the name of a file beside it")
+        return self.path.with_name(name)
+
+    def _check_document_ends(self) -> None:
+        side = self._ends_path()
+        if side is None:
+            return
+        if self.index is not None:
+            found, last = self.index.documents, len(self)
+        else:
+            if not side.is_file():
+                raise FileError(f"{side}: no such file; expected the ends of documents, as {self.path.name}.json says")
+            ends = map_npy(side)
+            found, last = len(ends), int(ends[-1])
+        if last != len(self):
+            raise MismatchError(
+                f"{side}: the last document ends at token {last}; expected {len(self)}, as in {self.path}"
+            )
+        documents = self._of_manifest("documents")
+        if documents is not None and documents != found:
+            raise MismatchError(f"{side}: {found} documents; expected {documents}, as {self.path.name}.json says")
+
     @cached_property
     def max_id(self) -> int:
         """Greatest id, found by reading the whole file once."""
         return max(int(part.max()) for _, part in self._parts())
 
     def _parts(self) -> Iterator[tuple[int, NDArray[Any]]]:
-        for begin in range(0, len(self), _SCAN_IDS):
-            yield begin, self.array[begin : begin + _SCAN_IDS]
+        for begin in range(0, len(self), SCAN_IDS):
+            yield begin, self.array[begin : begin + SCAN_IDS]
 
     def check(self, vocab_size: int) -> None:
         """Make sure that every id is below `vocab_size`; reads the file, 2 GB/s or so.
@@ -148,7 +215,7 @@ class TokenFile:
             )
 
     def verify(self) -> None:
-        """Compare the ids' bytes with the manifest's checksum.
+        """Compare the ids' bytes, and the file of documents' ends where there is one, with the manifest's checksums.
 
         Raises:
             MismatchError: they differ.
@@ -157,13 +224,13 @@ class TokenFile:
         expected = self._of_manifest("checksum")
         if expected is None:
             raise FormatError(f"{self.path}: no checksum; expected one in {self.path.name}.json")
-        found = _core.payload_checksum(self.path, self._offset)
+        found = _core.payload_checksum(self.path, self.offset)
         if found != expected:
             raise MismatchError(f"{self.path}: checksum {found}; expected {expected}, as {self.path.name}.json says")
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()
+        side = self._ends_path()
+        expected = self._of_manifest("document_ends").get("checksum") if side is not None else None
+        if side is not None and expected is not None and (found := _core.payload_checksum(side)) != expected:
+            raise MismatchError(f"{side}: checksum {found}; expected {expected}, as {self.path.name}.json says")
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
@@ -173,7 +240,7 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise FileError(f"{side}: {_reason(error)}; expected a readable manifest") from None
+        raise FileError(f"{side}: {reason(error)}; expected a readable manifest") from None
     except ValueError as error:
         raise FormatError(f"{side}: {error}; expected a JSON manifest") from None
     if not isinstance(manifest, dict) or manifest.get("format") != "bytekiln-tokens":
@@ -181,80 +248,6 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     if manifest.get("version") != 1:
         raise FormatError(f"{side}: manifest version {manifest.get('version')}; expected 1")
     return manifest
-
-
-def _map_npy(path: Path) -> NDArray[Any]:
-    import numpy as np
-
-    try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise FormatError(f"{path}: {_npy_fault(path, error)}") from None
-    if array.ndim != 1:
-        raise FormatError(f"{path}: array of shape {array.shape}; expected one dimension of token ids")
-    if array.dtype.kind not in "ui":
-        raise FormatError(f"{path}: array of type {array.dtype}; expected integers (uint16, uint32, int32 or int64)")
-    if len(array) == 0:
-        raise FormatError(f"{path}: no tokens; expected at least one")
-    _check_not_negative(path, array)
-    return array
-
-
-def _npy_fault(path: Path, error: Exception) -> str:
-    """What is wrong with a `.npy` that NumPy could not map."""
-    import numpy as np
-
-    try:
-        with path.open("rb") as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read(file)
-            found = path.stat().st_size - file.tell()
-    except (ValueError, EOFError, OSError):
-        return f"damaged .npy header ({str(error).splitlines()[0].lower()}); expected a whole array"
-    if dtype.hasobject:
-        return f"array of type {dtype}; expected integers (uint16, uint32, int32 or int64)"
-    wanted = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    return f"truncated: {found} bytes of ids; expected {wanted} for shape {shape} of {dtype}"
-
-
-def _map_raw(path: Path, manifest: dict[str, Any] | None, dtype: str | None) -> tuple[NDArray[Any], str | None]:
-    import numpy as np
-
-    notice = None
-    if manifest is not None and "dtype" in manifest:
-        name = str(manifest["dtype"])
-    elif dtype is not None:
-        name = dtype
-    else:
-        name = "uint16"
-        notice = f"{path}: no manifest and no dtype given: read as uint16"
-    if name not in ("uint16", "uint32", "int32", "int64"):
-        raise FormatError(f"{path}: dtype {name!r}; expected uint16, uint32, int32 or int64")
-    kind = np.dtype(name).newbyteorder("<")
-    size = path.stat().st_size
-    if size % kind.itemsize:
-        raise FormatError(f"{path}: {size} bytes; expected a multiple of {kind.itemsize} for {name} ids")
-    array = np.memmap(path, dtype=kind, mode="r")
-    # Two zero bytes in every second place: what int32 ids look like when read as uint16.
-    assumed_even = notice is not None and len(array) >= 4 and len(array) % 2 == 0
-    if assumed_even and not array[1:8192:2].any() and not array[1::2].any() and array[::2].any():
-        raise FormatError(
-            f"{path}: every second value is 0, as in int32 ids; expected uint16, or the type by --data-dtype (dtype=)"
-        )
-    if name.startswith("int"):
-        _check_not_negative(path, array)
-    return array, notice
-
-
-def _check_not_negative(path: Path, array: NDArray[Any]) -> None:
-    if array.dtype.kind != "i":
-        return
-    for begin in range(0, len(array), _SCAN_IDS):
-        part = array[begin : begin + _SCAN_IDS]
-        if int(part.min()) < 0:
-            place = int((part < 0).argmax())
-            raise FormatError(f"{path}: token {begin + place} is id {int(part[place])}; expected ids from 0 on")
 
 
 __all__ = ["TokenFile"]

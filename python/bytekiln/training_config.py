@@ -18,7 +18,7 @@ class DataConfig(Section):
 
     train_data: str = setting(
         "",
-        "token file to train on (.npy or .bin, from bpe-encode); several: a.npy,b.npy",
+        "token file to train on (from bpe-encode; also llm.c's, Megatron's, nanoGPT's); several: a.npy,b.npy",
         also=["train_path"],
         main=True,
         math=False,
@@ -33,7 +33,7 @@ class DataConfig(Section):
     vocab_path: str = setting("", "tokenizer as a pair of files: the vocabulary", math=False)
     merges_path: str = setting("", "tokenizer as a pair of files: the merges", math=False)
     data_dtype: Literal["", "uint16", "uint32", "int32", "int64"] = setting(
-        "", "type of the ids in a raw .bin without manifest", math=False
+        "", "type of the ids in a file without header and manifest", math=False
     )
     sampling: Literal["shuffled", "random", "sequential"] = setting(
         "shuffled",

@@ -57,7 +57,7 @@ def _same_source(training: TokenFile, path: str) -> str | None:
     manifest = training.manifest or {}
     sums = {manifest.get("checksum"), *(s.get("checksum") for s in manifest.get("sources") or [])} - {None}
     try:
-        offset = TokenFile.open(path)._offset if Path(f"{path}.json").is_file() else 0
+        offset = TokenFile.open(path).offset if Path(f"{path}.json").is_file() else 0
         own = _core.payload_checksum(path, offset)
     except BytekilnError:
         return None

@@ -25,8 +25,8 @@ from bytekiln.errors import FileError, FormatError, MismatchError, TextError
 from bytekiln.score.scorer import Scorer, token_scores
 from bytekiln.score.tasks import unpacked
 from bytekiln.tokenfile import TokenFile
+from bytekiln.tokens.mapping import looks_like
 
-NPY = b"\x93NUMPY"
 LEAST_DOCUMENTS = 30
 """With fewer documents the units of a paired test are stretches of text."""
 STRETCH = 1000
@@ -135,7 +135,7 @@ def open_stream(scorer: Scorer, path: str, dtype: str | None = None) -> Stream:
 def _is_token_file(path: Path, dtype: str | None) -> bool:
     try:
         with path.open("rb") as file:
-            if file.read(len(NPY)) == NPY:
+            if looks_like(file.read(16)):
                 return True
     except OSError as exc:
         raise FileError(f"{path}: {(exc.strerror or 'unreadable').lower()}; expected a token file or a text") from None
