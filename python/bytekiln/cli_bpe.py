@@ -32,11 +32,11 @@ from bytekiln.bpe_flags import (
     size,
     text,
 )
-from bytekiln.characters import AnyTokenizer, CharTokenizer, load_any
+from bytekiln.characters import CharTokenizer
 from bytekiln.console import Parser, human_bytes, human_time, table
 from bytekiln.inspection import measure
-from bytekiln.tokenizer import Tokenizer
 from bytekiln.tokenizer_diff import diff
+from bytekiln.tokenizer_flags import add_tokenizer_flags, tokenizer_of
 
 SHORT_BYTES = 1_000_000
 """Below this the speed is mostly that of starting up."""
@@ -44,9 +44,14 @@ SHORT_BYTES = 1_000_000
 
 def encode(argv: Sequence[str]) -> int:
     """`bpe-encode`."""
+    if argv and argv[0] == "convert":
+        from bytekiln.tokens.command import command  # numpy, which encoding does without
+
+        return command(argv[1:])
     parser = Parser(
         "bpe-encode",
-        usage="bpe-encode INPUT… --tokenizer tokenizer.json --out train.npy [flags]",
+        usage="bpe-encode INPUT… --tokenizer tokenizer.json --out train.npy [flags]\n"
+        "       bpe-encode convert IN OUT [flags]      (token files of other formats, see its --help)",
         description="Encode text files, in their order, into one token file (.npy, or raw .bin) with its manifest.",
         examples=[
             "bpe-encode train.txt --tokenizer tokenizer.json --out train.npy",
@@ -55,23 +60,13 @@ def encode(argv: Sequence[str]) -> int:
             "    --output_path train.npy --method streaming",
             "bpe-encode --dataset owt       # data/owt_{train,valid}.txt with the dataset's tokenizer",
             "bpe-encode input.txt --characters --dataset shakespeare-char   # all that lm-train needs of a text",
+            "bpe-encode convert train.npy train.bin --to llmc   # also Megatron's files, and those of nanoGPT",
         ],
     )
     add = parser.add_argument
     add("inputs", nargs="*", type=Path, metavar="INPUT", help=INPUT_HELP)
     add("--data-path", action="append", type=Path, default=[], metavar="F", help="another way to name an input")
-    add("--tokenizer", type=Path, metavar="T", help="tokenizer.json, or .tiktoken ranks")
-    add("--vocab-path", type=Path, metavar="F", help="vocab.json, instead of --tokenizer, with --merges-path")
-    add("--merges-path", type=Path, metavar="F", help="merges.txt")
-    add(
-        "--special-token",
-        "--special-tokens",
-        action="append",
-        type=text,
-        metavar="T",
-        help="special tokens of vocabularies that do not name theirs; repeat for several",
-    )
-    add("--pattern", type=text, metavar="P", help=PATTERN_HELP)
+    add_tokenizer_flags(parser)
     add("--out", "--output-path", type=Path, metavar="F", help="the token file to write; raw ids if it ends in .bin")
     add("--dtype", choices=("uint16", "uint32"), help="default: uint16 when every id fits")
     add(
@@ -112,7 +107,7 @@ def encode(argv: Sequence[str]) -> int:
             parser.error("--out is missing; expected the file to write, such as --out train.npy")
         read = [*files_of(inputs), *(p for p in (args.tokenizer, args.vocab_path, args.merges_path) if p)]
         check_output(out, read, overwrite=args.overwrite)
-    tokenizer = _tokenizer_of(args, parser)
+    tokenizer = tokenizer_of(args, parser)
     for inputs, out in jobs:
         start = time.perf_counter()
         with ExitStack() as bars:
@@ -201,16 +196,6 @@ def _refuse_words(args: Namespace, parser: Parser, why: str) -> None:
     for flag, given in wordy.items():
         if given:
             parser.error(f"{flag} with {why}; expected it without")
-
-
-def _tokenizer_of(args: Namespace, parser: Parser) -> AnyTokenizer:
-    if args.tokenizer and not (args.vocab_path or args.merges_path):
-        return load_any(args.tokenizer, special_tokens=args.special_token, pattern=args.pattern)
-    if args.vocab_path and args.merges_path and not args.tokenizer:
-        return Tokenizer.from_vocab_and_merges(
-            args.vocab_path, args.merges_path, special_tokens=args.special_token, pattern=args.pattern or "gpt2"
-        )
-    return parser.error("expected either --tokenizer T, or --vocab-path F together with --merges-path F")
 
 
 def _encoding_summary(out: Path, manifest: dict[str, Any], seconds: float) -> str:
