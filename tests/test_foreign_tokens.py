@@ -230,3 +230,14 @@ def test_who_names_the_tokenizer_is_told(tmp_path: Path) -> None:
     (tmp_path / "t.bin.json").write_text(json.dumps({"format": "bytekiln-tokens", "version": 1, "vocab_size": None}))
     with pytest.raises(ConfigError, match=r"manifest that does not name it; expected --tokenizer FILE"):
         open_data(tiny(tmp_path, train_data=str(path), vocab_size=0, val_data=""), None)
+
+
+def test_lm_score_knows_them_from_texts(tmp_path: Path) -> None:
+    from bytekiln.score.text import _is_token_file
+
+    path = foreign.llmc(tmp_path / "shard", IDS, "uint16")
+    assert _is_token_file(path, None)
+    index = foreign.megatron(tmp_path / "m.bin", DOCUMENTS, "uint16").with_suffix(".idx")
+    assert _is_token_file(index, None)
+    (tmp_path / "m.txt").write_text("a text beside an index")
+    assert not _is_token_file(tmp_path / "m.txt", None)
