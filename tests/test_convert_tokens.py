@@ -129,6 +129,15 @@ def test_where_documents_end_is_kept_by_an_id_or_beside(tmp_path: Path) -> None:
     assert convert(opened("llmc", tmp_path, ended), tmp_path / "unknown.npy").manifest["documents"] is None
 
 
+def test_an_end_that_does_not_occur_is_said(tmp_path: Path) -> None:
+    about, notices = convert(opened("llmc", tmp_path), tmp_path / "b.npy", eot_id=50_256)
+    assert about["documents"] == 1
+    assert "id 50256, said to end documents, does not occur: one document" in notices[0]
+    one = [[1, 2, EOT]]
+    assert convert(opened("llmc", tmp_path, one), tmp_path / "c.npy", eot_id=EOT).notices == []
+    assert convert(opened("llmc", tmp_path), tmp_path / "d.npy").notices == []
+
+
 def test_a_file_of_ends_that_no_longer_holds_goes(tmp_path: Path) -> None:
     out = tmp_path / "b.npy"
     convert(opened("megatron", tmp_path, [[1, EOT, 2, EOT], [3, EOT]]), out)

@@ -271,6 +271,8 @@ class _Job:
         if self.kept and not self.tells:
             which = f"id {self.eot} does not tell" if self.eot is not None else "no id tells"
             out.append(f"{source.path}: {which} where documents end; {self.ends_path.name} does")
+        if not self.kept and self.documents == 1 and int(source.array[-1]) != self.eot:
+            out.append(f"{source.path}: id {self.eot}, said to end documents, does not occur: one document")
         if self.kind == "megatron" and not self.documents:
             out.append(
                 f"{self.ends_path}: one document, since nothing tells where documents end; "
