@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import bytekiln
-from bytekiln import cli_bpe
+from bytekiln.bpe_flags import size
 from conftest import Result
 
 EOT = "<|endoftext|>"
@@ -155,7 +155,7 @@ def test_dataset_layout(command, corpus: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "value"), [("4096", 4096), ("32k", 32_000), ("0.5M", 500_000), ("10_000", 10_000)])
 def test_sizes(text: str, value: int) -> None:
-    assert cli_bpe.size(text) == value
+    assert size(text) == value
 
 
 # --- how they refuse ---------------------------------------------------------------------------------------

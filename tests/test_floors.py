@@ -35,8 +35,8 @@ FLOORS = [
     ["model_config", "training_config", "sweep.journal"],
     ["fields"],
     ["config", "tokenizer"],
-    ["__init__", "stack.rules", "sweep.axes"],
-    ["atomic", "batch_search", "search.plan", "search.verdict", "sweep.model", "sweep.table"],
+    ["__init__", "inspect.documents", "inspect.ratio", "inspect.scripts", "stack.rules", "sweep.axes"],
+    ["atomic", "inspect.compression", "batch_search", "search.plan", "search.verdict", "sweep.model", "sweep.table"],
     ["characters", "bpe_flags", "cluster", "score.records", "search.stages", "search.transfer", "sweep.spec"],
     [
         "characters_file",
@@ -45,6 +45,7 @@ FLOORS = [
         "count_ray",
         "metrics",
         "inspection",
+        "inspect.tables",
         "hardware",
         "accounting",
         "schedule",
@@ -126,6 +127,7 @@ FLOORS = [
     [
         "cli_bpe",
         "cli_count",
+        "cli_inspect",
         "cli_train",
         "cli_lm",
         "cli_plan",

@@ -1,7 +1,7 @@
 """What the tokenizer's commands share: kinds of arguments, where a dataset's files lie, outputs that are free.
 
-In: command-line arguments. Out: checked values, or an error that says what to do. Called by `cli_bpe`, `cli_count`
-and `cli_train`.
+In: command-line arguments. Out: checked values, or an error that says what to do. Called by `cli_bpe`, `cli_count`,
+`cli_inspect` and `cli_train`.
 """
 
 from __future__ import annotations
@@ -179,6 +179,8 @@ STAGES = {
     "merge": "merging pairs",
     "characters": "collecting characters",
     "encode": "encoding",
+    "documents": "reading documents",
+    "compress": "measuring compression",
     "save": "adding up counts",
 }
 
@@ -272,7 +274,7 @@ def add_word_flags(parser: Parser) -> None:
 INPUT_HELP = "text, .jsonl or .parquet, also .gz .zst .xz .bz2; folders; globs; - for standard input (docs/inputs.md)"
 
 
-def add_input_flags(parser: Parser) -> None:
+def add_input_flags(parser: Parser, *, seed_help: str = "which documents --sample takes (default: 0)") -> None:
     """The flags that say which part of the inputs is read; `inputs_of` takes them up."""
     add = parser.add_argument
     add("--field", type=text, metavar="NAME", help="field of jsonl, column of parquet (default: text)")
@@ -283,7 +285,7 @@ def add_input_flags(parser: Parser) -> None:
         help="stop after so much text, such as 500MB, between two words",
     )
     add("--sample", type=sample_share, metavar="SHARE", help="read only this share of the documents, such as 0.1")
-    add("--seed", type=seed, metavar="N", help="which documents --sample takes (default: 0)")
+    add("--seed", type=seed, metavar="N", help=seed_help)
 
 
 def inputs_of(args: Namespace, paths: Sequence[str | os.PathLike[str]]) -> Inputs:

@@ -24,7 +24,7 @@ COMMANDS = {
     "bpe-train": ("bytekiln.cli_train", "train", "train a BPE tokenizer on text files"),
     "bpe-count": ("bytekiln.cli_count", "count", "count the words of text files, for bpe-train --counts"),
     "bpe-encode": ("bytekiln.cli_bpe", "encode", "turn text files into a token file"),
-    "bpe-inspect": ("bytekiln.cli_bpe", "inspect", "measure a tokenizer on a text"),
+    "bpe-inspect": ("bytekiln.cli_inspect", "inspect", "measure tokenizers on a text, and show their tokens"),
     "lm-train": ("bytekiln.cli_lm", "train", "train a Transformer language model"),
     "lm-plan": ("bytekiln.cli_plan", "plan", "count parameters, FLOPs, memory and time before a run"),
     "lm-sample": ("bytekiln.cli_lm", "sample", "generate text from a trained model"),

@@ -1,12 +1,11 @@
-"""Two of the tokenizer's commands: `bpe-encode`, `bpe-inspect`; `bpe-train` is in `cli_train`.
+"""`bpe-encode`; the tokenizer's other commands are in `cli_train`, `cli_count` and `cli_inspect`.
 
-In: command-line arguments. Out: files, a short summary on stdout, an exit status. Called by `cli`, which
+In: command-line arguments. Out: token files, a short summary on stdout, an exit status. Called by `cli`, which
 turns every error into one line. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -29,17 +28,11 @@ from bytekiln.bpe_flags import (
     inputs_of,
     plain_files,
     share,
-    size,
     text,
 )
 from bytekiln.characters import CharTokenizer
 from bytekiln.console import Parser, human_bytes, human_time, table
-from bytekiln.inspection import measure
-from bytekiln.tokenizer_diff import diff
 from bytekiln.tokenizer_flags import add_tokenizer_flags, tokenizer_of
-
-SHORT_BYTES = 1_000_000
-"""Below this the speed is mostly that of starting up."""
 
 
 def encode(argv: Sequence[str]) -> int:
@@ -206,75 +199,3 @@ def _encoding_summary(out: Path, manifest: dict[str, Any], seconds: float) -> st
         ("time", f"{human_time(seconds)}, {human_bytes(text_bytes / seconds)}/s"),
     ]
     return f"wrote {out}\n{table(rows)}"
-
-
-def inspect(argv: Sequence[str]) -> int:
-    """`bpe-inspect`."""
-    if argv and argv[0] == "diff":
-        return diff(argv[1:])
-    parser = Parser(
-        "bpe-inspect",
-        usage="bpe-inspect TOKENIZER… --text FILE [flags]",
-        description="Measure tokenizers on a text: compression, vocabulary make-up, longest tokens, speed.",
-        examples=[
-            "bpe-inspect tokenizer.json --text validation.txt",
-            "bpe-inspect own.json foreign.json --text validation.txt --json",
-            "bpe-inspect diff own.json foreign.json --text validation.txt   # where they part",
-            "bpe-inspect --dataset owt      # its tokenizer on data/owt_valid.txt",
-        ],
-    )
-    add = parser.add_argument
-    add("tokenizers", nargs="*", type=Path, metavar="TOKENIZER", help="tokenizer.json; several are compared")
-    add("--pattern", type=text, metavar="P", help=PATTERN_HELP)
-    add("--text", action="append", type=Path, default=[], metavar="FILE", help="what to measure on; repeat for several")
-    add("--longest", type=size, default=10, metavar="N", help="how many of the longest tokens to show (default: 10)")
-    add_input_flags(parser)
-    add_text_flags(parser)
-    add("--dataset", metavar="X", help="the tokenizer and validation text of a dataset")
-    add("--json", action="store_true", help="print one JSON object (a list of them for several tokenizers)")
-    args = parser.parse_intermixed_args(argv)
-    if args.dataset:
-        dataset = Dataset(args.dataset)
-        args.tokenizers = args.tokenizers or [dataset.require(dataset.tokenizer)]
-        args.text = args.text or [dataset.require(dataset.text("valid"))]
-    if not args.tokenizers:
-        parser.error("no tokenizer; expected a tokenizer.json, or --dataset X")
-    if not args.text:
-        parser.error("--text is missing; expected a text file to measure on")
-    if Path("-") in args.text:
-        parser.error("--text -: standard input can be read only once; expected a file, which is read several times")
-
-    found = []
-    for path in args.tokenizers:
-        with ExitStack() as bars:
-            found.append(
-                measure(
-                    path,
-                    inputs_of(args, args.text),
-                    longest=args.longest,
-                    errors=args.errors,
-                    threads=args.threads,
-                    pattern=args.pattern,
-                    progress=StageProgress(bars),
-                )
-            )
-    if args.json:
-        print(json.dumps(found if len(found) > 1 else found[0]))
-    else:
-        print("\n\n".join(_inspection_summary(f) for f in found))
-    return 0
-
-
-def _inspection_summary(f: dict[str, Any]) -> str:
-    kinds = ", ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in f["vocabulary"].items() if n)
-    caution = f" (a short text: start-up counts; measure on {human_bytes(SHORT_BYTES)} or more)"
-    rows = [
-        ("compression", f"{f['bytes_per_token']:.3f} bytes a token ({f['bytes']:,} bytes, {f['tokens']:,} tokens)"),
-        ("vocabulary", f"{f['vocab_size']:,} tokens: {kinds}"),
-        ("used here", f"{f['tokens_used']:,} different tokens"),
-        ("pattern", f["pattern"]),
-        ("longest tokens", "  ".join(f"'{t}'" for t in f["longest_tokens"])),
-        ("speed", f"{human_bytes(f['bytes_per_second'])}/s, file to token file" + caution * (f["bytes"] < SHORT_BYTES)),
-        ("the Pile (825 GB)", f"{f['pile_hours']:.1f} h at this speed"),
-    ]
-    return f"{f['tokenizer']} on {', '.join(f['text'])}\n{table(rows)}"

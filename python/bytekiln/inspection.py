@@ -1,7 +1,7 @@
 """What a tokenizer is worth on a text: compression, vocabulary make-up, longest tokens, speed.
 
-In: a tokenizer file and text files. Out: one dictionary of plain values. Called by `cli_bpe`; numpy is
-imported only when something is measured.
+In: a tokenizer and text files. Out: one dictionary of plain values. Called by `cli_inspect` and `tokenizer_diff`; numpy
+is imported only when something is measured. What documents are and how well each is compressed: `inspect.compression`.
 """
 
 from __future__ import annotations
@@ -9,16 +9,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bytekiln import _core
 from bytekiln.inputs import Inputs
 from bytekiln.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 PILE_BYTES = 825e9
 """The Pile (Gao et al. 2020), the usual yardstick for "how long would a large corpus take?"."""
 MEASURE_S = 0.5
 """`bpe-inspect` repeats a short text until it has measured this long (five times at most)."""
+COUNT_AT_ONCE = 1 << 20
+"""Ids that are counted at a time: numpy widens them to eight bytes each."""
 
 
 SHOWN = 60
@@ -34,6 +40,16 @@ def show_token(token: bytes) -> str:
     text = token[:SHOWN].decode("utf-8", "surrogateescape")
     shown = "".join(c if c.isprintable() else _escaped(c) for c in text)
     return f"'{shown}'" if len(token) <= SHOWN else f"'{shown}…' ({len(token):,} bytes)"
+
+
+def bare_token(token: bytes) -> str:
+    r"""`show_token` without quotes, for a place that sets its own.
+
+    >>> print(bare_token(b" clay"), bare_token(b"a" * 61)[-13:])
+     clay a… (61 bytes)
+    """
+    shown, size = show_token(token[:SHOWN])[1:-1], len(token)
+    return shown if size <= SHOWN else f"{shown}… ({size:,} bytes)"
 
 
 def _escaped(char: str) -> str:
@@ -68,25 +84,34 @@ def _kind(token: bytes) -> str:
 
 
 def measure(
-    path: Path,
+    tokenizer: Tokenizer,
     texts: Inputs,
     *,
+    name: str,
     longest: int,
     errors: Literal["error", "replace", "bytes"],
     threads: int | None,
-    pattern: str | None = None,
     progress: Callable[[str, int, int], object] | None = None,
 ) -> dict[str, Any]:
     """Encode the texts as `bpe-encode` does, into a temporary folder, and look at what came out.
 
+    Args:
+        tokenizer: whose special tokens are recognised in text files, as `bpe-encode` does.
+        texts: the whole of it is encoded, for the time it takes.
+        name: how the user named the tokenizer.
+        longest: how many of the longest tokens are listed.
+        errors: invalid UTF-8.
+        threads: default: one a core.
+        progress: as the core calls it.
+
     Returns:
-        What `bpe-inspect --json` prints: names, counts, `bytes_per_token`, `bytes_per_second`, `pile_hours`.
+        What `bpe-inspect --json` prints of the whole text: names, counts, `bytes_per_token`, `bytes_per_second`,
+        `pile_hours`. Without any text `bytes_per_token` is 0 and `pile_hours` None.
     """
     import tempfile
 
     import numpy as np
 
-    tokenizer = Tokenizer.from_file(path, pattern=pattern)
     seconds: list[float] = []
     with tempfile.TemporaryDirectory(prefix="bpe-inspect-") as folder:
         out = Path(folder) / "tokens.npy"
@@ -103,17 +128,17 @@ def measure(
                 progress=progress,
             )
             seconds.append(time.perf_counter() - start)
-        used = int(np.count_nonzero(np.bincount(np.load(out, mmap_mode="r"), minlength=tokenizer.n_vocab)))
+        used = _different(np.load(out, mmap_mode="r"), tokenizer.n_vocab)
     special = set(tokenizer.special_tokens.values())
     ordinary = [t for id, t in tokenizer.vocab.items() if id not in special]
     speed = manifest["text_bytes"] / min(seconds)
     return {
-        "tokenizer": str(path),
+        "tokenizer": name,
         "hash": tokenizer.hash,
         "pattern": tokenizer.pattern,
         "vocab_size": tokenizer.n_vocab,
         "vocabulary": vocabulary_kinds(tokenizer),
-        "longest_tokens": [show_token(t)[1:-1] for t in sorted(ordinary, key=lambda t: (-len(t), t))[:longest]],
+        "longest_tokens": [bare_token(t) for t in sorted(ordinary, key=lambda t: (-len(t), t))[:longest]],
         "text": [str(t) for t in texts.listed],
         "bytes": manifest["text_bytes"],
         "tokens": manifest["tokens"],
@@ -121,5 +146,14 @@ def measure(
         "tokens_used": used,
         "seconds": min(seconds),
         "bytes_per_second": speed,
-        "pile_hours": PILE_BYTES / speed / 3600,
+        "pile_hours": PILE_BYTES / speed / 3600 if speed else None,
     }
+
+
+def _different(ids: NDArray[np.unsignedinteger], n_vocab: int) -> int:
+    import numpy as np
+
+    seen = np.zeros(n_vocab, dtype=bool)
+    for start in range(0, len(ids), COUNT_AT_ONCE):
+        seen[ids[start : start + COUNT_AT_ONCE]] = True
+    return int(seen.sum())

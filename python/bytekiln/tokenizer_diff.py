@@ -1,6 +1,7 @@
 """`bpe-inspect diff A B`: where two tokenizers part, what they share, and how both compress a text.
 
-In: two tokenizer files, perhaps texts. Out: one dictionary of plain values, or a summary of it. Called by `cli_bpe`.
+In: two tokenizer files, perhaps texts. Out: one dictionary of plain values, or a summary of it. Called by
+`cli_inspect`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from bytekiln.bpe_flags import StageProgress, add_text_flags, size
 from bytekiln.console import Parser, table
 from bytekiln.inputs import Inputs
-from bytekiln.inspection import measure, show_token
+from bytekiln.inspection import bare_token, measure
 from bytekiln.tokenizer import Tokenizer
 
 
@@ -28,11 +29,7 @@ def first_difference(a: Tokenizer, b: Tokenizer) -> dict[str, Any] | None:
 
 
 def _pair(pair: tuple[bytes, bytes] | None) -> list[str] | None:
-    return [_bare(t) for t in pair] if pair else None
-
-
-def _bare(token: bytes) -> str:
-    return show_token(token)[1:-1] if len(token) <= 60 else show_token(token)
+    return [bare_token(t) for t in pair] if pair else None
 
 
 def _ordinary(tokenizer: Tokenizer) -> dict[bytes, int]:
@@ -45,8 +42,8 @@ def _only(own: dict[bytes, int], other: dict[bytes, int], shown: int) -> dict[st
     left = own.keys() - other.keys()
     return {
         "count": len(left),
-        "longest": [_bare(t) for t in sorted(left, key=lambda t: (-len(t), t))[:shown]],
-        "first": [_bare(t) for t in sorted(left, key=own.__getitem__)[:shown]],
+        "longest": [bare_token(t) for t in sorted(left, key=lambda t: (-len(t), t))[:shown]],
+        "first": [bare_token(t) for t in sorted(left, key=own.__getitem__)[:shown]],
     }
 
 
@@ -103,11 +100,12 @@ def diff(argv: Sequence[str]) -> int:
     found |= compare(a, b, shown=args.shown)
     if args.text:
         found["compression"] = {"text": [str(t) for t in args.text]}
-        for name, path in zip("ab", args.tokenizers, strict=True):
+        for name, path, tokenizer in zip("ab", args.tokenizers, (a, b), strict=True):
             with ExitStack() as bars:
                 on_text = measure(
-                    path,
+                    tokenizer,
                     Inputs(args.text),
+                    name=str(path),
                     longest=0,
                     errors=args.errors,
                     threads=args.threads,
