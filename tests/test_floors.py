@@ -45,6 +45,7 @@ FLOORS = [
         "count_ray",
         "metrics",
         "inspection",
+        "inspect.pieces",
         "inspect.tables",
         "hardware",
         "accounting",
@@ -53,7 +54,7 @@ FLOORS = [
         "guard",
         "bundle",
     ],
-    ["kernels", "tokenizer_diff", "tokens.command", "sweep.locks", "sweep.ready", "sweep.results"],
+    ["kernels", "tokenizer_diff", "inspect.show", "tokens.command", "sweep.locks", "sweep.ready", "sweep.results"],
     [
         "attention",
         "muon",

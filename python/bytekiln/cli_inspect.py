@@ -1,4 +1,4 @@
-"""`bpe-inspect`: tokenizers measured on the same text. `bpe-inspect diff` is in `tokenizer_diff`.
+"""`bpe-inspect`: tokenizers measured on the same text. `diff` is in `tokenizer_diff`, `show` in `inspect.show`.
 
 In: command-line arguments. Out: one table or JSON on stdout, an exit status. Called by `cli`. Two passes: the whole
 text is encoded as `bpe-encode` does, for the speed; documents of it are drawn and measured one by one, for everything
@@ -26,6 +26,7 @@ from bytekiln.bpe_flags import (
 )
 from bytekiln.console import Parser
 from bytekiln.inputs import Inputs
+from bytekiln.inspect.show import show
 from bytekiln.inspection import measure
 from bytekiln.tokenizer import Tokenizer
 from bytekiln.tokenizer_diff import diff
@@ -38,9 +39,11 @@ def inspect(argv: Sequence[str]) -> int:
     """`bpe-inspect`."""
     if argv and argv[0] == "diff":
         return diff(argv[1:])
+    if argv and argv[0] == "show":
+        return show(argv[1:])
     parser = Parser(
         "bpe-inspect",
-        usage="bpe-inspect TOKENIZER… --text FILE [flags]",
+        usage="bpe-inspect TOKENIZER… --text FILE [flags]\n       bpe-inspect diff A B\n       bpe-inspect show TEXT",
         description="Measure tokenizers on the same documents, side by side: compression with its interval, tokens a "
         "word, single bytes, scripts, vocabulary make-up, longest tokens, speed.",
         examples=[
@@ -48,6 +51,7 @@ def inspect(argv: Sequence[str]) -> int:
             "bpe-inspect own.json foreign.json --text validation.txt --json",
             "bpe-inspect own.json --vocab-path encoder.json --merges-path vocab.bpe --text validation.txt",
             "bpe-inspect diff own.json foreign.json --text validation.txt   # where they part",
+            'bpe-inspect show "To be, or not to be"   # its tokens, in colours',
             "bpe-inspect --dataset owt      # its tokenizer on data/owt_valid.txt",
         ],
     )
