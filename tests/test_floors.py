@@ -54,7 +54,7 @@ FLOORS = [
         "guard",
         "bundle",
     ],
-    ["kernels", "tokenizer_diff", "inspect.show", "tokens.command", "sweep.locks", "sweep.ready", "sweep.results"],
+    ["kernels", "tokenizer_diff", "inspect.page", "inspect.show", "tokens.command", "sweep.locks", "sweep.ready", "sweep.results"],
     [
         "attention",
         "muon",

@@ -1,8 +1,8 @@
 """`bpe-inspect`: tokenizers measured on the same text. `diff` is in `tokenizer_diff`, `show` in `inspect.show`.
 
-In: command-line arguments. Out: one table or JSON on stdout, an exit status. Called by `cli`. Two passes: the whole
-text is encoded as `bpe-encode` does, for the speed; documents of it are drawn and measured one by one, for everything
-that is compared. Nothing here imports torch; numpy is loaded only when something is measured.
+In: command-line arguments. Out: one table or JSON on stdout, perhaps a page, an exit status. Called by `cli`. Two
+passes: the whole text is encoded as `bpe-encode` does, for the speed; documents of it are drawn and measured one by
+one, for everything that is compared. Nothing here imports torch; numpy is loaded only when something is measured.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from bytekiln.atomic import write_file
 from bytekiln.bpe_flags import (
     PATTERN_HELP,
     Dataset,
@@ -21,15 +22,20 @@ from bytekiln.bpe_flags import (
     add_input_flags,
     add_text_flags,
     byte_size,
+    check_output,
+    files_of,
     size,
     text,
 )
-from bytekiln.console import Parser
+from bytekiln.console import Parser, notice
 from bytekiln.inputs import Inputs
 from bytekiln.inspect.show import show
 from bytekiln.inspection import measure
 from bytekiln.tokenizer import Tokenizer
 from bytekiln.tokenizer_diff import diff
+
+if TYPE_CHECKING:
+    from bytekiln.inspect.documents import Documents
 
 DOCUMENT_BYTES = 8_000_000
 """Text of whole documents that is drawn: enough for intervals of a few thousandths, and for seconds of work."""
@@ -51,6 +57,7 @@ def inspect(argv: Sequence[str]) -> int:
             "bpe-inspect own.json foreign.json --text validation.txt --json",
             "bpe-inspect own.json --vocab-path encoder.json --merges-path vocab.bpe --text validation.txt",
             "bpe-inspect diff own.json foreign.json --text validation.txt   # where they part",
+            "bpe-inspect own.json foreign.json --text validation.txt --html tokens.html",
             'bpe-inspect show "To be, or not to be"   # its tokens, in colours',
             "bpe-inspect --dataset owt      # its tokenizer on data/owt_valid.txt",
         ],
@@ -78,6 +85,8 @@ def inspect(argv: Sequence[str]) -> int:
     add_input_flags(parser, seed_help="which documents are drawn (default: 0)")
     add_text_flags(parser)
     add("--dataset", metavar="X", help="the tokenizer and validation text of a dataset")
+    add("--html", type=Path, metavar="FILE", help="write a page too: the numbers, and documents with coloured tokens")
+    add("--overwrite", action="store_true", help="replace an existing page")
     add("--json", action="store_true", help="print one JSON object (a list of them for several tokenizers)")
     args = parser.parse_intermixed_args(argv)
     if args.dataset:
@@ -95,8 +104,17 @@ def inspect(argv: Sequence[str]) -> int:
     if args.separator == "":
         parser.error('--separator: found ""; expected what ends a document, such as <|endoftext|>')
 
+    if args.html:
+        read = [*args.tokenizers, *filter(None, (args.vocab_path, args.merges_path)), *files_of(args.text)]
+        check_output(args.html, read, overwrite=args.overwrite, flag="--html")
+
     tokenizers = _tokenizers(args)
-    found = _measure(args, tokenizers)
+    found, documents = _measure(args, tokenizers)
+    if args.html:
+        from bytekiln.inspect.page import page
+
+        write_file(args.html, page(found, documents, tokenizers).encode(), overwrite=args.overwrite)
+        notice(f"wrote {args.html}")
     if args.json:
         print(json.dumps(found if len(found) > 1 else found[0]))
     else:
@@ -116,8 +134,8 @@ def _tokenizers(args: Namespace) -> dict[str, Tokenizer]:
     return found
 
 
-def _measure(args: Namespace, tokenizers: dict[str, Tokenizer]) -> list[dict[str, Any]]:
-    """What `--json` prints, one dictionary a tokenizer."""
+def _measure(args: Namespace, tokenizers: dict[str, Tokenizer]) -> tuple[list[dict[str, Any]], Documents]:
+    """What `--json` prints, one dictionary a tokenizer; and the documents that it holds of."""
     from bytekiln.inspect.compression import as_json, compress, difference, read_text, vocabulary_scripts
     from bytekiln.inspect.documents import read_documents, separator_of
     from bytekiln.inspect.scripts import ScriptTable
@@ -157,4 +175,4 @@ def _measure(args: Namespace, tokenizers: dict[str, Tokenizer]) -> list[dict[str
         if first is not None:
             said["against_first"] = difference(measured, first, compression)
         first = first or compression
-    return found
+    return found, documents

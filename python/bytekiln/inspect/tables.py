@@ -67,7 +67,7 @@ def interval(ends: Sequence[float] | None, digits: int = 3, *, sign: bool = Fals
     return " to ".join(number(e, digits, sign=sign) for e in ends)
 
 
-def fewer(ratio: float | None, ends: Sequence[float] | None) -> str:
+def fewer(ratio: float | None, ends: Sequence[float] | None, what: str = "") -> str:
     """How many tokens more or fewer than the first makes.
 
     >>> fewer(0.9, (0.88, 0.92)), fewer(1.25, None)
@@ -77,7 +77,7 @@ def fewer(ratio: float | None, ends: Sequence[float] | None) -> str:
         return NONE
     way = 1 if ratio >= 1 else -1
     both = f" ({' to '.join(number(100 * way * (e - 1), 1) for e in ends)})" if ends else ""
-    return f"{abs(100 * (ratio - 1)):.1f} % {'more' if way > 0 else 'fewer'}{both}"
+    return f"{abs(100 * (ratio - 1)):.1f} % {'more' if way > 0 else 'fewer'}{what}{both}"
 
 
 Row = tuple[str, Callable[[Found], str]]
