@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import bytekiln
 from bytekiln import Inputs
+from bytekiln.cli_inspect import inspect
 from bytekiln.errors import TextError
 from bytekiln.inspect.compression import as_json, compress, difference, read_text, vocabulary_scripts
 from bytekiln.inspect.documents import Documents, read_documents, separator_of
@@ -406,3 +407,14 @@ def test_long_work_says_what_it_does() -> None:
     text = read_text(documents([b"the kiln"] * 3), TABLE)
     compress(TOKENIZER, text, lambda *told: said.append(told))
     assert said == [("compress", 24, 24)]
+
+
+def test_every_stage_has_a_bar(
+    two: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After two seconds; here at once, and as lines, since nobody looks at a terminal."""
+    monkeypatch.setattr("bytekiln.console.QUIET_S", 0.0)
+    monkeypatch.setattr("bytekiln.console.PLAIN_INTERVAL_S", 0.0)
+    assert inspect([str(tmp_path / "own.json"), "--text", str(tmp_path / "text.txt")]) == 0
+    said = capsys.readouterr().err
+    assert all(words in said for words in ("encoding", "reading documents", "measuring compression")), said
