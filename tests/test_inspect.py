@@ -148,6 +148,14 @@ def test_numbers_that_can_be_told_by_hand() -> None:
     assert list(found["scripts"]) == ["Cyrillic", "Han", "Latin", "Common"]
 
 
+def test_a_combining_mark_belongs_to_the_letter_before_it_in_its_document() -> None:
+    text = read_text(documents(["e\u0301я\u0301".encode(), "\u0301".encode(), b"e"]), TABLE)
+    found = as_json(text, compress(BYTES_ONLY, text))["scripts"]
+    assert {k: (v["bytes"], v["characters"]) for k, v in found.items()} == {
+        "Latin": (4, 3), "Cyrillic": (4, 2), "Common": (2, 1),
+    }  # fmt: skip
+
+
 def test_special_tokens_are_text_here() -> None:
     """Otherwise a tokenizer that knows more of them would be praised for its markup."""
     text = read_text(documents([EOT.encode()]), TABLE)
