@@ -54,7 +54,16 @@ FLOORS = [
         "guard",
         "bundle",
     ],
-    ["kernels", "tokenizer_diff", "inspect.page", "inspect.show", "tokens.command", "sweep.locks", "sweep.ready", "sweep.results"],
+    [
+        "kernels",
+        "tokenizer_diff",
+        "inspect.page",
+        "inspect.show",
+        "tokens.command",
+        "sweep.locks",
+        "sweep.ready",
+        "sweep.results",
+    ],
     [
         "attention",
         "muon",

@@ -17,7 +17,6 @@ from typing import Any
 from bytekiln import _core, characters_file
 from bytekiln.bpe_flags import (
     INPUT_HELP,
-    PATTERN_HELP,
     Dataset,
     StageProgress,
     add_input_flags,
@@ -28,7 +27,6 @@ from bytekiln.bpe_flags import (
     inputs_of,
     plain_files,
     share,
-    text,
 )
 from bytekiln.characters import CharTokenizer
 from bytekiln.console import Parser, human_bytes, human_time, table
