@@ -1,6 +1,6 @@
 """bytekiln beside its peers: training, encoding, file to token file; a language model's step (`peers_lm`).
 
-    peers.py train|encode|file|all [--quick] [--threads 1] [--rounds 5] [--only NAME…] [--text FILE] [--vocab-size N]
+    peers.py train|encode|file|encode-cl100k|encode-own|piece|load|short|decode|all [--quick] [--threads 1] [--rounds 5] [--only NAME…] [--text FILE] [--vocab-size N]
     peers.py lm [--help]
 
 Every run is a fresh process. The contestants take turns, so that a slow minute of the machine hits all of
@@ -29,10 +29,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from contestants import CONTESTS, EOT, VOCAB_SIZE, Job
+from contestants_encode import OWN
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bytekiln" / "bench"
 QUICK_BYTES = 8_000_000
+PIECE_BYTES = 10_000_000
+ALONE = ("piece", "load", "short", "decode")
+"""Contests that have no use for threads."""
 
 
 # --- the contest ----------------------------------------------------------------------------------------------
@@ -59,6 +63,53 @@ def prepare(text: Path | None, limit: int | None) -> tuple[Path, Path] | None:
                 data = f.read(limit or -1)
             text.write_bytes(data[: data.rfind(EOT.encode()) + len(EOT)])
     return text, CACHE
+
+
+def texts_of(contest: str, text: Path, cache: Path, *, given: bool) -> list[Path]:
+    """What a contest reads; made once."""
+    if contest == "piece" and not given:
+        return pieces(text, cache)
+    if contest == "encode-own":
+        if not given:
+            text = cache / "tinystories.txt"
+            if not text.exists():
+                text.write_bytes(lzma.decompress((SHARED / "tinystories" / "tinystories_train.txt.xz").read_bytes()))
+        import bytekiln
+
+        own = bytekiln.train_bpe(text, vocab_size=10_000, special_tokens=[EOT])
+        own.save(cache / OWN, overwrite=True)
+    return [text]
+
+
+def pieces(text: Path, cache: Path) -> list[Path]:
+    """Texts of 10 MB without a border between words."""
+    import base64
+
+    import numpy as np
+
+    rng, size, made = np.random.default_rng(0), PIECE_BYTES, []
+    kinds = {
+        "words": lambda: _letters_of(text, size),
+        "letters": lambda: rng.integers(97, 123, size=size, dtype=np.uint8).tobytes(),
+        "digits": lambda: rng.integers(48, 58, size=size, dtype=np.uint8).tobytes(),
+        "a": lambda: b"a" * size,
+        "spaces": lambda: b" " * size,
+        "newlines": lambda: b"\n" * size,
+        "base64": lambda: base64.b64encode(rng.bytes(size))[:size],
+        "cjk": lambda: "".join(map(chr, rng.integers(0x4E00, 0x9FA6, size=size // 3))).encode(),
+    }
+    for kind, make in kinds.items():
+        made.append(cache / f"piece-{kind}.txt")
+        if not made[-1].exists():
+            made[-1].write_bytes(make())
+    return made
+
+
+def _letters_of(text: Path, size: int) -> bytes:
+    """The letters of a text, one behind the other."""
+    import re
+
+    return re.sub(rb"[^A-Za-z]", b"", text.read_bytes()[: 2 * size])[:size]
 
 
 @dataclass
@@ -168,11 +219,12 @@ def main() -> int:
         return 0
     text, cache = prepared
     for contest in CONTESTS if args.contest == "all" else [args.contest]:
-        for threads in dict.fromkeys(args.threads):
-            job = Job(str(text), threads, str(cache / "out.bin"), str(cache))
-            runs = hold(contest, job, args.rounds or (2 if args.quick else 5), args.only)
-            if runs:
-                report(contest, job, runs)
+        for threads in dict.fromkeys([1] if contest in ALONE else args.threads):
+            for file in texts_of(contest, text, cache, given=args.text is not None):
+                job = Job(str(file), threads, str(cache / "out.bin"), str(cache))
+                runs = hold(contest, job, args.rounds or (2 if args.quick else 5), args.only)
+                if runs:
+                    report(contest, job, runs)
     return 0
 
 

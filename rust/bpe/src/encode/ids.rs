@@ -37,7 +37,7 @@ pub(crate) trait Id: Copy + Ord + Default + Debug + Send + Sync + 'static {
     fn put(ids: &[Self], out: &mut impl Out) -> Result<()>;
     /// The lowest of the ranks, and where it stands.
     fn lowest(ranks: &[Self; WINDOW], level: Level) -> (Self, u64);
-    /// The lowest of a few ranks, and the first place where it stands; in a function that may use AVX2.
+    /// The lowest of a few ranks, and the first place where it stands.
     fn lowest_of_few(ranks: &[Self; PLACES]) -> (Self, usize);
 }
 

@@ -59,19 +59,19 @@ impl<I: Id> Core<I> {
             #[cfg(target_arch = "x86_64")]
             #[allow(unsafe_code, reason = "vector instructions; held to the plain loop by a property test")]
             Level::Avx2 | Level::Avx512 | Level::Avx512Vbmi2 => unsafe { self.finish_avx2(misses) },
-            _ => self.finish_by(misses, lowest_plainly),
+            _ => self.finish_by(misses),
         }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
     fn finish_avx2(&self, misses: &mut [Miss<I>]) {
-        self.finish_by(misses, |ranks| I::lowest_of_few(ranks));
+        self.finish_by(misses);
     }
 
     #[inline(always)]
     #[allow(clippy::inline_always, reason = "compiled once for each set of instructions")]
-    fn finish_by(&self, misses: &mut [Miss<I>], lowest: impl Fn(&[I; PLACES]) -> (I, usize)) {
+    fn finish_by(&self, misses: &mut [Miss<I>]) {
         // Numbers of those that are not at their end.
         let mut left = [0u8; TOGETHER];
         debug_assert!(misses.len() <= TOGETHER);
@@ -83,7 +83,7 @@ impl<I: Id> Core<I> {
             let mut kept = 0;
             for n in 0..count {
                 let number = left[n];
-                if self.one_round(&mut misses[usize::from(number)], &lowest) {
+                if self.one_round(&mut misses[usize::from(number)]) {
                     left[kept] = number;
                     kept += 1;
                 }
@@ -103,7 +103,7 @@ impl<I: Id> Core<I> {
     /// One merge, if there is one; asks for what the next one needs.
     #[inline(always)]
     #[allow(clippy::inline_always, reason = "compiled once for each set of instructions")]
-    fn one_round(&self, miss: &mut Miss<I>, lowest: impl Fn(&[I; PLACES]) -> (I, usize)) -> bool {
+    fn one_round(&self, miss: &mut Miss<I>) -> bool {
         let Miss { ids, ranks, parts, asked, .. } = miss;
         let behind = |parts: u16, at: usize| parts & (u16::MAX << at << 1);
         for &(at, slot) in &*asked {
@@ -113,7 +113,7 @@ impl<I: Id> Core<I> {
                 ranks[at] = self.pairs.rank_at(slot, ids[at], ids[next]);
             }
         }
-        let (rank, at) = lowest(ranks);
+        let (rank, at) = I::lowest_of_few(ranks);
         if rank == I::NONE {
             return false;
         }
@@ -134,17 +134,6 @@ impl<I: Id> Core<I> {
         }
         true
     }
-}
-
-/// The lowest rank and the first place where it stands.
-pub(super) fn lowest_plainly<I: Id>(ranks: &[I; PLACES]) -> (I, usize) {
-    let mut lowest = (ranks[0], 0);
-    for (at, &rank) in ranks.iter().enumerate().skip(1) {
-        if rank < lowest.0 {
-            lowest = (rank, at);
-        }
-    }
-    lowest
 }
 
 #[cfg(test)]

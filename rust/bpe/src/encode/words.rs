@@ -12,10 +12,10 @@ use crate::pages;
 use crate::pretokenize::Ends;
 use crate::vocab::Vocab;
 
-/// Slots of a new word table: few, since the first short text makes one, too.
-const FIRST_SLOTS: usize = 1 << 10;
-/// Slots of a word table that is full; it is emptied then, so its memory stays bounded.
-const MOST_SLOTS: usize = 1 << 19;
+/// Lines of a new word table: few, since the first short text makes one, too.
+const FIRST_LINES: usize = 1 << 9;
+/// Lines of a word table that is full; it is emptied then, so its memory stays bounded.
+const MOST_LINES: usize = 1 << 18;
 /// Ids kept for words with more than a slot has room for, before the table is emptied.
 const MOST_SPILLED: usize = 1 << 21;
 /// Words that are looked up together.
@@ -25,18 +25,29 @@ const GATHERED: usize = 1 << 12;
 /// A longer word is not gathered.
 const LONG: usize = 1 << 10;
 
-/// A slot of the word table: 32 bytes, two a cache line.
+/// A slot of the word table: 32 bytes.
 #[derive(Debug, Clone, Copy)]
 struct Slot<I: Id> {
     key: u128,
-    /// Ids, and how many. Where they are more than there is room for, the first two say where they begin in `spilled`.
+    /// Ids, and how many. Of a word whose key has [`SPILLED`] the first two say where they begin in `spilled`.
     row: I::Row,
 }
 
-/// What a thread works with: the table of words met so far and buffers. Bounded by [`MOST_SLOTS`].
+/// Two slots, a cache line. Both are looked at without a branch: which of the two a word is in, no processor can foretell.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
+struct Line<I: Id>([Slot<I>; 2]);
+
+/// Of words that have more ids than a slot has room for, in their keys; so the quick way does not find them.
+const SPILLED: u128 = 1 << 127;
+/// In place of a key where a word is too long for one; no slot has it.
+const NO_KEY: u128 = u128::MAX;
+
+/// What a thread works with: the table of words met so far and buffers. Bounded by [`MOST_LINES`].
 #[derive(Debug)]
 pub(super) struct Scratch<I: Id> {
-    slots: Vec<Slot<I>>,
+    /// Open addressing by lines, at most five eighths full; in a line the first slot is taken first.
+    lines: Vec<Line<I>>,
     used: usize,
     spilled: Vec<I>,
     buffers: Buffers<I>,
@@ -84,39 +95,37 @@ impl<I: Id> Default for Scratch<I> {
             misses: Vec::with_capacity(TOGETHER),
             extra: Vec::new(),
         };
-        let (slots, buffers) = (vec![Self::FREE; FIRST_SLOTS], Buffers::default());
-        Self { slots, used: 0, spilled: Vec::new(), buffers, gathered }
+        let (lines, buffers) = (vec![Self::FREE; FIRST_LINES], Buffers::default());
+        Self { lines, used: 0, spilled: Vec::new(), buffers, gathered }
     }
 }
 
 impl<I: Id> Scratch<I> {
-    const FREE: Slot<I> = Slot { key: 0, row: I::FREE };
+    const FREE: Line<I> = Line([Slot { key: 0, row: I::FREE }; 2]);
 
-    /// The slot of a word, or the free one where it belongs.
-    #[inline]
-    fn find(&self, key: u128, hash: u64) -> usize {
-        let mask = self.slots.len() - 1;
-        let mut at = hash as usize & mask;
-        while self.slots[at].key != key && self.slots[at].key != 0 {
-            at = (at + 1) & mask;
-        }
-        at
+    /// The slot of a word, or the free one where it belongs. `key` without [`SPILLED`].
+    fn find(&mut self, key: u128) -> &mut Slot<I> {
+        let mask = self.lines.len() - 1;
+        let mut at = hash_packed(key) as usize & mask;
+        let is_it = |slot: &Slot<I>| slot.key & !SPILLED == key || slot.key == 0;
+        let place = loop {
+            match self.lines[at].0.iter().position(is_it) {
+                Some(place) => break place,
+                None => at = (at + 1) & mask,
+            }
+        };
+        &mut self.lines[at].0[place]
     }
 
     /// Keeps the ids of a word.
     fn remember(&mut self, key: u128, ids: &[I]) {
-        let full = self.used * 8 >= self.slots.len() * 5;
-        if self.spilled.len() >= MOST_SPILLED || (full && self.slots.len() >= MOST_SLOTS) || (full && !self.grow()) {
-            self.slots.fill(Self::FREE);
+        let full = self.used * 4 >= self.lines.len() * 5;
+        if self.spilled.len() >= MOST_SPILLED || (full && self.lines.len() >= MOST_LINES) || (full && !self.grow()) {
+            self.lines.fill(Self::FREE);
             self.spilled.clear();
             self.used = 0;
         }
-        let at = self.find(key, hash_packed(key));
-        if self.slots[at].key == key {
-            // It was missed several times before it came.
-            return;
-        }
-        let mut row = I::Row::default();
+        let (mut row, mut kept) = (I::Row::default(), key);
         let (place, number) = row.as_mut().split_at_mut(I::ROW - 1);
         number[0] = I::of(ids.len() as u32);
         if ids.len() < I::ROW {
@@ -124,27 +133,56 @@ impl<I: Id> Scratch<I> {
         } else {
             let at = self.spilled.len() as u32;
             (place[0], place[1]) = (I::of(at & 0xffff), I::of(at >> 16));
+            kept |= SPILLED;
+        }
+        let slot = self.find(key);
+        if slot.key != 0 {
+            // It was missed several times before it came.
+            return;
+        }
+        *slot = Slot { key: kept, row };
+        self.used += 1;
+        if kept != key {
             self.spilled.extend_from_slice(ids);
         }
-        self.slots[at] = Slot { key, row };
-        self.used += 1;
     }
 
     /// Four times as many slots; `false` where there is no memory for them.
     fn grow(&mut self) -> bool {
-        let size = (self.slots.len() * 4).min(MOST_SLOTS);
+        let size = (self.lines.len() * 4).min(MOST_LINES);
         let mut bigger = Vec::new();
         if bigger.try_reserve_exact(size).is_err() {
             return false;
         }
         pages::large(&bigger);
         bigger.resize(size, Self::FREE);
-        let old = std::mem::replace(&mut self.slots, bigger);
-        for slot in old.into_iter().filter(|slot| slot.key != 0) {
-            let at = self.find(slot.key, hash_packed(slot.key));
-            self.slots[at] = slot;
+        let old = std::mem::replace(&mut self.lines, bigger);
+        for slot in old.into_iter().flat_map(|line| line.0).filter(|slot| slot.key != 0) {
+            *self.find(slot.key & !SPILLED) = slot;
         }
         true
+    }
+
+    /// Gathers the ids of words until one is not found where it is looked for first; how many that are.
+    #[inline]
+    fn known(&mut self, words: &[(u128, usize)]) -> usize {
+        let Self { lines, gathered: Gathered { ids, len, .. }, .. } = self;
+        let (mask, mut at) = (lines.len() - 1, *len);
+        let mut known = 0;
+        for &(key, line) in words {
+            // The table may have grown since, and lines be elsewhere: then they do not have the key.
+            let line = &lines[line & mask].0;
+            let slot = &line[usize::from(line[1].key == key)];
+            let row = slot.row.as_ref();
+            if slot.key != key {
+                break;
+            }
+            ids[at..at + I::ROW].copy_from_slice(row);
+            at += row[I::ROW - 1].place();
+            known += 1;
+        }
+        *len = at;
+        known
     }
 
     /// Forgets what an error left.
@@ -184,28 +222,27 @@ impl<I: Id> Core<I> {
                 self.hand_on(scratch, out)?;
             }
             let mut from = start;
-            let mask = scratch.slots.len() - 1;
+            let mask = scratch.lines.len() - 1;
             for (word, &offset) in batch.iter_mut().zip(offsets) {
                 let end = ends.base.wrapping_add(offset as usize);
                 let key = pack_at(text, from, end.wrapping_sub(from));
-                let hash = hash_packed(key);
-                prefetch(&scratch.slots, hash as usize & mask);
-                *word = (key, hash);
+                let at = hash_packed(key) as usize & mask;
+                prefetch(&scratch.lines, at);
+                *word = (if key == 0 { NO_KEY } else { key }, at);
                 from = end;
             }
-            for (&(key, hash), &offset) in batch.iter().zip(offsets) {
-                let end = ends.base.wrapping_add(offset as usize);
-                let slot = &scratch.slots[scratch.find(key, hash)];
-                let number = slot.row.as_ref()[I::ROW - 1].place();
-                if slot.key == key && key != 0 && number < I::ROW {
-                    let Gathered { ids, len, .. } = &mut scratch.gathered;
-                    ids[*len..*len + I::ROW].copy_from_slice(slot.row.as_ref());
-                    *len += number;
-                } else {
-                    self.other_word(vocab, &text[start..end], key, scratch, out)?;
+            let mut done = 0;
+            while done < offsets.len() {
+                done += scratch.known(&batch[done..offsets.len()]);
+                // The one that was not found at once; others may be found after it.
+                if let Some(&offset) = offsets.get(done) {
+                    let begin = done.checked_sub(1).map_or(start, |n| ends.base.wrapping_add(offsets[n] as usize));
+                    let word = &text[begin..ends.base.wrapping_add(offset as usize)];
+                    self.other_word(vocab, word, batch[done].0, scratch, out)?;
+                    done += 1;
                 }
-                start = end;
             }
+            start = from;
         }
         Ok(())
     }
@@ -215,7 +252,7 @@ impl<I: Id> Core<I> {
         if scratch.gathered.is_full() {
             self.hand_on(scratch, out)?;
         }
-        self.other_word(vocab, word, pack(word).unwrap_or_default(), scratch, out)
+        self.other_word(vocab, word, pack(word).unwrap_or(NO_KEY), scratch, out)
     }
 
     /// Takes an id that is no word's.
@@ -242,14 +279,19 @@ impl<I: Id> Core<I> {
             self.merge(word, vocab, &mut scratch.buffers);
             return I::put(&scratch.buffers.ids, out).inspect(|()| scratch.buffers.shrink());
         }
-        let slot = scratch.slots[scratch.find(key, hash_packed(key))];
-        if key != 0 && slot.key == key {
+        if key == NO_KEY {
+            self.merge(word, vocab, &mut scratch.buffers);
+            scratch.gathered.extra(&scratch.buffers.ids);
+            return Ok(());
+        }
+        let slot = *scratch.find(key);
+        if slot.key != 0 {
             let (row, Gathered { ids, len, .. }) = (slot.row.as_ref(), &mut scratch.gathered);
             let number = row[I::ROW - 1].place();
-            let known = if number < I::ROW { row } else { spilled(&scratch.spilled, &slot.row) };
+            let known = if slot.key == key { row } else { spilled(&scratch.spilled, &slot.row) };
             ids[*len..*len + number].copy_from_slice(&known[..number]);
             *len += number;
-        } else if key != 0 && self.has_results && !vocab.ignore_merges() {
+        } else if self.has_results && !vocab.ignore_merges() {
             let Gathered { len, holes, misses, .. } = &mut scratch.gathered;
             holes.push((*len, Hole::Miss(misses.len())));
             misses.push(self.begin(key));
@@ -260,9 +302,7 @@ impl<I: Id> Core<I> {
             self.merge(word, vocab, &mut scratch.buffers);
             let ids = std::mem::take(&mut scratch.buffers.ids);
             scratch.gathered.extra(&ids);
-            if key != 0 {
-                scratch.remember(key, &ids);
-            }
+            scratch.remember(key, &ids);
             scratch.buffers.ids = ids;
         }
         Ok(())
@@ -303,15 +343,15 @@ mod tests {
         let mut scratch = Scratch::<I>::default();
         for n in 1..900_000u128 {
             scratch.remember(n << 8 | 4 << 120, &[I::of(n as u32), I::of(1)]);
-            assert!(scratch.slots.len() <= MOST_SLOTS && scratch.used * 8 <= scratch.slots.len() * 5 + 8);
+            assert!(scratch.lines.len() <= MOST_LINES && scratch.used * 4 <= scratch.lines.len() * 5 + 4);
         }
         for n in 1..9_000u128 {
             scratch.remember(n << 64 | 5 << 120, &[I::of(7); 500]);
             assert!(scratch.spilled.len() < MOST_SPILLED + 500);
         }
         let key = 8_999 << 64 | 5 << 120;
-        let slot = scratch.slots[scratch.find(key, hash_packed(key))];
-        assert_eq!((slot.key, spilled(&scratch.spilled, &slot.row)), (key, &[I::of(7); 500][..]));
+        let slot = *scratch.find(key);
+        assert_eq!((slot.key, spilled(&scratch.spilled, &slot.row)), (key | SPILLED, &[I::of(7); 500][..]));
     }
 
     #[test]
