@@ -57,13 +57,23 @@ class Tokenizer:
         special_tokens: Sequence[str] | dict[str, int] | None = None,
         pattern: str = "gpt2",
     ) -> Tokenizer: ...
+    @staticmethod
+    def from_ranks(
+        ranks: dict[bytes, int],
+        *,
+        pattern: str,
+        special_tokens: Sequence[str] | dict[str, int] | None = None,
+    ) -> Tokenizer: ...
+    @staticmethod
+    def _from_pickled_ranks(ranks: dict[bytes, int], pattern: str, special_tokens: dict[str, int]) -> Tokenizer: ...
     def save(
         self,
         path: _StrPath,
         *,
-        format: Literal["tokenizer.json", "vocab+merges", "tiktoken"] = "tokenizer.json",
+        format: Literal["tokenizer.json", "vocab+merges", "tiktoken", "pretrained"] = "tokenizer.json",
         overwrite: bool = False,
     ) -> None: ...
+    def save_pretrained(self, folder: _StrPath, *, overwrite: bool = False) -> None: ...
     def to_json(self) -> str: ...
     @staticmethod
     def from_json(text: str) -> Tokenizer: ...
@@ -97,12 +107,20 @@ class Tokenizer:
         disallowed_special: Literal["all"] | Iterable[str] = (),
         threads: int | None = None,
     ) -> NDArray[np.uint16] | NDArray[np.uint32]: ...
+    def encode_with_offsets(
+        self,
+        text: str,
+        *,
+        allowed_special: Literal["all"] | Iterable[str] = (),
+        disallowed_special: Literal["all"] | Iterable[str] = (),
+    ) -> tuple[list[int], NDArray[np.uint64], NDArray[np.uint64]]: ...
     def encode_bytes(
         self,
         data: bytes,
         *,
         errors: Literal["error", "replace", "bytes"] = "error",
         allowed_special: Literal["all"] | Iterable[str] = (),
+        disallowed_special: Literal["all"] | Iterable[str] = (),
     ) -> list[int]: ...
     def encode_batch(
         self,
@@ -113,7 +131,11 @@ class Tokenizer:
         threads: int | None = None,
     ) -> list[list[int]]: ...
     def encode_iter(
-        self, chunks: Iterable[str], *, allowed_special: Literal["all"] | Iterable[str] = ()
+        self,
+        chunks: Iterable[str],
+        *,
+        allowed_special: Literal["all"] | Iterable[str] = (),
+        disallowed_special: Literal["all"] | Iterable[str] = (),
     ) -> TokenIterator: ...
     def pretokenize(self, text: str) -> list[str]: ...
     def decode(
@@ -127,7 +149,7 @@ class Tokenizer:
     def token_to_id(self, token: str | bytes) -> int | None: ...
     def id_to_token(self, id: int) -> bytes: ...
     def __len__(self) -> int: ...
-    def __reduce__(self) -> tuple[Callable[[str], Tokenizer], tuple[str]]: ...
+    def __reduce__(self) -> tuple[Callable[..., Tokenizer], tuple[object, ...]]: ...
     def __copy__(self) -> Tokenizer: ...
     def __deepcopy__(self, memo: object) -> Tokenizer: ...
 

@@ -6,11 +6,13 @@
 //! `corpus`; `counts` and `checkpoint` write through `atomic`; `extend` joins `prior` and `vocab`, `trainer` all of training;
 //! `formats` reads and writes a `vocab`; `naive` is the specification that tests hold all of it to.
 
+mod alphabet;
 pub mod atomic;
 pub mod checkpoint;
 pub mod corpus;
 pub mod count;
 pub mod counts;
+pub mod disallowed;
 pub mod encode;
 pub mod error;
 pub mod extend;
@@ -19,6 +21,7 @@ mod hash;
 pub mod input;
 mod merge;
 pub mod naive;
+pub mod offsets;
 mod packed;
 mod pages;
 pub mod pretokenize;

@@ -52,6 +52,13 @@ impl TokenBytes {
         ((id as usize) < self.len()).then(|| &self[id])
     }
 
+    /// The one of a number and the next one, joined.
+    pub(crate) fn with_next(&self, id: TokenId) -> &[u8] {
+        let id = id as usize;
+        let start = if id == 0 { 0 } else { self.ends[id - 1] };
+        &self.bytes[start..self.ends[id + 1]]
+    }
+
     /// All of them, by number.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = &[u8]> {
         let mut start = 0;

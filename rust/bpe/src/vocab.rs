@@ -2,7 +2,7 @@
 //!
 //! In: what `train` learnt or `formats` read. Out: [`Vocab`]. Called by `encode` and `formats`.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::hash::BuildHasher;
 
 use foldhash::fast::FixedState;
@@ -10,10 +10,11 @@ use hashbrown::HashTable;
 use hashbrown::hash_table::Entry;
 use sha2::{Digest, Sha256};
 
+use crate::alphabet::Alphabet;
 use crate::error::{Error, Result};
 use crate::pretokenize::canonical_name;
 use crate::token_bytes::TokenBytes;
-use crate::train::{Merges, Pair, TokenId, byte_alphabet};
+use crate::train::{Merges, Pair, TokenId};
 
 /// A merge: what is joined, what comes out, and its priority (smallest first).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,7 +30,7 @@ pub struct Merge {
 /// A checked vocabulary.
 #[derive(Debug, Clone)]
 pub struct Vocab {
-    /// Bytes of each token by id; empty where an id is a special token's.
+    /// Bytes of each token by id; empty where an id is a special token's or nobody's.
     tokens: TokenBytes,
     merges: Vec<Merge>,
     /// In the order of their ids.
@@ -48,10 +49,24 @@ impl Vocab {
     /// pre-token that is a token is taken whole before any merge (as tiktoken does).
     ///
     /// # Errors
-    /// [`Error::Config`] for a byte without a token, holes or duplicates among the ids, a duplicate or empty
-    /// special token, a merge whose result is not a token.
+    /// [`Error::Config`] for a byte without a token, an id without a token below the last ordinary one or too many
+    /// behind it, duplicates among ids or tokens, a duplicate or empty special token, a merge whose result is not a
+    /// token.
     pub fn new(
         tokens: &[(Vec<u8>, TokenId)],
+        merges: Vec<Merge>,
+        specials: Vec<(String, TokenId)>,
+        pattern: &str,
+        ignore_merges: bool,
+    ) -> Result<Self> {
+        let (bytes, ids) =
+            (tokens.iter().map(|token| &token.0).collect(), tokens.iter().map(|token| token.1).collect());
+        Self::from_listed(Listed::new(bytes, ids)?, merges, specials, pattern, ignore_merges)
+    }
+
+    /// The same of tokens that are found by their bytes already.
+    pub(crate) fn from_listed(
+        listed: Listed,
         merges: Vec<Merge>,
         mut specials: Vec<(String, TokenId)>,
         pattern: &str,
@@ -59,53 +74,18 @@ impl Vocab {
     ) -> Result<Self> {
         specials.sort_unstable_by_key(|special| special.1);
         check_specials(specials.iter().map(|(text, _)| text.as_str()))?;
-        let size = tokens.len() + specials.len();
-        let mut table: Vec<Option<&[u8]>> = vec![None; size];
-        let special = specials.iter().map(|&(_, id)| (&[][..], id));
-        let ordinary = tokens.iter().map(|(bytes, id)| (bytes.as_slice(), *id));
-        for (n, (bytes, id)) in ordinary.chain(special).enumerate() {
-            if n < tokens.len() && bytes.is_empty() {
-                return Err(Error::Config(format!("vocabulary: token {id} is empty; expected at least one byte")));
-            }
-            match table.get_mut(id as usize) {
-                None => {
-                    return Err(Error::Config(format!(
-                        "vocabulary: found id {id} among {size} tokens; expected the ids 0 to {} without a hole",
-                        size - 1
-                    )));
-                }
-                Some(Some(_)) => {
-                    return Err(Error::Config(format!("vocabulary: id {id} is given twice; expected one token an id")));
-                }
-                Some(free) => *free = Some(bytes),
-            }
-        }
-        Self::of(table.into_iter().flatten().collect(), merges, specials, pattern, ignore_merges)
+        let (tokens, by_bytes) = listed.by_id(&specials)?;
+        Self::of((tokens, by_bytes), merges, specials, pattern, ignore_merges)
     }
 
     /// The same of tokens in the order of their ids, special ones empty.
     fn of(
-        tokens: TokenBytes,
+        (tokens, by_bytes): (TokenBytes, HashTable<TokenId>),
         merges: Vec<Merge>,
         specials: Vec<(String, TokenId)>,
         pattern: &str,
         ignore_merges: bool,
     ) -> Result<Self> {
-        let mut by_bytes = HashTable::with_capacity(tokens.len());
-        for (id, bytes) in (0..).zip(tokens.iter()).filter(|(_, bytes)| !bytes.is_empty()) {
-            let (same, rehash) = (|&other: &TokenId| &tokens[other] == bytes, |&id: &TokenId| hash(&tokens[id]));
-            match by_bytes.entry(hash(bytes), same, rehash) {
-                Entry::Vacant(free) => {
-                    free.insert(id);
-                }
-                Entry::Occupied(first) => {
-                    return Err(Error::Config(format!(
-                        "vocabulary: tokens {} and {id} are the same bytes; expected distinct tokens",
-                        first.get()
-                    )));
-                }
-            }
-        }
         let mut this = Self {
             tokens,
             merges,
@@ -115,11 +95,10 @@ impl Vocab {
             pattern: canonical_name(pattern).into(),
             ignore_merges,
         };
-        let alphabet: HashMap<char, u8, FixedState> = byte_alphabet().into_iter().zip(0..=255).collect();
+        let alphabet = Alphabet::new();
         for (text, id) in &this.specials {
             // Files write ordinary tokens in an alphabet of bytes: a special token of the same spelling would be them.
-            let spelt: Option<Vec<u8>> = text.chars().map(|c| alphabet.get(&c).copied()).collect();
-            if let Some(same) = spelt.and_then(|bytes| this.id_of(&bytes)) {
+            if let Some(same) = alphabet.bytes(text).and_then(|bytes| this.id_of(&bytes)) {
                 return Err(Error::Config(format!(
                     "special token {text:?} ({id}): token {same} has the same spelling in tokenizer files; expected a text of its own, such as <|endoftext|>"
                 )));
@@ -161,10 +140,11 @@ impl Vocab {
         for _ in &specials {
             tokens.push(&[]);
         }
-        Self::of(tokens, rules, specials, pattern, false)
+        let by_bytes = index(&tokens, |place| place)?;
+        Self::of((tokens, by_bytes), rules, specials, pattern, false)
     }
 
-    /// Number of tokens, special ones included; ids are 0 up to this.
+    /// Number of ids, special tokens' and free ones included: ids are below this.
     pub fn len(&self) -> usize {
         self.tokens.len()
     }
@@ -174,7 +154,7 @@ impl Vocab {
         false
     }
 
-    /// Bytes of a token; of a special token the bytes of its text.
+    /// Bytes of a token; of a special token the bytes of its text; none for an id that nobody has.
     pub fn token(&self, id: TokenId) -> Option<&[u8]> {
         let bytes = self.tokens.get(id)?;
         if !bytes.is_empty() {
@@ -204,7 +184,7 @@ impl Vocab {
         &self.specials
     }
 
-    /// Whether `id` is a special token.
+    /// Whether `id` is below [`len`](Self::len) and no ordinary token's: a special token's, or nobody's.
     pub fn is_special(&self, id: TokenId) -> bool {
         self.tokens.get(id).is_some_and(<[u8]>::is_empty)
     }
@@ -255,6 +235,129 @@ impl Vocab {
     }
 }
 
+/// Tokens as a file lists them, in its own order, found by their bytes.
+#[derive(Debug)]
+pub(crate) struct Listed {
+    tokens: TokenBytes,
+    ids: Vec<TokenId>,
+    /// Places in the list.
+    by_bytes: HashTable<u32>,
+    removed: HashSet<u32, FixedState>,
+}
+
+impl Listed {
+    /// # Errors
+    /// [`Error::Config`] for an empty token and for one that is there twice.
+    pub fn new(tokens: TokenBytes, ids: Vec<TokenId>) -> Result<Self> {
+        if let Some((_, id)) = tokens.iter().zip(&ids).find(|(bytes, _)| bytes.is_empty()) {
+            return Err(Error::Config(format!("vocabulary: token {id} is empty; expected at least one byte")));
+        }
+        let by_bytes = index(&tokens, |place| ids[place as usize])?;
+        Ok(Self { tokens, ids, by_bytes, removed: HashSet::default() })
+    }
+
+    /// The place of a token.
+    #[inline]
+    pub fn find(&self, bytes: &[u8]) -> Option<u32> {
+        self.by_bytes.find(hash(bytes), |&place| &self.tokens[place] == bytes).copied()
+    }
+
+    /// Whether that token is found at that place.
+    #[inline]
+    pub fn is_at(&self, place: u32, bytes: &[u8]) -> bool {
+        self.tokens.get(place) == Some(bytes) && !self.removed.contains(&place)
+    }
+
+    /// Tokens of the list, removed ones too.
+    pub fn len(&self) -> usize {
+        self.ids.len()
+    }
+
+    pub fn id(&self, place: u32) -> TokenId {
+        self.ids[place as usize]
+    }
+
+    pub fn token(&self, place: u32) -> &[u8] {
+        &self.tokens[place]
+    }
+
+    pub fn ids(&self) -> &[TokenId] {
+        &self.ids
+    }
+
+    /// Takes a token out of those that are found: it is a special one.
+    pub fn remove(&mut self, place: u32) {
+        let found = self.by_bytes.find_entry(hash(&self.tokens[place]), |&other| other == place);
+        if let Ok(entry) = found {
+            entry.remove();
+            self.removed.insert(place);
+        }
+    }
+
+    /// What is found, in the order of ids, empty where an id is one of the `specials` (sorted by id) or free.
+    fn by_id(mut self, specials: &[(String, TokenId)]) -> Result<(TokenBytes, HashTable<TokenId>)> {
+        const FREE: u32 = u32::MAX;
+        const SPECIAL: u32 = u32::MAX - 1;
+        let here = self.by_bytes.iter().map(|&place| self.ids[place as usize]);
+        let last = here.chain(specials.iter().map(|special| special.1)).max();
+        let count = self.by_bytes.len() + specials.len();
+        let size = last.map_or(0, |last| last as usize + 1);
+        if size > 2 * count {
+            return Err(Error::Config(format!(
+                "vocabulary: found id {} among {count} tokens; expected the ids 0 to {}, or few more behind the last ordinary token",
+                size - 1,
+                count.saturating_sub(1)
+            )));
+        }
+        let mut places = vec![FREE; size];
+        let twice = |id| Error::Config(format!("vocabulary: id {id} is given twice; expected one token an id"));
+        for &(_, id) in specials {
+            if std::mem::replace(&mut places[id as usize], SPECIAL) != FREE {
+                return Err(twice(id));
+            }
+        }
+        for place in &mut self.by_bytes {
+            let id = self.ids[*place as usize];
+            if std::mem::replace(&mut places[id as usize], *place) != FREE {
+                return Err(twice(id));
+            }
+            *place = id;
+        }
+        // Behind the last ordinary token ids may be free: cl100k_base and o200k_base leave some between special ones.
+        let ordinary = places.iter().rposition(|&place| place < SPECIAL).map_or(0, |last| last + 1);
+        if let Some(hole) = places[..ordinary].iter().position(|&place| place == FREE) {
+            return Err(Error::Config(format!(
+                "vocabulary: no token has id {hole}; expected the ids 0 to {} without a hole",
+                ordinary - 1
+            )));
+        }
+        let token = |&place: &u32| if place < SPECIAL { &self.tokens[place] } else { &[][..] };
+        Ok((places.iter().map(token).collect(), self.by_bytes))
+    }
+}
+
+/// Places of tokens by their bytes; empty ones have none.
+fn index(tokens: &TokenBytes, id_of: impl Fn(u32) -> TokenId) -> Result<HashTable<u32>> {
+    let mut by_bytes = HashTable::with_capacity(tokens.len());
+    for (place, bytes) in (0..).zip(tokens.iter()).filter(|(_, bytes)| !bytes.is_empty()) {
+        let (same, rehash) = (|&other: &u32| &tokens[other] == bytes, |&place: &u32| hash(&tokens[place]));
+        match by_bytes.entry(hash(bytes), same, rehash) {
+            Entry::Vacant(free) => {
+                free.insert(place);
+            }
+            Entry::Occupied(first) => {
+                return Err(Error::Config(format!(
+                    "vocabulary: tokens {} and {} are the same bytes ({:?}); expected distinct tokens",
+                    id_of(*first.get()),
+                    id_of(place),
+                    String::from_utf8_lossy(bytes)
+                )));
+            }
+        }
+    }
+    Ok(by_bytes)
+}
+
 fn hash(bytes: &[u8]) -> u64 {
     FixedState::default().hash_one(bytes)
 }
@@ -262,13 +365,13 @@ fn hash(bytes: &[u8]) -> u64 {
 /// Refuses an empty or a repeated special token.
 pub fn check_specials<'a>(specials: impl Iterator<Item = &'a str>) -> Result<()> {
     let mut seen: HashSet<&str, FixedState> = HashSet::default();
-    let alphabet = byte_alphabet();
+    let alphabet = Alphabet::new();
     for special in specials {
         if special.is_empty() {
             return Err(Error::Config("special token: found an empty one; expected at least one character".into()));
         }
         let mut chars = special.chars();
-        if chars.next().is_some_and(|c| alphabet.contains(&c)) && chars.next().is_none() {
+        if chars.next().is_some_and(|c| alphabet.byte(c).is_some()) && chars.next().is_none() {
             return Err(Error::Config(format!(
                 "special token {special:?}: stands for a single byte in tokenizer files; expected a longer text, such as <|endoftext|>"
             )));

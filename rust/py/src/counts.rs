@@ -13,9 +13,10 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyIterator, PyString};
 use pythonize::pythonize;
 
+use crate::arguments::text_of;
 use crate::error::{OrRaise, to_python};
 use crate::inputs::{Paths, Spec};
-use crate::tokenizer::{Tokenizer, text_of};
+use crate::tokenizer::Tokenizer;
 use crate::{LOOK_EVERY, Sizes, settings, threads_or_default, trained, watched};
 
 /// Bytes of documents that are counted at a time: the GIL is given back once for all of them.

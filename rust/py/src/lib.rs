@@ -4,10 +4,12 @@
 #![allow(clippy::needless_pass_by_value, reason = "arguments arrive converted, by value")]
 #![allow(clippy::doc_markdown, reason = "these texts are shown by Python's help")]
 
+mod arguments;
 mod counts;
 mod error;
 mod inputs;
 mod kernels;
+mod stream;
 mod tokenizer;
 
 use std::path::PathBuf;
@@ -31,7 +33,8 @@ use pythonize::pythonize;
 use crate::counts::{Counts, default_max_memory, train_bpe_from_counts};
 use crate::error::{OrRaise, to_python};
 use crate::inputs::Spec;
-use crate::tokenizer::{TokenIterator, Tokenizer};
+use crate::stream::TokenIterator;
+use crate::tokenizer::Tokenizer;
 
 /// How often a running job is looked at: signals and the progress call.
 const LOOK: Duration = Duration::from_millis(20);

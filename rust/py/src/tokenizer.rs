@@ -1,22 +1,25 @@
 //! `bytekiln.Tokenizer`: the encoder as a frozen Python class. Texts and documentation are in `_core.pyi`.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytekiln_bpe::Error;
-use bytekiln_bpe::encode::{Allowed, EncodeStream, Encoder, Out};
-use bytekiln_bpe::formats::{self, Format, SpecialNames};
+use bytekiln_bpe::disallowed::Disallowed;
+use bytekiln_bpe::encode::Encoder;
+use bytekiln_bpe::formats::{self, Format};
+use bytekiln_bpe::offsets::offsets;
 use bytekiln_bpe::pretokenize::TextPolicy;
 use bytekiln_bpe::tokens::Dtype;
 use bytekiln_bpe::train::TokenId;
 use bytekiln_bpe::vocab::Vocab;
-use numpy::PyArray1;
-use pyo3::buffer::{Element, PyBuffer};
-use pyo3::exceptions::{PyOverflowError, PyTypeError};
+use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict, PyIterator, PyList, PyString};
+use pyo3::types::{PyByteArray, PyBytes, PyDict, PyString, PyTuple};
 
+use crate::arguments::{MergesArgument, SpecialArgument, SpecialSet, VocabArgument, ids_of, text_of};
 use crate::error::{OrRaise, to_python};
+use crate::stream::TokenIterator;
 use crate::threads_or_default;
 
 /// Text shorter than this is encoded without releasing the interpreter: handing it over costs more.
@@ -26,96 +29,6 @@ const SHORT_TEXT: usize = 4096;
 #[pyclass(frozen, module = "bytekiln._core", name = "Tokenizer")]
 pub struct Tokenizer {
     pub encoder: Arc<Encoder>,
-}
-
-/// `"all"` or names of special tokens.
-pub enum SpecialSet {
-    All,
-    Names(Vec<String>),
-}
-
-impl SpecialSet {
-    fn allowed(&self) -> Allowed<'_> {
-        match self {
-            Self::All => Allowed::All,
-            Self::Names(names) if names.is_empty() => Allowed::None,
-            Self::Names(names) => Allowed::Only(names),
-        }
-    }
-
-    const NONE: Self = Self::Names(Vec::new());
-}
-
-impl<'py> FromPyObject<'_, 'py> for SpecialSet {
-    type Error = PyErr;
-
-    fn extract(value: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
-        match value.extract::<String>() {
-            Ok(text) if text == "all" => Ok(Self::All),
-            Ok(text) => {
-                let what = format!("special tokens: found the text {text:?}; expected \"all\" or a set of texts");
-                Err(to_python(value.py(), &Error::Config(what)))
-            }
-            Err(_) => {
-                let names = PyIterator::from_object(&value)?.map(|name| name?.extract::<String>());
-                let mut names = names.collect::<PyResult<Vec<_>>>()?;
-                names.sort_unstable();
-                names.dedup();
-                Ok(Self::Names(names))
-            }
-        }
-    }
-}
-
-/// Special tokens as a list of texts or as texts with their ids.
-#[derive(FromPyObject)]
-pub enum SpecialArgument<'py> {
-    Ids(Bound<'py, PyDict>),
-    Texts(Vec<String>),
-}
-
-impl SpecialArgument<'_> {
-    fn names(self) -> PyResult<SpecialNames> {
-        match self {
-            Self::Texts(texts) => Ok(texts.into_iter().map(|text| (text, None)).collect()),
-            Self::Ids(ids) => ids.iter().map(|(text, id)| Ok((text.extract()?, Some(id.extract()?)))).collect(),
-        }
-    }
-}
-
-/// A text, or its UTF-8.
-#[derive(FromPyObject)]
-enum TextArgument<'py> {
-    Text(Bound<'py, PyString>),
-    Bytes(Bound<'py, PyBytes>),
-}
-
-#[derive(FromPyObject)]
-enum VocabArgument {
-    Path(PathBuf),
-    Tokens(std::collections::BTreeMap<TokenId, Vec<u8>>),
-}
-
-#[derive(FromPyObject)]
-enum MergesArgument {
-    Path(PathBuf),
-    Pairs(Vec<(Vec<u8>, Vec<u8>)>),
-}
-
-/// Bytes as the text that they are.
-fn valid_utf8(bytes: &[u8]) -> bytekiln_bpe::Result<&str> {
-    std::str::from_utf8(bytes).map_err(|e| {
-        let at = e.valid_up_to();
-        Error::Text(format!("text: byte offset {at}: invalid UTF-8; expected UTF-8, or encode_bytes(data, errors=...)"))
-    })
-}
-
-/// Text of a Python string; a lone surrogate is not text.
-pub fn text_of<'a>(text: &'a Bound<'_, PyString>) -> PyResult<&'a str> {
-    text.to_str().map_err(|e| {
-        let what = format!("text: {}; expected a string without lone surrogates", e.value(text.py()));
-        to_python(text.py(), &Error::Text(what))
-    })
 }
 
 impl Tokenizer {
@@ -148,7 +61,7 @@ impl Tokenizer {
         let (allowed, disallowed) = (allowed.allowed(), disallowed.allowed());
         let work = || {
             let mut ids = Vec::with_capacity(text.len() / 3 + 8);
-            self.encoder.refuse(text, disallowed, allowed)?;
+            Disallowed::new(self.encoder.vocab(), disallowed, allowed)?.refuse(text.as_bytes())?;
             self.encoder.encode(text, allowed, &mut ids).map(|()| ids)
         };
         if text.len() < SHORT_TEXT { work() } else { py.detach(work) }.or_raise(py)
@@ -197,12 +110,34 @@ impl Tokenizer {
                 formats::read_vocab_and_merges(&vocab, &merges, specials, pattern)
             }
             (VocabArgument::Tokens(tokens), MergesArgument::Pairs(pairs)) => {
-                let tokens = tokens.into_iter().map(|(id, bytes)| (bytes, id)).collect();
-                formats::from_parts(tokens, &pairs, specials, pattern)
+                let tokens: Vec<_> = tokens.into_iter().map(|(id, bytes)| (bytes, id)).collect();
+                formats::from_parts(&tokens, &pairs, specials, pattern)
             }
             _ => return Err(PyTypeError::new_err("vocab and merges: expected two paths, or a dict and a list")),
         };
         Self::from_vocab(py, vocab)
+    }
+
+    /// Build a tokenizer that encodes as `tiktoken.Encoding` does with the same ranks, pattern and special tokens.
+    ///
+    /// Args:
+    ///     ranks: every ordinary token with its id, which is its priority, too.
+    ///     pattern: gpt2, cl100k, o200k or a regular expression.
+    ///     special_tokens: texts with ids (behind the ranks they may leave ids free), or texts.
+    ///
+    /// Raises:
+    ///     ConfigError.
+    #[staticmethod]
+    #[pyo3(signature = (ranks, *, pattern, special_tokens=None))]
+    fn from_ranks(
+        py: Python<'_>,
+        ranks: BTreeMap<Vec<u8>, TokenId>,
+        pattern: &str,
+        special_tokens: Option<SpecialArgument<'_>>,
+    ) -> PyResult<Self> {
+        let specials = special_tokens.map(SpecialArgument::names).transpose()?;
+        let ranks: Vec<_> = ranks.into_iter().collect();
+        Self::from_vocab(py, formats::from_ranks(&ranks, specials, pattern))
     }
 
     /// Read the text of a `tokenizer.json`.
@@ -217,7 +152,8 @@ impl Tokenizer {
     }
 
     /// Write it, atomically: `tokenizer.json` (Hugging Face's, loaded by their library as it is), `vocab+merges`
-    /// (a folder with GPT-2's `vocab.json` and `merges.txt`) or `tiktoken` (ranks; no pattern, no special tokens).
+    /// (a folder with GPT-2's `vocab.json` and `merges.txt`), `tiktoken` (ranks; no pattern, no special tokens) or
+    /// `pretrained` (the folder of `save_pretrained`).
     ///
     /// Raises:
     ///     OutputExistsError: it exists and `overwrite` is false.
@@ -228,12 +164,27 @@ impl Tokenizer {
         saved.or_raise(py)
     }
 
+    /// Write a folder that `transformers.AutoTokenizer.from_pretrained` loads: `tokenizer.json` and `tokenizer_config.json`.
+    ///
+    /// There as here the ids are the same, decoded text is not cleaned up, and the end-of-text token is the beginning-
+    /// and the end-of-sequence token. The folder is made if it is missing.
+    ///
+    /// Raises:
+    ///     OutputExistsError: one of the two exists and `overwrite` is false.
+    ///     FileError: the parent folder is missing or cannot be written.
+    #[pyo3(signature = (folder, *, overwrite=false))]
+    fn save_pretrained(&self, py: Python<'_>, folder: PathBuf, overwrite: bool) -> PyResult<()> {
+        formats::write(self.encoder.vocab(), &folder, Format::Pretrained, overwrite).or_raise(py)
+    }
+
     /// Every token's bytes by id; a special token's are those of its text.
     #[getter]
     fn vocab<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let dict = PyDict::new(py);
         for id in 0..self.encoder.vocab().len() as TokenId {
-            dict.set_item(id, PyBytes::new(py, self.encoder.vocab().token(id).unwrap_or_default()))?;
+            if let Some(token) = self.encoder.vocab().token(id) {
+                dict.set_item(id, PyBytes::new(py, token))?;
+            }
         }
         Ok(dict)
     }
@@ -262,7 +213,8 @@ impl Tokenizer {
         self.encoder.splitter().pattern().name()
     }
 
-    /// Number of tokens, special ones included; ids are 0 up to this.
+    /// Number of ids, special tokens' included; ids are 0 up to this. As in tiktoken, some between special tokens may be
+    /// nobody's.
     #[getter]
     fn n_vocab(&self) -> usize {
         self.encoder.vocab().len()
@@ -285,7 +237,8 @@ impl Tokenizer {
     /// Args:
     ///     text: any string without lone surrogates.
     ///     allowed_special: special tokens to recognise, or "all"; the others are ordinary text.
-    ///     disallowed_special: special tokens whose text is an error unless allowed, or "all" (tiktoken's default).
+    ///     disallowed_special: texts that are an error, or "all" (tiktoken's default): all special tokens that are not
+    ///         allowed.
     ///
     /// Raises:
     ///     TextError: a disallowed special token, with its byte offset.
@@ -331,25 +284,55 @@ impl Tokenizer {
         })
     }
 
+    /// `encode` with the place of every token.
+    ///
+    /// Returns:
+    ///     The ids; their starts and ends in bytes of UTF-8; their starts and ends in characters: two arrays of uint64,
+    ///     tokens × 2. `text.encode()[start:end]` is the token, and tokens follow each other without a gap.
+    ///     `text[start:end]` are the characters in which its bytes lie, so tokens that are parts of one character all
+    ///     have that character's place.
+    #[pyo3(signature = (text, *, allowed_special=SpecialSet::NONE, disallowed_special=SpecialSet::NONE), text_signature = "($self, text, *, allowed_special=(), disallowed_special=())")]
+    fn encode_with_offsets<'py>(
+        &self,
+        text: &Bound<'py, PyString>,
+        allowed_special: SpecialSet,
+        disallowed_special: SpecialSet,
+    ) -> PyResult<Bound<'py, PyTuple>> {
+        let py = text.py();
+        let ids = self.ids(text, &allowed_special, &disallowed_special)?;
+        let found = offsets(self.encoder.vocab(), text_of(text)?, &ids).or_raise(py)?;
+        let array = |spans: &[[u64; 2]]| {
+            let bytes: Vec<u8> = spans.as_flattened().iter().flat_map(|place| place.to_le_bytes()).collect();
+            let flat = py.import("numpy")?.call_method1("frombuffer", (PyByteArray::new(py, &bytes), "<u8"))?;
+            flat.call_method1("reshape", (spans.len(), 2))
+        };
+        (ids, array(&found.bytes)?, array(&found.characters)?).into_pyobject(py)
+    }
+
     /// Ids of bytes that need not be UTF-8.
     ///
     /// Args:
     ///     data: the bytes.
     ///     errors: "error" refuses invalid UTF-8 with its offset, "replace" encodes U+FFFD, "bytes" keeps the bytes
     ///         (so that `decode_bytes` brings them back).
-    ///     allowed_special: as in `encode`.
-    #[pyo3(signature = (data, *, errors="error", allowed_special=SpecialSet::NONE), text_signature = "($self, data, *, errors='error', allowed_special=())")]
+    ///     allowed_special, disallowed_special: as in `encode`.
+    #[pyo3(signature = (data, *, errors="error", allowed_special=SpecialSet::NONE, disallowed_special=SpecialSet::NONE), text_signature = "($self, data, *, errors='error', allowed_special=(), disallowed_special=())")]
     fn encode_bytes(
         &self,
         py: Python<'_>,
         data: &[u8],
         errors: &str,
         allowed_special: SpecialSet,
+        disallowed_special: SpecialSet,
     ) -> PyResult<Vec<TokenId>> {
-        let mut ids = Vec::new();
-        let encoded = TextPolicy::from_name(errors)
-            .and_then(|policy| self.encoder.encode_bytes(data, policy, allowed_special.allowed(), &mut ids));
-        encoded.or_raise(py).map(|()| ids)
+        let (allowed, disallowed) = (allowed_special.allowed(), disallowed_special.allowed());
+        let policy = TextPolicy::from_name(errors).or_raise(py)?;
+        let work = || {
+            let mut ids = Vec::new();
+            Disallowed::new(self.encoder.vocab(), disallowed, allowed)?.refuse(data)?;
+            self.encoder.encode_bytes(data, policy, allowed, &mut ids).map(|()| ids)
+        };
+        if data.len() < SHORT_TEXT { work() } else { py.detach(work) }.or_raise(py)
     }
 
     /// `encode` of every text, on several threads where that pays.
@@ -366,9 +349,8 @@ impl Tokenizer {
         let threads = threads_or_default(py, threads)?;
         let (allowed, disallowed) = (allowed_special.allowed(), disallowed_special.allowed());
         let batch = || {
-            for text in &texts {
-                self.encoder.refuse(text, disallowed, allowed)?;
-            }
+            let refused = Disallowed::new(self.encoder.vocab(), disallowed, allowed)?;
+            texts.iter().try_for_each(|text| refused.refuse(text.as_bytes()))?;
             self.encoder.encode_batch(&texts, allowed, threads)
         };
         py.detach(batch).or_raise(py)
@@ -378,16 +360,19 @@ impl Tokenizer {
     ///
     /// What cannot be decided yet is held back: text behind the last certain border between pre-tokens. With a
     /// pattern of the user's no border is certain but the ends of allowed special tokens.
-    #[pyo3(signature = (chunks, *, allowed_special=SpecialSet::NONE), text_signature = "($self, chunks, *, allowed_special=())")]
+    /// A disallowed special token is an error when the part comes that completes it; ids of parts before are out by then.
+    #[pyo3(signature = (chunks, *, allowed_special=SpecialSet::NONE, disallowed_special=SpecialSet::NONE), text_signature = "($self, chunks, *, allowed_special=(), disallowed_special=())")]
     fn encode_iter(
         &self,
         py: Python<'_>,
         chunks: &Bound<'_, PyAny>,
         allowed_special: SpecialSet,
+        disallowed_special: SpecialSet,
     ) -> PyResult<TokenIterator> {
-        let stream = self.encoder.clone().stream(allowed_special.allowed()).or_raise(py)?;
-        let chunks = Some(PyIterator::from_object(chunks)?.unbind());
-        Ok(TokenIterator { chunks, stream, ready: Vec::new().into_iter() })
+        let (allowed, disallowed) = (allowed_special.allowed(), disallowed_special.allowed());
+        let refused = Disallowed::new(self.encoder.vocab(), disallowed, allowed).or_raise(py)?;
+        let stream = self.encoder.clone().stream(allowed).or_raise(py)?;
+        TokenIterator::new(chunks, stream, refused)
     }
 
     /// The pieces of `text` inside which merges happen; special tokens count as text.
@@ -471,9 +456,26 @@ impl Tokenizer {
         self.hash().bytes().rev().take(16).fold(0, |hash, digit| hash << 4 | u64::from(digit & 15))
     }
 
-    fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyAny>, (String,))> {
-        let load = py.get_type::<Self>().getattr("from_json")?;
-        Ok((load, (self.to_json(py)?,)))
+    fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyTuple>)> {
+        let load = |name| py.get_type::<Self>().getattr(name);
+        if let Ok(json) = formats::to_json(self.encoder.vocab()) {
+            return Ok((load("from_json")?, (json,).into_pyobject(py)?));
+        }
+        // Ranks that no list of merges explains are all that a tokenizer.json cannot say.
+        Ok((
+            load("_from_pickled_ranks")?,
+            (self.ranks(py)?, self.pattern(), self.special_tokens(py)?).into_pyobject(py)?,
+        ))
+    }
+
+    #[staticmethod]
+    fn _from_pickled_ranks(
+        py: Python<'_>,
+        ranks: BTreeMap<Vec<u8>, TokenId>,
+        pattern: &str,
+        special_tokens: SpecialArgument<'_>,
+    ) -> PyResult<Self> {
+        Self::from_ranks(py, ranks, pattern, Some(special_tokens))
     }
 
     fn __copy__(&self) -> Self {
@@ -486,74 +488,20 @@ impl Tokenizer {
 }
 
 impl Tokenizer {
+    /// Ordinary tokens with their ids.
+    fn ranks<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let (dict, vocab) = (PyDict::new(py), self.encoder.vocab());
+        for id in (0..vocab.len() as TokenId).filter(|&id| !vocab.is_special(id)) {
+            dict.set_item(PyBytes::new(py, vocab.token(id).unwrap_or_default()), id)?;
+        }
+        Ok(dict)
+    }
+
     fn bytes_of(&self, ids: &Bound<'_, PyAny>, skip_special: bool) -> PyResult<Vec<u8>> {
         let py = ids.py();
         let ids = ids_of(ids)?;
         let mut bytes = Vec::with_capacity(ids.len() * 4);
         self.encoder.decode(&ids, skip_special, &mut bytes).or_raise(py)?;
         Ok(bytes)
-    }
-}
-
-/// Ids from a sequence of integers or any buffer of them.
-fn ids_of(ids: &Bound<'_, PyAny>) -> PyResult<Vec<TokenId>> {
-    fn buffer<T: Element + Copy + Into<i64>>(ids: &Bound<'_, PyAny>) -> Option<Vec<i64>> {
-        let buffer = PyBuffer::<T>::get(ids).ok()?;
-        // Other shapes and byte orders go the way of sequences, which refuses or reads them.
-        if buffer.dimensions() != 1 || buffer.format().to_bytes().starts_with(b">") {
-            return None;
-        }
-        let values = buffer.to_vec(ids.py()).ok()?;
-        Some(values.into_iter().map(Into::into).collect())
-    }
-    let values = if ids.cast::<PyList>().is_ok() { None } else { buffer::<u16>(ids) };
-    let values = values.or_else(|| buffer::<u32>(ids)).or_else(|| buffer::<i64>(ids)).or_else(|| buffer::<i32>(ids));
-    let values = values.map_or_else(|| ids.extract::<Vec<i64>>(), Ok).map_err(|error| {
-        if !error.is_instance_of::<PyOverflowError>(ids.py()) {
-            return error;
-        }
-        let what = "ids: found a number beyond 64 bits; expected ids below the vocabulary's size".into();
-        to_python(ids.py(), &Error::Config(what))
-    })?;
-    let narrow = |(place, id): (usize, i64)| {
-        TokenId::try_from(id).map_err(|_| {
-            let what = format!("ids[{place}]: found {id}; expected ids from 0 up to the vocabulary's size");
-            to_python(ids.py(), &Error::Config(what))
-        })
-    };
-    values.into_iter().enumerate().map(narrow).collect()
-}
-
-/// Ids of a text that arrives in parts, one at a time.
-#[pyclass(module = "bytekiln._core")]
-pub struct TokenIterator {
-    chunks: Option<Py<PyIterator>>,
-    stream: EncodeStream,
-    ready: std::vec::IntoIter<TokenId>,
-}
-
-#[pymethods]
-impl TokenIterator {
-    fn __iter__(this: PyRef<'_, Self>) -> PyRef<'_, Self> {
-        this
-    }
-
-    fn __next__(&mut self, py: Python<'_>) -> PyResult<Option<TokenId>> {
-        loop {
-            if let Some(id) = self.ready.next() {
-                return Ok(Some(id));
-            }
-            let Some(chunks) = &self.chunks else { return Ok(None) };
-            let mut ids = Vec::new();
-            if let Some(chunk) = chunks.bind(py).clone().next() {
-                // An error of the source is the end: what was held back is not the end of a text.
-                let chunk = chunk.inspect_err(|_| self.chunks = None)?.cast_into::<PyString>()?;
-                self.stream.push(text_of(&chunk)?, &mut ids).or_raise(py)?;
-            } else {
-                self.chunks = None;
-                self.stream.finish(&mut ids).or_raise(py)?;
-            }
-            self.ready = ids.into_iter();
-        }
     }
 }

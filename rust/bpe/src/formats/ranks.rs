@@ -1,0 +1,112 @@
+//! tiktoken's ranks: a line a token, its base64 and its rank, which is its id.
+//!
+//! In: the file, or tokens with ranks. Out: a [`Vocab`] that encodes as tiktoken does.
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
+
+use super::parts::add_specials;
+use super::{SpecialNames, at_place};
+use crate::error::{Error, Result};
+use crate::token_bytes::TokenBytes;
+use crate::train::TokenId;
+use crate::vocab::{Listed, Merge, Vocab};
+
+/// Reads a `.tiktoken` file.
+pub(super) fn from_tiktoken(bytes: &[u8], place: &str, specials: Option<SpecialNames>, pattern: &str) -> Result<Vocab> {
+    let (mut tokens, mut ids, mut token) = (TokenBytes::default(), Vec::new(), Vec::new());
+    for (line, text) in (1..).zip(bytes.split(|&b| b == b'\n')) {
+        if text.iter().all(u8::is_ascii_whitespace) {
+            continue;
+        }
+        token.clear();
+        let rank = str::from_utf8(text).ok().and_then(|text| {
+            let (base64, rank) = text.trim_end().split_once(' ')?;
+            BASE64.decode_vec(base64, &mut token).ok()?;
+            rank.parse().ok()
+        });
+        ids.push(rank.ok_or_else(|| {
+            Error::format(
+                format!("{place}: line {line}"),
+                "not a base64 token and a rank; expected tiktoken ranks, or a JSON tokenizer",
+            )
+        })?);
+        tokens.push(&token);
+    }
+    of_listed((tokens, ids), specials, pattern).map_err(|e| at_place(place, e))
+}
+
+/// A vocabulary of tokens and their ranks, which are their ids.
+pub fn from_ranks(tokens: &[(Vec<u8>, TokenId)], specials: Option<SpecialNames>, pattern: &str) -> Result<Vocab> {
+    let listed = (tokens.iter().map(|token| &token.0).collect(), tokens.iter().map(|token| token.1).collect());
+    of_listed(listed, specials, pattern)
+}
+
+fn of_listed(
+    (tokens, ids): (TokenBytes, Vec<TokenId>),
+    specials: Option<SpecialNames>,
+    pattern: &str,
+) -> Result<Vocab> {
+    let listed = Listed::new(tokens, ids)?;
+    let merges = merges_of_ranks(&listed).unwrap_or_else(|| all_splits(&listed));
+    let specials = add_specials(&listed, Vec::new(), specials.as_ref())?;
+    Vocab::from_listed(listed, merges, specials, pattern, true)
+}
+
+/// The merges that ranks imply: each token's bytes, merged by lower ranks only, must end as two tokens.
+///
+/// By induction this list encodes as tiktoken does: until a token's rank is reached, the bytes between two
+/// borders that no merge crosses are merged as they would be alone; so where two parts that join to the token
+/// are neighbours at that moment, they are the two parts listed. `None` where a token ends as more than two
+/// parts (it is reached through no single merge).
+pub(super) fn merges_of_ranks(listed: &Listed) -> Option<Vec<Merge>> {
+    let mut longer: Vec<u32> = (0..listed.len() as u32).filter(|&place| listed.token(place).len() > 1).collect();
+    longer.sort_by_key(|&place| listed.id(place));
+    let mut merges = Vec::with_capacity(longer.len());
+    let (mut borders, mut joins) = (Vec::new(), Vec::new());
+    for (rank, place) in (0u32..).zip(longer) {
+        let (bytes, id) = (listed.token(place), listed.id(place));
+        let id_of = |bytes: &[u8]| listed.find(bytes).map(|place| listed.id(place));
+        let joined = |from: usize, to: usize| id_of(&bytes[from..to]).filter(|&rank| rank < id).unwrap_or(NO_RANK);
+        // Borders of the parts, and for each part but the last the rank of it and the next one joined.
+        borders.clear();
+        borders.extend(0..=bytes.len());
+        joins.clear();
+        if bytes.len() > 2 {
+            joins.extend((0..bytes.len() - 1).map(|at| joined(at, at + 2)));
+        }
+        while borders.len() > 3 {
+            let (at, &best) = joins.iter().enumerate().min_by_key(|&(at, &rank)| (rank, at))?;
+            if best == NO_RANK {
+                return None;
+            }
+            borders.remove(at + 1);
+            joins.remove(at);
+            for left in at.saturating_sub(1)..=at {
+                if left + 2 < borders.len() {
+                    joins[left] = joined(borders[left], borders[left + 2]);
+                }
+            }
+        }
+        let middle = borders[1];
+        merges.push(Merge { pair: (id_of(&bytes[..middle])?, id_of(&bytes[middle..])?), id, rank });
+    }
+    Some(merges)
+}
+
+const NO_RANK: TokenId = TokenId::MAX;
+
+/// Every way to cut a token into two tokens, with the token's rank: tiktoken's own rule, word for word.
+fn all_splits(listed: &Listed) -> Vec<Merge> {
+    let mut merges: Vec<Merge> = Vec::new();
+    for place in 0..listed.len() as u32 {
+        let (bytes, id) = (listed.token(place), listed.id(place));
+        for middle in 1..bytes.len() {
+            if let (Some(a), Some(b)) = (listed.find(&bytes[..middle]), listed.find(&bytes[middle..])) {
+                merges.push(Merge { pair: (listed.id(a), listed.id(b)), id, rank: id });
+            }
+        }
+    }
+    merges.sort_by_key(|m| (m.rank, m.pair));
+    merges
+}

@@ -1,0 +1,124 @@
+//! Arguments of `Tokenizer`'s methods: what Python gives, as the core takes it.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use bytekiln_bpe::Error;
+use bytekiln_bpe::encode::Allowed;
+use bytekiln_bpe::formats::SpecialNames;
+use bytekiln_bpe::train::TokenId;
+use pyo3::buffer::{Element, PyBuffer};
+use pyo3::exceptions::PyOverflowError;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyIterator, PyList, PyString};
+
+use crate::error::to_python;
+
+/// `"all"` or names of special tokens.
+pub enum SpecialSet {
+    All,
+    Names(Vec<String>),
+}
+
+impl SpecialSet {
+    /// The set as the core takes it.
+    pub fn allowed(&self) -> Allowed<'_> {
+        match self {
+            Self::All => Allowed::All,
+            Self::Names(names) if names.is_empty() => Allowed::None,
+            Self::Names(names) => Allowed::Only(names),
+        }
+    }
+
+    /// No special token.
+    pub const NONE: Self = Self::Names(Vec::new());
+}
+
+impl<'py> FromPyObject<'_, 'py> for SpecialSet {
+    type Error = PyErr;
+
+    fn extract(value: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        match value.extract::<String>() {
+            Ok(text) if text == "all" => Ok(Self::All),
+            Ok(text) => {
+                let what = format!("special tokens: found the text {text:?}; expected \"all\" or a set of texts");
+                Err(to_python(value.py(), &Error::Config(what)))
+            }
+            Err(_) => {
+                let names = PyIterator::from_object(&value)?.map(|name| name?.extract::<String>());
+                let mut names = names.collect::<PyResult<Vec<_>>>()?;
+                names.sort_unstable();
+                names.dedup();
+                Ok(Self::Names(names))
+            }
+        }
+    }
+}
+
+/// Special tokens as a list of texts or as texts with their ids.
+#[derive(FromPyObject)]
+pub enum SpecialArgument<'py> {
+    Ids(Bound<'py, PyDict>),
+    Texts(Vec<String>),
+}
+
+impl SpecialArgument<'_> {
+    /// Texts with their ids, where they have them.
+    pub fn names(self) -> PyResult<SpecialNames> {
+        match self {
+            Self::Texts(texts) => Ok(texts.into_iter().map(|text| (text, None)).collect()),
+            Self::Ids(ids) => ids.iter().map(|(text, id)| Ok((text.extract()?, Some(id.extract()?)))).collect(),
+        }
+    }
+}
+
+/// A vocabulary: a file, or tokens by id.
+#[derive(FromPyObject)]
+pub enum VocabArgument {
+    Path(PathBuf),
+    Tokens(BTreeMap<TokenId, Vec<u8>>),
+}
+
+/// Merges: a file, or pairs in order.
+#[derive(FromPyObject)]
+pub enum MergesArgument {
+    Path(PathBuf),
+    Pairs(Vec<(Vec<u8>, Vec<u8>)>),
+}
+
+/// Text of a Python string; a lone surrogate is not text.
+pub fn text_of<'a>(text: &'a Bound<'_, PyString>) -> PyResult<&'a str> {
+    text.to_str().map_err(|e| {
+        let what = format!("text: {}; expected a string without lone surrogates", e.value(text.py()));
+        to_python(text.py(), &Error::Text(what))
+    })
+}
+
+/// Ids from a sequence of integers or any buffer of them.
+pub fn ids_of(ids: &Bound<'_, PyAny>) -> PyResult<Vec<TokenId>> {
+    fn buffer<T: Element + Copy + Into<i64>>(ids: &Bound<'_, PyAny>) -> Option<Vec<i64>> {
+        let buffer = PyBuffer::<T>::get(ids).ok()?;
+        // Other shapes and byte orders go the way of sequences, which refuses or reads them.
+        if buffer.dimensions() != 1 || buffer.format().to_bytes().starts_with(b">") {
+            return None;
+        }
+        let values = buffer.to_vec(ids.py()).ok()?;
+        Some(values.into_iter().map(Into::into).collect())
+    }
+    let values = if ids.cast::<PyList>().is_ok() { None } else { buffer::<u16>(ids) };
+    let values = values.or_else(|| buffer::<u32>(ids)).or_else(|| buffer::<i64>(ids)).or_else(|| buffer::<i32>(ids));
+    let values = values.map_or_else(|| ids.extract::<Vec<i64>>(), Ok).map_err(|error| {
+        if !error.is_instance_of::<PyOverflowError>(ids.py()) {
+            return error;
+        }
+        let what = "ids: found a number beyond 64 bits; expected ids below the vocabulary's size".into();
+        to_python(ids.py(), &Error::Config(what))
+    })?;
+    let narrow = |(place, id): (usize, i64)| {
+        TokenId::try_from(id).map_err(|_| {
+            let what = format!("ids[{place}]: found {id}; expected ids from 0 up to the vocabulary's size");
+            to_python(ids.py(), &Error::Config(what))
+        })
+    };
+    values.into_iter().enumerate().map(narrow).collect()
+}
