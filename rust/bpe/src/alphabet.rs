@@ -44,11 +44,26 @@ impl Alphabet {
     /// Appends the bytes that `text` spells; false, and nothing, where a character stands for none.
     pub fn spell(&self, text: &str, out: &mut Vec<u8>) -> bool {
         let begin = out.len();
-        let complete = text.chars().all(|c| self.byte(c).map(|byte| out.push(byte)).is_some());
-        if !complete {
-            out.truncate(begin);
+        out.reserve(text.len());
+        let mut rest = text.as_bytes();
+        // All characters of the alphabet have one byte of UTF-8 or two.
+        while let Some((&first, behind)) = rest.split_first() {
+            let (code, behind) = match behind.split_first() {
+                Some((&second, behind)) if first & 0xe0 == 0xc0 => {
+                    (usize::from(first & 0x1f) << 6 | usize::from(second & 0x3f), behind)
+                }
+                _ => (usize::from(first), behind),
+            };
+            // The first byte of a longer character is above 0xdf, where characters of two bytes have their codes.
+            let byte = if first < 0xe0 { self.bytes.get(code).copied().unwrap_or(NONE) } else { NONE };
+            if byte == NONE {
+                out.truncate(begin);
+                return false;
+            }
+            out.push(byte as u8);
+            rest = behind;
         }
-        complete
+        true
     }
 
     /// The same as bytes of their own.
@@ -70,6 +85,11 @@ mod tests {
         let meant = ('\0'..=char::MAX).filter(|&c| alphabet.byte(c).is_some()).count();
         assert_eq!(meant, 256);
         let mut out = b"kept".to_vec();
-        assert!(!alphabet.spell("Ġa b", &mut out) && out == b"kept");
+        for odd in ["Ġa b", "日", "Ġ\u{e0}\u{144}", "\u{7f}", "\u{ad}", "😀"] {
+            assert!(!alphabet.spell(odd, &mut out) && out == b"kept", "{odd}");
+        }
+        for c in '\0'..=char::MAX {
+            assert_eq!(alphabet.bytes(&c.to_string()), alphabet.byte(c).map(|byte| vec![byte]));
+        }
     }
 }

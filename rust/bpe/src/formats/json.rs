@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use super::listing::{Halves, Seed, Speller, Tokens, named};
 use super::parts::{add_specials, rules};
-use super::{MOST_BYTES, SpecialNames, at_place, too_large};
+use super::{MOST_BYTES, SpecialNames, at_place, text_of, too_large};
 use crate::alphabet::Alphabet;
 use crate::error::{Error, Result};
 use crate::train::TokenId;
@@ -35,7 +35,9 @@ pub fn from_tokenizer_json(
 ) -> Result<Option<Vocab>> {
     let alphabet = Alphabet::new();
     let mut speller = Speller::new(&alphabet);
-    let mut parser = serde_json::Deserializer::from_slice(bytes);
+    // Checked as a whole, and not each text by itself.
+    let text = text_of(bytes, place)?;
+    let mut parser = serde_json::Deserializer::from_str(text);
     let read = Top(&mut speller).deserialize(&mut parser).and_then(|top| parser.end().map(|()| top));
     let (top, model) = read.map_err(|e| named(place, &e))?;
     let Some(model) = model else { return Ok(None) };

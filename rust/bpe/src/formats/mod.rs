@@ -117,6 +117,13 @@ fn too_large(place: &str, size: usize) -> Error {
     Error::format(place, format!("found {size} bytes; expected a tokenizer of at most {MOST_BYTES}"))
 }
 
+fn text_of<'b>(bytes: &'b [u8], place: &str) -> Result<&'b str> {
+    simdutf8::compat::from_utf8(bytes).map_err(|e| {
+        let place = format!("{place}: byte offset {}", e.valid_up_to());
+        Error::format(place, "invalid UTF-8; expected a tokenizer's text")
+    })
+}
+
 fn at_place(place: &str, error: Error) -> Error {
     match error {
         Error::Config(what) => Error::format(place, what),

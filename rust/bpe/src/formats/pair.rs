@@ -8,7 +8,7 @@ use serde::de::DeserializeSeed;
 
 use super::listing::{Halves, Seed, Speller, Tokens, named};
 use super::parts::{add_specials, rules};
-use super::{SpecialNames, at_place, read_bytes};
+use super::{SpecialNames, at_place, read_bytes, text_of};
 use crate::alphabet::Alphabet;
 use crate::error::{Error, Result};
 use crate::token_bytes::TokenBytes;
@@ -36,7 +36,7 @@ pub(super) fn from_vocab_and_merges(
     let alphabet = Alphabet::new();
     let mut spell = Speller::new(&alphabet);
     let mut tokens = None;
-    let mut parser = serde_json::Deserializer::from_slice(vocab);
+    let mut parser = serde_json::Deserializer::from_str(text_of(vocab, place)?);
     let read = Seed::<Tokens> { spell: &mut spell, into: &mut tokens }.deserialize(&mut parser);
     read.and_then(|()| parser.end()).map_err(|e| named(place, &e))?;
     let tokens = tokens.ok_or_else(|| Error::format(place, "a list; expected a JSON object of tokens and ids"))?;
@@ -49,11 +49,8 @@ pub(super) fn from_vocab_and_merges(
 fn read_merges(path: &Path, spell: &mut Speller<'_>) -> Result<TokenBytes> {
     let place = path.display().to_string();
     let bytes = read_bytes(path)?;
-    let text = str::from_utf8(&bytes).map_err(|e| {
-        Error::format(&place, format!("byte offset {}: invalid UTF-8; expected a list of merges", e.valid_up_to()))
-    })?;
     let mut halves = Halves::default();
-    for (line, text) in (1..).zip(text.lines()) {
+    for (line, text) in (1..).zip(text_of(&bytes, &place)?.lines()) {
         if (line == 1 && text.starts_with("#version")) || text.trim().is_empty() {
             continue;
         }
