@@ -16,6 +16,7 @@ from bytekiln.tokenizer import Counts, Tokenizer, encode_files, train_bpe, train
 TYPE_CHECKING = False  # checkers take it for typing's own, which would have to be loaded
 if TYPE_CHECKING:
     from bytekiln.inputs import Inputs
+    from bytekiln.known import known_tokenizer
     from bytekiln.tokenfile import TokenFile
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Tokenizer",
     "__version__",
     "encode_files",
+    "known_tokenizer",
     "train_bpe",
     "train_bpe_from_iterator",
 ]
@@ -44,4 +46,8 @@ if not TYPE_CHECKING:
             from bytekiln.inputs import Inputs
 
             return Inputs
+        if name == "known_tokenizer":
+            from bytekiln.known import known_tokenizer
+
+            return known_tokenizer
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

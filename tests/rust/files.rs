@@ -170,7 +170,7 @@ fn every_format_brings_the_vocabulary_back() {
         let back = formats::read(&path("pair"), None, Some(pattern)).unwrap();
         assert_eq!(back.hash(), vocab.hash());
         formats::write(&vocab, &path("t.tiktoken"), Format::Tiktoken, true).unwrap();
-        let back = formats::read(&path("t.tiktoken"), specials, Some(pattern)).unwrap();
+        let back = formats::read(&path("t.tiktoken"), specials.as_ref(), Some(pattern)).unwrap();
         assert_eq!(back.merges(), vocab.merges());
         assert!(formats::read(&path("t.tiktoken"), None, None).unwrap_err().to_string().contains("pattern="));
     }

@@ -62,7 +62,10 @@ impl Disallowed {
         if let Some((at, name)) = self.first(self.tail.as_bytes()) {
             return Err(Self::error(self.offset + at, name));
         }
-        let keep = self.tail.floor_char_boundary(self.tail.len().saturating_sub(self.longest - 1));
+        let mut keep = self.tail.len().saturating_sub(self.longest - 1);
+        while !self.tail.is_char_boundary(keep) {
+            keep -= 1;
+        }
         self.offset += keep;
         self.tail.drain(..keep);
         Ok(())

@@ -12,13 +12,16 @@ const NONE: TokenId = TokenId::MAX;
 /// A tokenizer's merges: bytes are 0–255, merges follow in their order, whatever ids the tokenizer gives them.
 ///
 /// # Errors
-/// [`Error::Config`] for a token that is neither a byte nor a merge's result, and for merges that training could not
-/// have found ([`Prior::new`]).
+/// [`Error::Config`] for a token that is neither a byte nor a merge's result, for an id that is free (new tokens behind it
+/// would make it a hole), and for merges that training could not have found ([`Prior::new`]).
 pub fn prior_of(vocab: &Vocab) -> Result<Prior> {
     let whole = |error: Error| match error {
         Error::Config(what) => Error::Config(format!("the tokenizer to extend: {what}")),
         other => other,
     };
+    if let Some(id) = (0..vocab.len() as TokenId).find(|&id| vocab.token(id).is_none()) {
+        return Err(whole(Error::Config(format!("no token has id {id}; expected ids without a hole"))));
+    }
     let mut ours = vec![NONE; vocab.len()];
     for (byte, &id) in (0..).zip(vocab.byte_ids()) {
         ours[id as usize] = byte;

@@ -2,9 +2,9 @@
 //! chunk sizes and the splits of the input.
 //!
 //! Floors: `error` < `scan` < `pretokenize` (two rooms with floors of their own) < `sources` < `input` < `words`, `packed`, `sorted_words` < `word_counts` < `count` <
-//! `counts` < `token_bytes` < `ties` < `prior` < `queue` < `merge` < `train` < `vocab`, `turns` < `encode` < `corpus`; `atomic` < `tokens` <
+//! `counts` < `token_bytes` < `ties` < `prior` < `queue` < `merge` < `train` < `alphabet`, `listed` < `vocab` < `encode` < `corpus`; `atomic` < `tokens` <
 //! `corpus`; `counts` and `checkpoint` write through `atomic`; `extend` joins `prior` and `vocab`, `trainer` all of training;
-//! `formats` reads and writes a `vocab`; `naive` is the specification that tests hold all of it to.
+//! `disallowed` and `offsets` stand on `encode` and `vocab`; `formats` reads and writes a `vocab`; `naive` is the specification that tests hold all of it to.
 
 mod alphabet;
 pub mod atomic;
@@ -19,6 +19,7 @@ pub mod extend;
 pub mod formats;
 mod hash;
 pub mod input;
+mod listed;
 mod merge;
 pub mod naive;
 pub mod offsets;

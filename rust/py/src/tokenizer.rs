@@ -86,7 +86,7 @@ impl Tokenizer {
         pattern: Option<&str>,
     ) -> PyResult<Self> {
         let specials = special_tokens.map(SpecialArgument::names).transpose()?;
-        Self::from_vocab(py, formats::read(&path, specials, pattern))
+        Self::from_vocab(py, formats::read(&path, specials.as_ref(), pattern))
     }
 
     /// Build a tokenizer from GPT-2's pair of files, or from `{id: bytes}` and `[(bytes, bytes), …]`.
@@ -107,11 +107,11 @@ impl Tokenizer {
         let specials = special_tokens.map(SpecialArgument::names).transpose()?;
         let vocab = match (vocab, merges) {
             (VocabArgument::Path(vocab), MergesArgument::Path(merges)) => {
-                formats::read_vocab_and_merges(&vocab, &merges, specials, pattern)
+                formats::read_vocab_and_merges(&vocab, &merges, specials.as_ref(), pattern)
             }
             (VocabArgument::Tokens(tokens), MergesArgument::Pairs(pairs)) => {
                 let tokens: Vec<_> = tokens.into_iter().map(|(id, bytes)| (bytes, id)).collect();
-                formats::from_parts(&tokens, &pairs, specials, pattern)
+                formats::from_parts(&tokens, &pairs, specials.as_ref(), pattern)
             }
             _ => return Err(PyTypeError::new_err("vocab and merges: expected two paths, or a dict and a list")),
         };
@@ -137,7 +137,7 @@ impl Tokenizer {
     ) -> PyResult<Self> {
         let specials = special_tokens.map(SpecialArgument::names).transpose()?;
         let ranks: Vec<_> = ranks.into_iter().collect();
-        Self::from_vocab(py, formats::from_ranks(&ranks, specials, pattern))
+        Self::from_vocab(py, formats::from_ranks(&ranks, specials.as_ref(), pattern))
     }
 
     /// Read the text of a `tokenizer.json`.

@@ -13,8 +13,9 @@ use super::parts::{add_specials, rules};
 use super::{MOST_BYTES, SpecialNames, at_place, text_of, too_large};
 use crate::alphabet::Alphabet;
 use crate::error::{Error, Result};
+use crate::listed::Listed;
 use crate::train::TokenId;
-use crate::vocab::{Listed, Vocab};
+use crate::vocab::Vocab;
 
 /// Reads a `tokenizer.json` from its text.
 pub fn from_json(text: &str) -> Result<Vocab> {
@@ -145,15 +146,15 @@ impl<'de> Visitor<'de> for ModelSeed<'_, '_> {
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<(), A::Error> {
         let (model, mut name) = (self.into.get_or_insert_default(), String::new());
         while entries.next_key_seed(Name(&mut name))?.is_some() {
-            let spell = &mut *self.speller;
+            let speller = &mut *self.speller;
             match name.as_str() {
                 "vocab" => {
                     once(&name, model.tokens.is_some())?;
-                    entries.next_value_seed(Seed { spell, into: &mut model.tokens })?;
+                    entries.next_value_seed(Seed { speller, into: &mut model.tokens })?;
                 }
                 "merges" => {
                     once(&name, model.halves.is_some())?;
-                    entries.next_value_seed(Seed { spell, into: &mut model.halves })?;
+                    entries.next_value_seed(Seed { speller, into: &mut model.halves })?;
                 }
                 _ => once(&name, model.fields.insert(name.clone(), entries.next_value()?).is_some())?,
             }
@@ -246,8 +247,15 @@ fn refuse_what_is_more(top: &Map<String, Value>, model: &Map<String, Value>) -> 
         return refuse(format!("normalizer {}; expected null: text is taken as it is", normalizer["type"]));
     }
     let post = field(top, "post_processor");
-    if !(post.is_null() || post["type"] == "ByteLevel") {
-        return refuse(format!("post_processor {}; expected null or \"ByteLevel\"", post["type"]));
+    // transformers writes a template that adds nothing to a text.
+    let sequences =
+        post["single"].as_array().is_some_and(|parts| parts.iter().all(|part| part["Sequence"].is_object()));
+    let adds_nothing = post["type"] == "TemplateProcessing" && sequences;
+    if !(post.is_null() || post["type"] == "ByteLevel" || adds_nothing) {
+        return refuse(format!(
+            "post_processor {}; expected null, \"ByteLevel\" or a template that adds no token",
+            post["type"]
+        ));
     }
     Ok(())
 }

@@ -33,19 +33,19 @@ pub struct Halves {
 
 impl Halves {
     /// Takes a half whose bytes are spelt already, or the text of one that cannot be.
-    fn push(&mut self, spelt: Option<String>, bytes: &[u8]) {
-        if let Some(text) = spelt.or_else(|| bytes.is_empty().then(String::new)) {
+    fn push(&mut self, odd: Option<String>, bytes: &[u8]) {
+        if let Some(text) = odd.or_else(|| bytes.is_empty().then(String::new)) {
             self.odd.get_or_insert_with(|| (self.bytes.len() / 2, format!("the token {text:?}")));
         }
         self.bytes.push(bytes);
     }
 
     /// Takes a merge that is written as one text.
-    pub fn push_text(&mut self, text: &str, spell: &mut Speller<'_>) {
+    pub fn push_text(&mut self, text: &str, speller: &mut Speller<'_>) {
         if let Some((left, right)) = text.split_once(' ') {
             for half in [left, right] {
-                let spelt = spell.spell(half);
-                self.push(spelt, &spell.bytes);
+                let odd = speller.spell(half);
+                self.push(odd, &speller.bytes);
             }
         } else {
             self.odd.get_or_insert_with(|| (self.bytes.len() / 2, format!("{text:?}")));
@@ -73,7 +73,7 @@ impl<'a> Speller<'a> {
 
 /// Reads `T`; leaves it absent where another type of model has something else in its place.
 pub struct Seed<'a, 's, T> {
-    pub spell: &'a mut Speller<'s>,
+    pub speller: &'a mut Speller<'s>,
     pub into: &'a mut Option<T>,
 }
 
@@ -94,16 +94,16 @@ impl<'de> Visitor<'de> for Seed<'_, '_, Tokens> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<(), A::Error> {
         let tokens = self.into.get_or_insert_default();
-        while let Some(raw) = entries.next_key_seed(Key(self.spell))? {
+        while let Some(raw) = entries.next_key_seed(Key(self.speller))? {
             let id = entries.next_value::<Value>()?;
             let id = id.as_u64().and_then(|id| TokenId::try_from(id).ok()).ok_or_else(|| {
-                let text = raw.clone().unwrap_or_else(|| self.spell.alphabet.text(&self.spell.bytes));
+                let text = raw.clone().unwrap_or_else(|| self.speller.alphabet.text(&self.speller.bytes));
                 A::Error::custom(format!("token {text:?} has no id; expected a number below 2^32"))
             })?;
             if let Some(text) = raw {
                 tokens.raw.push((text, id));
             } else {
-                tokens.bytes.push(&self.spell.bytes);
+                tokens.bytes.push(&self.speller.bytes);
                 tokens.ids.push(id);
             }
         }
@@ -157,14 +157,14 @@ impl<'de> Visitor<'de> for Seed<'_, '_, Halves> {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut merges: A) -> Result<(), A::Error> {
         let halves = self.into.get_or_insert_default();
-        while merges.next_element_seed(Merge { spell: self.spell, into: halves })?.is_some() {}
+        while merges.next_element_seed(Merge { speller: self.speller, into: halves })?.is_some() {}
         Ok(())
     }
 }
 
 /// A merge: a text with a space, or two texts.
 struct Merge<'a, 's> {
-    spell: &'a mut Speller<'s>,
+    speller: &'a mut Speller<'s>,
     into: &'a mut Halves,
 }
 
@@ -184,17 +184,17 @@ impl<'de> Visitor<'de> for Merge<'_, '_> {
     }
 
     fn visit_str<E>(self, text: &str) -> Result<(), E> {
-        self.into.push_text(text, self.spell);
+        self.into.push_text(text, self.speller);
         Ok(())
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut tokens: A) -> Result<(), A::Error> {
-        let Self { spell, into } = self;
+        let Self { speller, into } = self;
         let mut count = 0;
-        while let Some(spelt) = tokens.next_element_seed(Key(spell))? {
+        while let Some(odd) = tokens.next_element_seed(Key(speller))? {
             count += 1;
             if count <= 2 {
-                into.push(spelt, &spell.bytes);
+                into.push(odd, &speller.bytes);
             }
         }
         if count == 2 { Ok(()) } else { Err(A::Error::custom(format!("merge of {count} tokens; expected two"))) }

@@ -64,7 +64,7 @@ pub type SpecialNames = Vec<(String, Option<TokenId>)>;
 ///
 /// `specials` adds special tokens (needed by `.tiktoken`, which has none), `pattern` overrides the file's
 /// (needed by `.tiktoken`, which has none; `vocab.json` + `merges.txt` mean GPT-2's).
-pub fn read(path: &Path, specials: Option<SpecialNames>, pattern: Option<&str>) -> Result<Vocab> {
+pub fn read(path: &Path, specials: Option<&SpecialNames>, pattern: Option<&str>) -> Result<Vocab> {
     let path = if path.is_dir() { find_in_folder(path)? } else { path.to_path_buf() };
     let bytes = read_bytes(&path)?;
     let place = path.display().to_string();
@@ -78,7 +78,7 @@ pub fn read(path: &Path, specials: Option<SpecialNames>, pattern: Option<&str>) 
         return ranks::from_tiktoken(&bytes, &place, specials, pattern);
     }
     // A plain vocabulary may well hold a token "model"; its value is an id.
-    if let Some(vocab) = json::from_tokenizer_json(&bytes, &place, specials.as_ref(), pattern)? {
+    if let Some(vocab) = json::from_tokenizer_json(&bytes, &place, specials, pattern)? {
         return Ok(vocab);
     }
     let merges = path.with_file_name("merges.txt");

@@ -11,15 +11,16 @@ use super::parts::{add_specials, rules};
 use super::{SpecialNames, at_place, read_bytes, text_of};
 use crate::alphabet::Alphabet;
 use crate::error::{Error, Result};
+use crate::listed::Listed;
 use crate::token_bytes::TokenBytes;
 use crate::train::TokenId;
-use crate::vocab::{Listed, Vocab};
+use crate::vocab::Vocab;
 
 /// Reads GPT-2's pair of files.
 pub fn read_vocab_and_merges(
     vocab: &Path,
     merges: &Path,
-    specials: Option<SpecialNames>,
+    specials: Option<&SpecialNames>,
     pattern: &str,
 ) -> Result<Vocab> {
     let place = vocab.display().to_string();
@@ -30,23 +31,23 @@ pub fn read_vocab_and_merges(
 pub(super) fn from_vocab_and_merges(
     (vocab, place): (&[u8], &str),
     merges: &Path,
-    specials: Option<SpecialNames>,
+    specials: Option<&SpecialNames>,
     pattern: &str,
 ) -> Result<Vocab> {
     let alphabet = Alphabet::new();
-    let mut spell = Speller::new(&alphabet);
+    let mut speller = Speller::new(&alphabet);
     let mut tokens = None;
     let mut parser = serde_json::Deserializer::from_str(text_of(vocab, place)?);
-    let read = Seed::<Tokens> { spell: &mut spell, into: &mut tokens }.deserialize(&mut parser);
+    let read = Seed::<Tokens> { speller: &mut speller, into: &mut tokens }.deserialize(&mut parser);
     read.and_then(|()| parser.end()).map_err(|e| named(place, &e))?;
     let tokens = tokens.ok_or_else(|| Error::format(place, "a list; expected a JSON object of tokens and ids"))?;
-    let halves = read_merges(merges, &mut spell)?;
+    let halves = read_merges(merges, &mut speller)?;
     // Special tokens are written as their text, whether or not the alphabet has its characters.
     let text = |bytes: &[u8], _: TokenId| Ok(alphabet.text(bytes));
     join(tokens, &halves, specials, pattern, text).map_err(|e| at_place(place, e))
 }
 
-fn read_merges(path: &Path, spell: &mut Speller<'_>) -> Result<TokenBytes> {
+fn read_merges(path: &Path, speller: &mut Speller<'_>) -> Result<TokenBytes> {
     let place = path.display().to_string();
     let bytes = read_bytes(path)?;
     let mut halves = Halves::default();
@@ -54,7 +55,7 @@ fn read_merges(path: &Path, spell: &mut Speller<'_>) -> Result<TokenBytes> {
         if (line == 1 && text.starts_with("#version")) || text.trim().is_empty() {
             continue;
         }
-        halves.push_text(text, spell);
+        halves.push_text(text, speller);
         if halves.odd.is_some() {
             let what = format!("found {text:?}; expected two tokens and a space");
             return Err(Error::format(format!("{place}: line {line}"), what));
@@ -67,7 +68,7 @@ fn read_merges(path: &Path, spell: &mut Speller<'_>) -> Result<TokenBytes> {
 pub fn from_parts(
     tokens: &[(Vec<u8>, TokenId)],
     merges: &[(Vec<u8>, Vec<u8>)],
-    specials: Option<SpecialNames>,
+    specials: Option<&SpecialNames>,
     pattern: &str,
 ) -> Result<Vocab> {
     let listed = Tokens {
@@ -86,7 +87,7 @@ pub fn from_parts(
 fn join(
     tokens: Tokens,
     halves: &TokenBytes,
-    specials: Option<SpecialNames>,
+    specials: Option<&SpecialNames>,
     pattern: &str,
     text: impl Fn(&[u8], TokenId) -> Result<String>,
 ) -> Result<Vocab> {
@@ -100,6 +101,6 @@ fn join(
             listed.remove(place);
         }
     }
-    let specials = add_specials(&listed, found, specials.as_ref())?;
+    let specials = add_specials(&listed, found, specials)?;
     Vocab::from_listed(listed, rules, specials, pattern, false)
 }

@@ -8,9 +8,10 @@ use foldhash::fast::FixedState;
 
 use super::SpecialNames;
 use crate::error::{Error, Result};
+use crate::listed::Listed;
 use crate::token_bytes::TokenBytes;
 use crate::train::TokenId;
-use crate::vocab::{Listed, Merge};
+use crate::vocab::Merge;
 
 /// The merges of pairs of byte strings, which lie one behind the other. `made` is told the place of each result.
 pub fn rules(halves: &TokenBytes, listed: &Listed, mut made: impl FnMut(u32)) -> Result<Vec<Merge>> {

@@ -8,12 +8,18 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use super::parts::add_specials;
 use super::{SpecialNames, at_place};
 use crate::error::{Error, Result};
+use crate::listed::Listed;
 use crate::token_bytes::TokenBytes;
 use crate::train::TokenId;
-use crate::vocab::{Listed, Merge, Vocab};
+use crate::vocab::{Merge, Vocab};
 
 /// Reads a `.tiktoken` file.
-pub(super) fn from_tiktoken(bytes: &[u8], place: &str, specials: Option<SpecialNames>, pattern: &str) -> Result<Vocab> {
+pub(super) fn from_tiktoken(
+    bytes: &[u8],
+    place: &str,
+    specials: Option<&SpecialNames>,
+    pattern: &str,
+) -> Result<Vocab> {
     let (mut tokens, mut ids, mut token) = (TokenBytes::default(), Vec::new(), Vec::new());
     for (line, text) in (1..).zip(bytes.split(|&b| b == b'\n')) {
         if text.iter().all(u8::is_ascii_whitespace) {
@@ -37,19 +43,19 @@ pub(super) fn from_tiktoken(bytes: &[u8], place: &str, specials: Option<SpecialN
 }
 
 /// A vocabulary of tokens and their ranks, which are their ids.
-pub fn from_ranks(tokens: &[(Vec<u8>, TokenId)], specials: Option<SpecialNames>, pattern: &str) -> Result<Vocab> {
+pub fn from_ranks(tokens: &[(Vec<u8>, TokenId)], specials: Option<&SpecialNames>, pattern: &str) -> Result<Vocab> {
     let listed = (tokens.iter().map(|token| &token.0).collect(), tokens.iter().map(|token| token.1).collect());
     of_listed(listed, specials, pattern)
 }
 
 fn of_listed(
     (tokens, ids): (TokenBytes, Vec<TokenId>),
-    specials: Option<SpecialNames>,
+    specials: Option<&SpecialNames>,
     pattern: &str,
 ) -> Result<Vocab> {
     let listed = Listed::new(tokens, ids)?;
     let merges = merges_of_ranks(&listed).unwrap_or_else(|| all_splits(&listed));
-    let specials = add_specials(&listed, Vec::new(), specials.as_ref())?;
+    let specials = add_specials(&listed, Vec::new(), specials)?;
     Vocab::from_listed(listed, merges, specials, pattern, true)
 }
 

@@ -15,9 +15,10 @@ use super::ranks::merges_of_ranks;
 use crate::alphabet::Alphabet;
 use crate::atomic::{check_output, write_file};
 use crate::error::{Error, Result};
+use crate::listed::Listed;
 use crate::pretokenize::Pattern;
 use crate::train::TokenId;
-use crate::vocab::{Listed, Merge, Vocab};
+use crate::vocab::{Merge, Vocab};
 
 /// Writes a tokenizer; `VocabMerges` and `Pretrained` write two files into the folder `path`.
 pub fn write(vocab: &Vocab, path: &Path, format: Format, overwrite: bool) -> Result<()> {
