@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +55,15 @@ def test_encode_long_text(benchmark: Benchmark, tokenizer: bytekiln.Tokenizer, d
 
 def test_train_tokenizer(benchmark: Benchmark, documents: list[str]) -> None:
     benchmark(bytekiln.train_bpe_from_iterator, documents, vocab_size=4096)
+
+
+def test_load_a_tokenizer_of_fifty_thousand_tokens(benchmark: Benchmark, tmp_path: Path) -> None:
+    rng = random.Random(1)
+    words = {"".join(rng.choices("etaoinshrdlu", k=rng.randint(4, 12))) for _ in range(60_000)}
+    trained = bytekiln.train_bpe_from_iterator([" ".join(sorted(words))], vocab_size=50_000)
+    assert trained.n_vocab == 50_000
+    trained.save(tmp_path / "tokenizer.json")
+    benchmark(bytekiln.Tokenizer.from_file, tmp_path / "tokenizer.json")
 
 
 def test_one_training_step(benchmark: Benchmark) -> None:

@@ -18,6 +18,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::pages;
 use crate::train::TokenId;
 use crate::vocab::Vocab;
 
@@ -105,6 +106,7 @@ fn read_bytes(path: &Path) -> Result<Vec<u8>> {
     let size = file.metadata().map_err(failed)?.len() as usize;
     if size <= MOST_BYTES {
         let mut bytes = Vec::with_capacity(size + 1);
+        pages::large(&bytes);
         file.take(MOST_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
         if bytes.len() <= MOST_BYTES {
             return Ok(bytes);
