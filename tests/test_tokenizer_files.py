@@ -347,6 +347,24 @@ def test_save_pretrained_without_special_tokens_and_with_free_ids(tmp_path: Path
     assert theirs(f"ab{EOT}<|b|>")["input_ids"] == [256, 258, 261] and theirs.eos_token_id == 258
 
 
+def test_what_cannot_be_written_leaves_what_was_there(kiln: Tokenizer, tmp_path: Path) -> None:
+    """Ranks that no list of merges explains: `xyz` ends as three parts, `abc` is made in two ways."""
+    tokens = [bytes([b]) for b in range(256)] + [b"ab", b"bc", b"abc", b"xyz"]
+    odd = Tokenizer.from_ranks({token: id for id, token in enumerate(tokens)}, pattern="gpt2", special_tokens=[EOT])
+    for format in ("tokenizer.json", "pretrained", "vocab+merges"):
+        path = tmp_path / format
+        kiln.save(path, format=format)
+        before = {p: p.read_bytes() for p in ([path] if path.is_file() else sorted(path.iterdir()))}
+        with pytest.raises(ConfigError, match="expected format"):
+            odd.save(path, format=format, overwrite=True)
+        assert {p: p.read_bytes() for p in ([path] if path.is_file() else sorted(path.iterdir()))} == before
+        with pytest.raises(ConfigError, match="expected format"):
+            odd.save(tmp_path / "new", format=format)
+        assert not (tmp_path / "new").exists()
+    with pytest.raises(ConfigError, match=r"expected tokenizer.json, vocab\+merges, tiktoken or pretrained"):
+        kiln.save(tmp_path / "new", format="json")
+
+
 # --- well-known ones ----------------------------------------------------------------------------------------
 
 

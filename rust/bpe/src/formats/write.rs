@@ -26,10 +26,10 @@ pub fn write(vocab: &Vocab, path: &Path, format: Format, overwrite: bool) -> Res
         Format::TokenizerJson => write_file(path, to_json(vocab)?.as_bytes(), overwrite),
         Format::Tiktoken => write_file(path, &to_tiktoken(vocab)?, overwrite),
         Format::Pretrained => {
-            let text = to_json(vocab)?;
+            let (text, config) = (to_json(vocab)?, config(vocab)?);
             let (json_path, config_path) = in_folder(path, ["tokenizer.json", "tokenizer_config.json"], overwrite)?;
             write_file(&json_path, text.as_bytes(), overwrite)?;
-            write_file(&config_path, config(vocab)?.as_bytes(), overwrite)
+            write_file(&config_path, config.as_bytes(), overwrite)
         }
         Format::VocabMerges => {
             if vocab.ignore_merges() {
