@@ -307,6 +307,16 @@ def test_fifty_thousand_tokens_load_in_twenty_milliseconds(shared_bytes: Callabl
     assert min(took) < 0.02, took
 
 
+def test_a_token_of_a_quarter_of_a_megabyte_is_saved_and_loaded(tmp_path: Path) -> None:
+    """Ranks say nothing of merges: they are found again, which by scanning took half a minute here."""
+    k = bytekiln.train_bpe_from_iterator(["a" * 300_000], vocab_size=275, special_tokens=[EOT], pattern="a+")
+    assert max(map(len, k.vocab.values())) == 2**18
+    begin = time.perf_counter()
+    k.save(tmp_path / "t.tiktoken", format="tiktoken")
+    back = Tokenizer.from_file(tmp_path / "t.tiktoken", pattern="a+")
+    assert back.merges == k.merges and time.perf_counter() - begin < 10
+
+
 # --- Hugging Face -------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,9 @@
 //!
 //! In: the file, or tokens with ranks. Out: a [`Vocab`] that encodes as tiktoken does.
 
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 
@@ -69,35 +72,90 @@ pub(super) fn merges_of_ranks(listed: &Listed) -> Option<Vec<Merge>> {
     let mut longer: Vec<u32> = (0..listed.len() as u32).filter(|&place| listed.token(place).len() > 1).collect();
     longer.sort_by_key(|&place| listed.id(place));
     let mut merges = Vec::with_capacity(longer.len());
-    let (mut borders, mut joins) = (Vec::new(), Vec::new());
+    let mut room = Room::default();
     for (rank, place) in (0u32..).zip(longer) {
         let (bytes, id) = (listed.token(place), listed.id(place));
         let id_of = |bytes: &[u8]| listed.find(bytes).map(|place| listed.id(place));
         let joined = |from: usize, to: usize| id_of(&bytes[from..to]).filter(|&rank| rank < id).unwrap_or(NO_RANK);
-        // Borders of the parts, and for each part but the last the rank of it and the next one joined.
-        borders.clear();
-        borders.extend(0..=bytes.len());
-        joins.clear();
-        if bytes.len() > 2 {
-            joins.extend((0..bytes.len() - 1).map(|at| joined(at, at + 2)));
-        }
-        while borders.len() > 3 {
-            let (at, &best) = joins.iter().enumerate().min_by_key(|&(at, &rank)| (rank, at))?;
-            if best == NO_RANK {
-                return None;
-            }
-            borders.remove(at + 1);
-            joins.remove(at);
-            for left in at.saturating_sub(1)..=at {
-                if left + 2 < borders.len() {
-                    joins[left] = joined(borders[left], borders[left + 2]);
-                }
-            }
-        }
-        let middle = borders[1];
+        let middle = match bytes.len() {
+            2 => 1,
+            ..=SHORT => middle_by_scanning(bytes.len(), joined, &mut room)?,
+            _ => middle_by_heap(bytes.len(), joined)?,
+        };
         merges.push(Merge { pair: (id_of(&bytes[..middle])?, id_of(&bytes[middle..])?), id, rank });
     }
     Some(merges)
+}
+
+/// Longest token that is merged by scanning.
+const SHORT: usize = 64;
+
+/// Borders of the parts, and for each part but the last the rank of it and the next one joined.
+#[derive(Default)]
+struct Room {
+    borders: Vec<usize>,
+    joins: Vec<TokenId>,
+}
+
+/// Where the second of the two parts begins that a token of `len` bytes ends as, if each time the two neighbours with the
+/// lowest rank are joined; `joined` tells the rank of bytes from here to there.
+fn middle_by_scanning(len: usize, joined: impl Fn(usize, usize) -> TokenId, room: &mut Room) -> Option<usize> {
+    let Room { borders, joins } = room;
+    borders.clear();
+    borders.extend(0..=len);
+    joins.clear();
+    joins.extend((0..len - 1).map(|at| joined(at, at + 2)));
+    while borders.len() > 3 {
+        let (at, &best) = joins.iter().enumerate().min_by_key(|&(at, &rank)| (rank, at))?;
+        if best == NO_RANK {
+            return None;
+        }
+        borders.remove(at + 1);
+        joins.remove(at);
+        for left in at.saturating_sub(1)..=at {
+            if left + 2 < borders.len() {
+                joins[left] = joined(borders[left], borders[left + 2]);
+            }
+        }
+    }
+    Some(borders[1])
+}
+
+/// The same for long tokens, n log n instead of n²: a list of parts, each by its first byte, and a heap of (rank, part).
+/// An entry is stale where its part has another rank by now.
+fn middle_by_heap(len: usize, joined: impl Fn(usize, usize) -> TokenId) -> Option<usize> {
+    let mut next: Vec<usize> = (1..=len).collect();
+    let mut previous: Vec<usize> = (0..len).map(|at| at.saturating_sub(1)).collect();
+    let mut ranks: Vec<TokenId> = (0..len - 1).map(|at| joined(at, at + 2)).chain([NO_RANK]).collect();
+    let known = ranks.iter().enumerate().filter(|(_, rank)| **rank != NO_RANK);
+    let mut heap: BinaryHeap<_> = known.map(|(at, &rank)| Reverse((rank, at))).collect();
+    let mut parts = len;
+    while parts > 2 {
+        let Reverse((rank, at)) = heap.pop()?;
+        if ranks[at] != rank {
+            continue;
+        }
+        parts -= 1;
+        let gone = next[at];
+        let end = next[gone];
+        next[at] = end;
+        ranks[gone] = NO_RANK;
+        ranks[at] = NO_RANK;
+        let mut join = |left: usize, to: usize| {
+            ranks[left] = joined(left, to);
+            if ranks[left] != NO_RANK {
+                heap.push(Reverse((ranks[left], left)));
+            }
+        };
+        if end < len {
+            previous[end] = at;
+            join(at, next[end]);
+        }
+        if at > 0 {
+            join(previous[at], end);
+        }
+    }
+    Some(next[0])
 }
 
 const NO_RANK: TokenId = TokenId::MAX;
@@ -115,4 +173,27 @@ fn all_splits(listed: &Listed) -> Vec<Merge> {
     }
     merges.sort_by_key(|m| (m.rank, m.pair));
     merges
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        #[test]
+        fn the_heap_finds_what_scanning_finds(
+            text in "[ab]{3,90}",
+            ranks in prop::collection::btree_map("[ab]{2,9}", 0u32..20, 0..40),
+        ) {
+            let joined = |from: usize, to: usize| ranks.get(&text[from..to]).copied().unwrap_or(NO_RANK);
+            prop_assert_eq!(
+                middle_by_heap(text.len(), joined),
+                middle_by_scanning(text.len(), joined, &mut Room::default())
+            );
+        }
+    }
 }
