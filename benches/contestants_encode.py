@@ -1,8 +1,8 @@
 """More contests of encoding, entered beside those of `contestants.py`, which reads this module.
 
 `encode-cl100k`: as `encode`, with the ranks of the package mbpe. `encode-own`: with a tokenizer of 10,000 tokens that
-`peers.py` has trained on the text. `piece`: one pre-token of 10 MB. `load`: from disk to the ids of "hello". `short`: texts of 20 to 200 bytes, a
-call each. `decode`: 100 million ids.
+`peers.py` has trained on the text. `piece`: one pre-token of 10 MB. `load`: from disk to the ids of "hello".
+`short`: texts of 20 to 200 bytes, a call each. `decode`: 100 million ids.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from contestants import Job
+    from contestants import Job, Work
+
+    Enter = Callable[..., Callable[[Work], Work]]
 
 EOT = "<|endoftext|>"
 CALLS, DECODED = 200_000, 100_000_000
@@ -33,8 +35,9 @@ def cl100k_ranks() -> str:
 
 def ours(job: Job, name: str = "gpt2.json") -> Any:
     """bytekiln's tokenizer, with numpy there as it is for the others."""
-    import bytekiln
     import numpy as np
+
+    import bytekiln
 
     np.zeros(1)
     if name == "cl100k":
@@ -52,7 +55,7 @@ def theirs(job: Job, name: str = "gpt2.json") -> Any:
     return gigatoken.Tokenizer(f"{job.cache}/{name}")
 
 
-def enter(contestant: Callable[..., Any], timed: Callable[..., Any], digests: dict[str, Callable[[Any], str]]) -> None:
+def enter(contestant: Enter, timed: Callable[..., Any], digests: dict[str, Callable[[Any], str]]) -> None:
     """Enter the contestants; `digests` of contests whose results are no ids of two bytes."""
 
     def numbers(ids: Any) -> str:
@@ -77,8 +80,10 @@ def enter(contestant: Callable[..., Any], timed: Callable[..., Any], digests: di
         @contestant(contest, "bytekiln")
         def _(job: Job) -> Any:
             t, text = ours(job, name), job.read().encode()
-            work = lambda: t.encode_to_numpy(text, allowed_special="all", threads=job.threads)
-            return timed(work, lambda ids: without_eot(ids, eot))
+            return timed(
+                lambda: t.encode_to_numpy(text, allowed_special="all", threads=job.threads),
+                lambda ids: without_eot(ids, eot),
+            )
 
         def gigatoken(job: Job, first: bool) -> Any:
             import gigatoken

@@ -1,6 +1,7 @@
 """bytekiln beside its peers: training, encoding, file to token file; a language model's step (`peers_lm`).
 
-    peers.py train|encode|file|encode-cl100k|encode-own|piece|load|short|decode|all [--quick] [--threads 1] [--rounds 5] [--only NAME…] [--text FILE] [--vocab-size N]
+    peers.py train|encode|file|encode-cl100k|encode-own|piece|load|short|decode|all
+             [--quick] [--threads 1] [--rounds 5] [--only NAME…] [--text FILE] [--vocab-size N]
     peers.py lm [--help]
 
 Every run is a fresh process. The contestants take turns, so that a slow minute of the machine hits all of
@@ -25,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,7 +90,7 @@ def pieces(text: Path, cache: Path) -> list[Path]:
     import numpy as np
 
     rng, size, made = np.random.default_rng(0), PIECE_BYTES, []
-    kinds = {
+    kinds: dict[str, Callable[[], bytes]] = {
         "words": lambda: _letters_of(text, size),
         "letters": lambda: rng.integers(97, 123, size=size, dtype=np.uint8).tobytes(),
         "digits": lambda: rng.integers(48, 58, size=size, dtype=np.uint8).tobytes(),

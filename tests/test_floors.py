@@ -35,8 +35,8 @@ FLOORS = [
     ["model_config", "training_config", "sweep.journal"],
     ["fields"],
     ["config", "known", "tokenizer"],
-    ["__init__", "stack.rules", "sweep.axes"],
-    ["atomic", "batch_search", "search.plan", "search.verdict", "sweep.model", "sweep.table"],
+    ["__init__", "inspect.documents", "inspect.ratio", "inspect.scripts", "stack.rules", "sweep.axes"],
+    ["atomic", "inspect.compression", "batch_search", "search.plan", "search.verdict", "sweep.model", "sweep.table"],
     ["characters", "bpe_flags", "cluster", "score.records", "search.stages", "search.transfer", "sweep.spec"],
     [
         "characters_file",

@@ -110,6 +110,32 @@ print("good")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_fork_while_other_threads_encode() -> None:
+    """What a thread holds at the moment of a fork, nobody gives back in the child: no encoder may wait for it."""
+    code = (
+        BEGIN
+        + """
+import signal, threading
+long = "".join(TEXTS) * 10
+def work():
+    while True:
+        k.encode(long)
+for _ in range(3):
+    threading.Thread(target=work, daemon=True).start()
+for _ in range(1500):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        os._exit(0 if k.encode(TEXTS[0], allowed_special="all") == expected[0] else 1)
+    assert os.waitpid(child, 0)[1] == 0
+print("good", flush=True)
+os._exit(0)
+"""
+    )
+    assert in_a_process(code) == "good\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_training_before_and_after_a_fork() -> None:
     code = (
         BEGIN

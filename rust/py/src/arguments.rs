@@ -6,13 +6,14 @@ use std::path::PathBuf;
 use bytekiln_bpe::Error;
 use bytekiln_bpe::encode::Allowed;
 use bytekiln_bpe::formats::SpecialNames;
+use bytekiln_bpe::pretokenize::valid_text;
 use bytekiln_bpe::train::TokenId;
 use pyo3::buffer::{Element, PyBuffer};
 use pyo3::exceptions::PyOverflowError;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyIterator, PyList, PyString};
+use pyo3::types::{PyBytes, PyDict, PyIterator, PyList, PyString};
 
-use crate::error::to_python;
+use crate::error::{OrRaise, to_python};
 
 /// `"all"` or names of special tokens.
 pub enum SpecialSet {
@@ -73,6 +74,22 @@ impl SpecialArgument<'_> {
 }
 
 /// A vocabulary: a file, or tokens by id.
+#[derive(FromPyObject)]
+pub enum TextArgument<'py> {
+    Text(Bound<'py, PyString>),
+    Bytes(Bound<'py, PyBytes>),
+}
+
+impl TextArgument<'_> {
+    /// The text, which is UTF-8.
+    pub fn valid(&self, py: Python<'_>) -> PyResult<&str> {
+        match self {
+            Self::Text(text) => text_of(text),
+            Self::Bytes(bytes) => valid_text(bytes.as_bytes()).or_raise(py),
+        }
+    }
+}
+
 #[derive(FromPyObject)]
 pub enum VocabArgument {
     Path(PathBuf),

@@ -6,18 +6,19 @@ use std::sync::Arc;
 
 use bytekiln_bpe::Error;
 use bytekiln_bpe::disallowed::Disallowed;
-use bytekiln_bpe::encode::Encoder;
+use bytekiln_bpe::encode::{Allowed, Encoder, Out};
 use bytekiln_bpe::formats::{self, Format};
 use bytekiln_bpe::offsets::offsets;
 use bytekiln_bpe::pretokenize::TextPolicy;
 use bytekiln_bpe::tokens::Dtype;
 use bytekiln_bpe::train::TokenId;
 use bytekiln_bpe::vocab::Vocab;
+use numpy::PyArray1;
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyBytes, PyDict, PyString, PyTuple};
 
-use crate::arguments::{MergesArgument, SpecialArgument, SpecialSet, VocabArgument, ids_of, text_of};
+use crate::arguments::{MergesArgument, SpecialArgument, SpecialSet, TextArgument, VocabArgument, ids_of, text_of};
 use crate::error::{OrRaise, to_python};
 use crate::stream::TokenIterator;
 use crate::threads_or_default;
@@ -29,6 +30,24 @@ const SHORT_TEXT: usize = 4096;
 #[pyclass(frozen, module = "bytekiln._core", name = "Tokenizer")]
 pub struct Tokenizer {
     pub encoder: Arc<Encoder>,
+}
+
+impl Tokenizer {
+    pub fn from_vocab(py: Python<'_>, vocab: bytekiln_bpe::Result<Vocab>) -> PyResult<Self> {
+        let encoder = vocab.and_then(Encoder::new).or_raise(py)?;
+        Ok(Self { encoder: Arc::new(encoder) })
+    }
+
+    fn ids(&self, text: &Bound<'_, PyString>, allowed: &SpecialSet, disallowed: &SpecialSet) -> PyResult<Vec<TokenId>> {
+        let (py, text) = (text.py(), text_of(text)?);
+        let (allowed, disallowed) = (allowed.allowed(), disallowed.allowed());
+        let work = || {
+            let mut ids = Vec::with_capacity(text.len() / 3 + 8);
+            Disallowed::new(self.encoder.vocab(), disallowed, allowed)?.refuse(text.as_bytes())?;
+            self.encoder.encode(text, allowed, &mut ids).map(|()| ids)
+        };
+        if text.len() < SHORT_TEXT { work() } else { py.detach(work) }.or_raise(py)
+    }
 }
 
 impl Tokenizer {
@@ -44,27 +63,11 @@ impl Tokenizer {
         Vec<T>: Out,
     {
         let encoded = py.detach(|| {
-            self.encoder.refuse(text, disallowed, allowed)?;
+            Disallowed::new(self.encoder.vocab(), disallowed, allowed)?.refuse(text.as_bytes())?;
             let mut ids = Vec::new();
             self.encoder.encode_on_threads(text, allowed, threads, &mut ids).map(|()| ids)
         });
         encoded.or_raise(py).map(|ids| PyArray1::from_vec(py, ids))
-    }
-
-    pub fn from_vocab(py: Python<'_>, vocab: bytekiln_bpe::Result<Vocab>) -> PyResult<Self> {
-        let encoder = vocab.and_then(Encoder::new).or_raise(py)?;
-        Ok(Self { encoder: Arc::new(encoder) })
-    }
-
-    fn ids(&self, text: &Bound<'_, PyString>, allowed: &SpecialSet, disallowed: &SpecialSet) -> PyResult<Vec<TokenId>> {
-        let (py, text) = (text.py(), text_of(text)?);
-        let (allowed, disallowed) = (allowed.allowed(), disallowed.allowed());
-        let work = || {
-            let mut ids = Vec::with_capacity(text.len() / 3 + 8);
-            Disallowed::new(self.encoder.vocab(), disallowed, allowed)?.refuse(text.as_bytes())?;
-            self.encoder.encode(text, allowed, &mut ids).map(|()| ids)
-        };
-        if text.len() < SHORT_TEXT { work() } else { py.detach(work) }.or_raise(py)
     }
 }
 
@@ -272,10 +275,7 @@ impl Tokenizer {
         disallowed_special: SpecialSet,
         threads: Option<usize>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let text = match &text {
-            TextArgument::Text(text) => text_of(text)?,
-            TextArgument::Bytes(bytes) => valid_utf8(bytes.as_bytes()).or_raise(py)?,
-        };
+        let text = text.valid(py)?;
         let threads = threads_or_default(py, threads)?;
         let (allowed, disallowed) = (allowed_special.allowed(), disallowed_special.allowed());
         Ok(match Dtype::for_vocab(self.encoder.vocab().len()) {

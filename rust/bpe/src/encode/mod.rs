@@ -15,7 +15,7 @@ mod simd;
 mod words;
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::thread;
 
 use bytekiln_simd::Level;
@@ -33,6 +33,8 @@ use crate::vocab::Vocab;
 
 /// Bytes of a large text that a thread takes at a time: with their ids they stay in the second cache.
 const PART: usize = 256 << 10;
+/// How often a lock is asked for.
+const TRIES: usize = 200;
 /// Bytes of text that make another thread worth starting.
 const BATCH_BYTES_A_THREAD: usize = 1 << 16;
 
@@ -162,7 +164,7 @@ impl Encoder {
         out: &mut impl Out,
         f: impl FnOnce(&mut dyn Take) -> Result<R>,
     ) -> Result<R> {
-        let unused = idle.lock().ok().and_then(|mut idle| idle.pop());
+        let unused = lock(idle).and_then(|mut idle| idle.pop());
         let mut scratch = unused.unwrap_or_default();
         let mut job = Job { core, vocab: &self.vocab, scratch: &mut scratch, out, done: Ok(()) };
         let result = f(&mut job);
@@ -170,7 +172,7 @@ impl Encoder {
         if result.is_err() {
             scratch.forget();
         }
-        if let Ok(mut idle) = idle.lock() {
+        if let Some(mut idle) = lock(idle) {
             idle.push(scratch);
         }
         result
@@ -388,6 +390,17 @@ impl EncodeStream {
         let parts = std::mem::take(parts);
         encoder.with(out, |take| parts.finish(splitter, |text, run| take_run(take, text, run, special_ids)))
     }
+}
+
+/// A lock that is held for some instructions only. One that another thread held when this process was forked off is
+/// never given back here: then there is none.
+fn lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+    (0..TRIES).find_map(|_| {
+        mutex.try_lock().ok().or_else(|| {
+            thread::yield_now();
+            None
+        })
+    })
 }
 
 /// A text cut where no pre-token and no special token spans the cut.

@@ -17,5 +17,5 @@ mod splitter;
 #[cfg(test)]
 pub(crate) use pattern::regex_ends;
 pub use pattern::{CL100K, GPT2, O200K, Pattern, UNICODE_VERSION, canonical_name};
-pub use policy::{TextPolicy, describe_invalid, first_invalid};
+pub use policy::{TextPolicy, describe_invalid, first_invalid, valid_text};
 pub use splitter::{Ends, Piece, Run, SplitStream, Splitter};

@@ -40,6 +40,17 @@ pub fn first_invalid(bytes: &[u8]) -> Option<usize> {
     simdutf8::compat::from_utf8(bytes).err().map(|e| e.valid_up_to())
 }
 
+/// Bytes as the text that they are.
+///
+/// # Errors
+/// [`Error::Text`] with the offset of the first that is not part of UTF-8.
+pub fn valid_text(bytes: &[u8]) -> Result<&str> {
+    simdutf8::basic::from_utf8(bytes).map_err(|_| {
+        let at = first_invalid(bytes).unwrap_or(0);
+        Error::Text(format!("byte offset {at}: {}", describe_invalid(bytes, at)))
+    })
+}
+
 /// What stands at an invalid place, and the ways out.
 pub fn describe_invalid(bytes: &[u8], at: usize) -> String {
     format!(
