@@ -25,11 +25,23 @@ pub(super) struct Miss<I> {
     ranks: [I; PLACES],
     /// A bit for each place where a part begins.
     parts: u16,
-    /// Places whose rank was asked for, and where it is found; [`NOWHERE`].
-    asked: [(u8, u32); 2],
+    asked: [Asked<I>; 2],
 }
 
-const NOWHERE: (u8, u32) = (u8::MAX, 0);
+/// A pair whose rank was asked for.
+#[derive(Debug, Clone, Copy)]
+struct Asked<I> {
+    /// Where the rank belongs.
+    at: u8,
+    /// Where it is found, if the pair merges.
+    slot: u32,
+    left: I,
+    right: I,
+}
+
+/// A place that no word of at most 15 bytes has: ranks of neighbours that are not there go to it. What each round does
+/// is the same for every word then, and no branch of it is foretold wrongly.
+const NO_PLACE: u8 = PLACES as u8 - 1;
 
 impl<I: Id> Miss<I> {
     /// Number of ids.
@@ -42,14 +54,16 @@ impl<I: Id> Core<I> {
     /// A word as bytes.
     pub(super) fn begin(&self, key: u128) -> Miss<I> {
         let (bytes, len) = (key.to_le_bytes(), packed_len(key));
-        let (mut ids, mut ranks) = ([I::default(); PLACES], [I::NONE; PLACES]);
-        for (id, &byte) in ids.iter_mut().zip(&bytes[..len]) {
-            *id = self.byte_ids[usize::from(byte)];
+        let (mut ids, mut ranks) = ([I::NONE; PLACES], [I::NONE; PLACES]);
+        // All places, whatever the length.
+        for at in 0..PLACES - 1 {
+            let (byte, next) = (usize::from(bytes[at]), usize::from(bytes[at + 1]));
+            let rank = self.byte_ranks[byte << 8 | next];
+            ids[at] = self.byte_ids[byte];
+            ranks[at] = if at + 1 < len { rank } else { I::NONE };
         }
-        for (rank, pair) in ranks.iter_mut().zip(bytes[..len].windows(2)) {
-            *rank = self.byte_ranks[usize::from(pair[0]) << 8 | usize::from(pair[1])];
-        }
-        Miss { key, ids, ranks, parts: (1u16 << len) - 1, asked: [NOWHERE; 2] }
+        let nothing = Asked { at: NO_PLACE, slot: 0, left: I::NONE, right: I::NONE };
+        Miss { key, ids, ranks, parts: (1u16 << len) - 1, asked: [nothing; 2] }
     }
 
     /// Merges words to their ends.
@@ -80,13 +94,16 @@ impl<I: Id> Core<I> {
         }
         let mut count = misses.len().min(TOGETHER);
         while count > 0 {
+            // All ranks are stored before the first of them is read: many at a time from places that were written one by
+            // one a moment ago would wait until they are in the cache.
+            for &number in &left[..count] {
+                self.take_asked(&mut misses[usize::from(number)]);
+            }
             let mut kept = 0;
             for n in 0..count {
                 let number = left[n];
-                if self.one_round(&mut misses[usize::from(number)]) {
-                    left[kept] = number;
-                    kept += 1;
-                }
+                left[kept] = number;
+                kept += usize::from(self.one_round(&mut misses[usize::from(number)]));
             }
             count = kept;
         }
@@ -100,38 +117,42 @@ impl<I: Id> Core<I> {
         }
     }
 
+    /// Takes the ranks that the last merge asked for.
+    #[inline(always)]
+    #[allow(clippy::inline_always, reason = "compiled once for each set of instructions")]
+    fn take_asked(&self, miss: &mut Miss<I>) {
+        for asked in miss.asked {
+            let rank = self.pairs.rank_at(asked.slot, asked.left, asked.right);
+            miss.ranks[usize::from(asked.at) & (PLACES - 1)] = rank;
+        }
+    }
+
     /// One merge, if there is one; asks for what the next one needs.
     #[inline(always)]
     #[allow(clippy::inline_always, reason = "compiled once for each set of instructions")]
     fn one_round(&self, miss: &mut Miss<I>) -> bool {
         let Miss { ids, ranks, parts, asked, .. } = miss;
-        let behind = |parts: u16, at: usize| parts & (u16::MAX << at << 1);
-        for &(at, slot) in &*asked {
-            if at != NOWHERE.0 {
-                let at = usize::from(at) & (PLACES - 1);
-                let next = behind(*parts, at).trailing_zeros() as usize & (PLACES - 1);
-                ranks[at] = self.pairs.rank_at(slot, ids[at], ids[next]);
-            }
-        }
         let (rank, at) = I::lowest_of_few(ranks);
         if rank == I::NONE {
             return false;
         }
         let at = at & (PLACES - 1);
-        let gone = behind(*parts, at).trailing_zeros() as usize & (PLACES - 1);
+        let behind = *parts & (u16::MAX << at << 1);
+        let gone = behind.trailing_zeros() as usize & (PLACES - 1);
+        let (behind, before) = (behind & behind.wrapping_sub(1), *parts & !(u16::MAX << at));
         *parts &= !(1 << gone);
-        ids[at] = self.results[rank.place()];
-        (ranks[at], ranks[gone], *asked) = (I::NONE, I::NONE, [NOWHERE; 2]);
-        let (after, before) = (behind(*parts, at), *parts & !(u16::MAX << at));
-        if after != 0 {
-            let next = after.trailing_zeros() as usize & (PLACES - 1);
-            asked[0] = (at as u8, self.pairs.ask(ids[at], ids[next]));
-        }
-        if before != 0 {
-            let previous = 15 - before.leading_zeros() as usize;
-            ranks[previous] = I::NONE;
-            asked[1] = (previous as u8, self.pairs.ask(ids[previous], ids[at]));
-        }
+        let id = self.results[rank.place()];
+        ids[at] = id;
+        (ranks[at], ranks[gone]) = (I::NONE, I::NONE);
+        // Of no parts the last place, which has no id.
+        let next = behind.trailing_zeros().min(u32::from(NO_PLACE)) as usize;
+        let previous = 15 - if before == 0 { 0 } else { before.leading_zeros() as usize };
+        let (left, right) = (ids[previous & (PLACES - 1)], ids[next & (PLACES - 1)]);
+        ranks[previous & (PLACES - 1)] = I::NONE;
+        *asked = [
+            Asked { at: at as u8, slot: self.pairs.ask(id, right), left: id, right },
+            Asked { at: previous as u8, slot: self.pairs.ask(left, id), left, right: id },
+        ];
         true
     }
 }

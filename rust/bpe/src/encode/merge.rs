@@ -348,7 +348,8 @@ fn dense_ranks(vocab: &Vocab) -> Vec<u32> {
 
 /// Whether ids of two bytes hold a vocabulary's ids and ranks.
 pub(super) fn are_narrow(vocab: &Vocab) -> bool {
-    vocab.len() <= 1 << 16 && (vocab.merges().len() < 1 << 16 || dense_ranks(vocab).iter().all(|&rank| rank < 0xffff))
+    // One number is no id: it stands for a neighbour that is not there.
+    vocab.len() < 1 << 16 && (vocab.merges().len() < 1 << 16 || dense_ranks(vocab).iter().all(|&rank| rank < 0xffff))
 }
 
 #[cfg(test)]

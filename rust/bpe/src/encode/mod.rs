@@ -26,6 +26,7 @@ pub use self::ids::{Out, Packed};
 use self::merge::{Core, are_narrow};
 use self::words::Scratch;
 use crate::error::{Error, Result};
+use crate::pages;
 use crate::pretokenize::{Ends, Pattern, Piece, Run, SplitStream, Splitter, TextPolicy};
 use crate::train::TokenId;
 use crate::turns::Turns;
@@ -203,6 +204,11 @@ impl Encoder {
         Vec<T>: Out,
     {
         let threads = threads.min(text.len() / PART);
+        if text.len() >= PART {
+            // Of English text as much as it takes. Memory that is not touched costs nothing, and less than this will do.
+            let _ = out.try_reserve(text.len() / 4);
+            pages::large(out);
+        }
         if threads < 2 {
             return self.encode(text, allowed, out);
         }

@@ -40,8 +40,8 @@ struct Line<I: Id>([Slot<I>; 2]);
 
 /// Of words that have more ids than a slot has room for, in their keys; so the quick way does not find them.
 const SPILLED: u128 = 1 << 127;
-/// In place of a key where a word is too long for one; no slot has it.
-const NO_KEY: u128 = u128::MAX;
+/// Of a slot that is free. No word has it, nor has it 0, the key of words that are too long for one.
+const FREE: u128 = 1;
 
 /// What a thread works with: the table of words met so far and buffers. Bounded by [`MOST_LINES`].
 #[derive(Debug)]
@@ -101,13 +101,13 @@ impl<I: Id> Default for Scratch<I> {
 }
 
 impl<I: Id> Scratch<I> {
-    const FREE: Line<I> = Line([Slot { key: 0, row: I::FREE }; 2]);
+    const FREE: Line<I> = Line([Slot { key: FREE, row: I::FREE }; 2]);
 
     /// The slot of a word, or the free one where it belongs. `key` without [`SPILLED`].
     fn find(&mut self, key: u128) -> &mut Slot<I> {
         let mask = self.lines.len() - 1;
         let mut at = hash_packed(key) as usize & mask;
-        let is_it = |slot: &Slot<I>| slot.key & !SPILLED == key || slot.key == 0;
+        let is_it = |slot: &Slot<I>| slot.key & !SPILLED == key || slot.key == FREE;
         let place = loop {
             match self.lines[at].0.iter().position(is_it) {
                 Some(place) => break place,
@@ -136,7 +136,7 @@ impl<I: Id> Scratch<I> {
             kept |= SPILLED;
         }
         let slot = self.find(key);
-        if slot.key != 0 {
+        if slot.key != FREE {
             // It was missed several times before it came.
             return;
         }
@@ -157,7 +157,7 @@ impl<I: Id> Scratch<I> {
         pages::large(&bigger);
         bigger.resize(size, Self::FREE);
         let old = std::mem::replace(&mut self.lines, bigger);
-        for slot in old.into_iter().flat_map(|line| line.0).filter(|slot| slot.key != 0) {
+        for slot in old.into_iter().flat_map(|line| line.0).filter(|slot| slot.key != FREE) {
             *self.find(slot.key & !SPILLED) = slot;
         }
         true
@@ -222,13 +222,14 @@ impl<I: Id> Core<I> {
                 self.hand_on(scratch, out)?;
             }
             let mut from = start;
-            let mask = scratch.lines.len() - 1;
+            let lines = &scratch.lines[..];
+            let mask = lines.len() - 1;
             for (word, &offset) in batch.iter_mut().zip(offsets) {
                 let end = ends.base.wrapping_add(offset as usize);
                 let key = pack_at(text, from, end.wrapping_sub(from));
                 let at = hash_packed(key) as usize & mask;
-                prefetch(&scratch.lines, at);
-                *word = (if key == 0 { NO_KEY } else { key }, at);
+                prefetch(lines, at);
+                *word = (key, at);
                 from = end;
             }
             let mut done = 0;
@@ -252,7 +253,7 @@ impl<I: Id> Core<I> {
         if scratch.gathered.is_full() {
             self.hand_on(scratch, out)?;
         }
-        self.other_word(vocab, word, pack(word).unwrap_or(NO_KEY), scratch, out)
+        self.other_word(vocab, word, pack(word).unwrap_or_default(), scratch, out)
     }
 
     /// Takes an id that is no word's.
@@ -279,13 +280,13 @@ impl<I: Id> Core<I> {
             self.merge(word, vocab, &mut scratch.buffers);
             return I::put(&scratch.buffers.ids, out).inspect(|()| scratch.buffers.shrink());
         }
-        if key == NO_KEY {
+        if key == 0 {
             self.merge(word, vocab, &mut scratch.buffers);
             scratch.gathered.extra(&scratch.buffers.ids);
             return Ok(());
         }
         let slot = *scratch.find(key);
-        if slot.key != 0 {
+        if slot.key != FREE {
             let (row, Gathered { ids, len, .. }) = (slot.row.as_ref(), &mut scratch.gathered);
             let number = row[I::ROW - 1].place();
             let known = if slot.key == key { row } else { spilled(&scratch.spilled, &slot.row) };
