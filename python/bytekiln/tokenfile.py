@@ -56,6 +56,20 @@ class TokenFile:
         self.offset = offset
 
     @classmethod
+    def later(cls, path: str | PathLike[str]) -> TokenFile:
+        """What `open` gives, opened when it is first asked for: whoever only writes a file loads no numpy."""
+        self = cls.__new__(cls)
+        self.path = Path(path)
+        return self
+
+    def __getattr__(self, name: str) -> object:
+        """Open a file that was to be opened later."""
+        if name.startswith("_") or "array" in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self.__dict__.update(TokenFile.open(self.path).__dict__)
+        return getattr(self, name)
+
+    @classmethod
     def open(cls, path: str | PathLike[str], dtype: str | None = None) -> TokenFile:
         """Open a token file and check everything that can be checked without reading it.
 

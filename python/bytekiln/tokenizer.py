@@ -244,4 +244,4 @@ def encode_files(
         threads=threads,
         progress=progress,
     )
-    return TokenFile.open(out)
+    return TokenFile.later(out)

@@ -11,7 +11,7 @@ use bytekiln_bpe::train::TokenId;
 use pyo3::buffer::{Element, PyBuffer};
 use pyo3::exceptions::PyOverflowError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict, PyIterator, PyList, PyString};
+use pyo3::types::{PyBytes, PyDict, PyIterator, PyList, PyMemoryView, PyString};
 
 use crate::error::{OrRaise, to_python};
 
@@ -139,3 +139,29 @@ pub fn ids_of(ids: &Bound<'_, PyAny>) -> PyResult<Vec<TokenId>> {
     };
     values.into_iter().enumerate().map(narrow).collect()
 }
+
+/// Ids as a list of Python's.
+pub struct IdList(pub Vec<TokenId>);
+
+impl<'py> IntoPyObject<'py> for IdList {
+    type Target = PyAny;
+    type Output = Bound<'py, PyAny>;
+    type Error = PyErr;
+
+    fn into_pyobject(self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        if self.0.len() < LONG_LIST {
+            return Ok(self.0.into_pyobject(py)?.into_any());
+        }
+        // Where Python has no memory for a number, pyo3's own way ends in a panic, and Python's in a MemoryError.
+        let bytes = PyBytes::new_with(py, 4 * self.0.len(), |room| {
+            for (place, id) in room.as_chunks_mut().0.iter_mut().zip(&self.0) {
+                *place = id.to_ne_bytes();
+            }
+            Ok(())
+        })?;
+        PyMemoryView::from(&bytes)?.call_method1("cast", ("I",))?.call_method0("tolist")
+    }
+}
+
+/// Ids of a list that may be too long for the memory that is left.
+const LONG_LIST: usize = 1 << 14;

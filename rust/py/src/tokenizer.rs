@@ -18,7 +18,9 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyBytes, PyDict, PyString, PyTuple};
 
-use crate::arguments::{MergesArgument, SpecialArgument, SpecialSet, TextArgument, VocabArgument, ids_of, text_of};
+use crate::arguments::{
+    IdList, MergesArgument, SpecialArgument, SpecialSet, TextArgument, VocabArgument, ids_of, text_of,
+};
 use crate::error::{OrRaise, to_python};
 use crate::stream::TokenIterator;
 use crate::threads_or_default;
@@ -42,7 +44,9 @@ impl Tokenizer {
         let (py, text) = (text.py(), text_of(text)?);
         let (allowed, disallowed) = (allowed.allowed(), disallowed.allowed());
         let work = || {
-            let mut ids = Vec::with_capacity(text.len() / 3 + 8);
+            let mut ids = Vec::new();
+            // Of most texts as much as they take; where there is not so much, less may do.
+            let _ = ids.try_reserve(text.len() / 3 + 8);
             Disallowed::new(self.encoder.vocab(), disallowed, allowed)?.refuse(text.as_bytes())?;
             self.encoder.encode(text, allowed, &mut ids).map(|()| ids)
         };
@@ -251,13 +255,13 @@ impl Tokenizer {
         text: &Bound<'_, PyString>,
         allowed_special: SpecialSet,
         disallowed_special: SpecialSet,
-    ) -> PyResult<Vec<TokenId>> {
-        self.ids(text, &allowed_special, &disallowed_special)
+    ) -> PyResult<IdList> {
+        self.ids(text, &allowed_special, &disallowed_special).map(IdList)
     }
 
     /// `encode` with every special token taken as text.
-    fn encode_ordinary(&self, text: &Bound<'_, PyString>) -> PyResult<Vec<TokenId>> {
-        self.ids(text, &SpecialSet::NONE, &SpecialSet::NONE)
+    fn encode_ordinary(&self, text: &Bound<'_, PyString>) -> PyResult<IdList> {
+        self.ids(text, &SpecialSet::NONE, &SpecialSet::NONE).map(IdList)
     }
 
     /// `encode` as an array of uint16, or of uint32 where the vocabulary has more than 65,536 tokens.
@@ -324,7 +328,7 @@ impl Tokenizer {
         errors: &str,
         allowed_special: SpecialSet,
         disallowed_special: SpecialSet,
-    ) -> PyResult<Vec<TokenId>> {
+    ) -> PyResult<IdList> {
         let (allowed, disallowed) = (allowed_special.allowed(), disallowed_special.allowed());
         let policy = TextPolicy::from_name(errors).or_raise(py)?;
         let work = || {
@@ -332,7 +336,7 @@ impl Tokenizer {
             Disallowed::new(self.encoder.vocab(), disallowed, allowed)?.refuse(data)?;
             self.encoder.encode_bytes(data, policy, allowed, &mut ids).map(|()| ids)
         };
-        if data.len() < SHORT_TEXT { work() } else { py.detach(work) }.or_raise(py)
+        if data.len() < SHORT_TEXT { work() } else { py.detach(work) }.or_raise(py).map(IdList)
     }
 
     /// `encode` of every text, on several threads where that pays.
@@ -344,7 +348,7 @@ impl Tokenizer {
         allowed_special: SpecialSet,
         disallowed_special: SpecialSet,
         threads: Option<usize>,
-    ) -> PyResult<Vec<Vec<TokenId>>> {
+    ) -> PyResult<Vec<IdList>> {
         let texts = texts.iter().map(text_of).collect::<PyResult<Vec<_>>>()?;
         let threads = threads_or_default(py, threads)?;
         let (allowed, disallowed) = (allowed_special.allowed(), disallowed_special.allowed());
@@ -353,7 +357,7 @@ impl Tokenizer {
             texts.iter().try_for_each(|text| refused.refuse(text.as_bytes()))?;
             self.encoder.encode_batch(&texts, allowed, threads)
         };
-        py.detach(batch).or_raise(py)
+        py.detach(batch).or_raise(py).map(|lists| lists.into_iter().map(IdList).collect())
     }
 
     /// Ids of a text that arrives in parts, equal to `encode` of the parts joined; lazy, in bounded memory.
