@@ -103,16 +103,13 @@ fn walk(folder: &Path, found: &mut Vec<Found>) -> Result<()> {
     for entry in entries.filter_entry(|e| e.depth() == 0 || !hidden(e.file_name())) {
         let entry = match entry {
             Ok(entry) => entry,
-            // A link to nothing that would not be read either.
-            Err(e) if e.depth() > 0 && e.path().is_some_and(|path| path.is_symlink() && !is_wanted(path)) => continue,
+            Err(e) if e.depth() > 0 && e.path().is_some_and(|path| may_lead_nowhere(path, e.io_error())) => continue,
             Err(e) => return Err(failed(e.path().unwrap_or(folder), e.io_error())),
         };
         if !entry.file_type().is_file() {
             continue;
         }
-        let (kind, packing, foreign) = read_name(entry.path());
-        let packed_parquet = kind == Some(Kind::Parquet) && packing.is_some();
-        if let (Some(kind), None, false) = (kind, foreign, packed_parquet) {
+        if let Some((kind, packing)) = wanted(entry.path()) {
             found.push(Found { path: entry.into_path(), stdin: false, in_directory: true, kind, packing });
         }
     }
@@ -124,18 +121,30 @@ fn walk(folder: &Path, found: &mut Vec<Found>) -> Result<()> {
     Ok(())
 }
 
-/// Whether a file of a folder is read, by its name.
-fn is_wanted(path: &Path) -> bool {
+/// Whether and as what a file of a folder is read, by its ending.
+fn wanted(path: &Path) -> Option<(Kind, Option<Packing>)> {
+    let (kind, packing, foreign) = read_name(path);
+    let packed_parquet = kind == Some(Kind::Parquet) && packing.is_some();
+    kind.filter(|_| foreign.is_none() && !packed_parquet).map(|kind| (kind, packing))
+}
+
+/// Whether an entry that cannot be looked at is a link to nothing whose name says that it would not be read either. One
+/// without an ending may have been a folder of text. What is there but cannot be reached is another matter.
+fn may_lead_nowhere(path: &Path, error: Option<&io::Error>) -> bool {
     let is_hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
-    let (kind, _, foreign) = read_name(path);
-    !is_hidden && kind.is_some() && foreign.is_none()
+    let is_other = path.extension().is_some() && wanted(path).is_none();
+    leads_nowhere(path, error) && (is_hidden || is_other)
+}
+
+fn leads_nowhere(path: &Path, error: Option<&io::Error>) -> bool {
+    error.is_some_and(|error| error.kind() == io::ErrorKind::NotFound) && path.is_symlink()
 }
 
 /// Why what a folder holds cannot be read.
 fn failed(path: &Path, error: Option<&io::Error>) -> Error {
     let what = match error {
         None => "is a link to a folder that it lies in; expected a folder without loops",
-        Some(_) if path.is_symlink() && !path.exists() => {
+        error if leads_nowhere(path, error) => {
             "is a link to nothing in a directory of the inputs; expected a file there, or no link"
         }
         Some(error) => return Error::io(path, error),
