@@ -23,9 +23,17 @@ impl AtomicFile {
     /// [`Error::Exists`] unless `overwrite`; [`Error::File`] for a missing or unwritable folder, or when
     /// another process is writing the same output.
     pub fn create(path: &Path, overwrite: bool) -> Result<Self> {
+        Self::create_alone(path, overwrite)?.ok_or_else(|| {
+            let partial = partial_of(path);
+            let what = format!("another process is writing it ({}); expected to be its only writer", partial.display());
+            Error::File { path: path.into(), what }
+        })
+    }
+
+    /// The same; none where another process is writing it.
+    pub fn create_alone(path: &Path, overwrite: bool) -> Result<Option<Self>> {
         check_output(path, overwrite)?;
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let partial = path.with_file_name(format!(".{name}.partial"));
+        let partial = partial_of(path);
         if fs::symlink_metadata(&partial).is_ok_and(|found| !found.is_file()) {
             let what = "is no ordinary file; expected to write the output there first".into();
             return Err(Error::File { path: partial, what });
@@ -36,21 +44,17 @@ impl AtomicFile {
             match file.try_lock() {
                 // Another writer may have finished in between: then what was opened bears the output's name by now.
                 Ok(()) if is_at(&file, &partial) => break file,
-                Ok(()) => check_output(path, overwrite)?,
-                Err(TryLockError::WouldBlock) => {
-                    let what = format!(
-                        "another process is writing it ({}); expected to be its only writer",
-                        partial.display()
-                    );
-                    return Err(Error::File { path: path.into(), what });
-                }
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => return Ok(None),
                 Err(TryLockError::Error(e)) => return Err(Error::io(path, &e)),
             }
         };
         let this = Self { path: path.into(), partial, file, committed: false };
+        // Only now can nobody else finish.
+        check_output(path, overwrite)?;
         // What a killed writer left behind.
         this.file.set_len(0).map_err(|e| Error::io(path, &e))?;
-        Ok(this)
+        Ok(Some(this))
     }
 
     /// Appends bytes.
@@ -97,6 +101,12 @@ impl Drop for AtomicFile {
     }
 }
 
+/// Where an output is written first.
+fn partial_of(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!(".{name}.partial"))
+}
+
 /// Refuses an output before any work is done for it.
 pub fn check_output(path: &Path, overwrite: bool) -> Result<()> {
     let folder = folder_of(path);
@@ -132,7 +142,8 @@ pub fn write_file(path: &Path, bytes: &[u8], overwrite: bool) -> Result<()> {
 /// What `taken` says, where another process holds it.
 pub fn hold(path: &Path, taken: impl FnOnce() -> Error) -> Result<Option<File>> {
     loop {
-        let file = match File::open(path) {
+        // For writing too, though nobody does: over NFS such a lock takes the right to write.
+        let file = match OpenOptions::new().read(true).write(true).open(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             opened => opened.map_err(|e| Error::io(path, &e))?,
         };
@@ -169,4 +180,33 @@ fn folder_of(path: &Path) -> &Path {
 
 fn sync_folder(path: &Path) -> io::Result<()> {
     if cfg!(unix) { File::open(folder_of(path))?.sync_all() } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_is_held_with_the_right_to_write() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run");
+        let taken = || Error::Interrupted;
+        assert!(hold(&path, taken).unwrap().is_none());
+        write_file(&path, b"run", false).unwrap();
+        let held = hold(&path, taken).unwrap().unwrap();
+        held.set_len(3).unwrap();
+        assert!(matches!(hold(&path, taken), Err(Error::Interrupted)));
+        assert_eq!(fs::read(&path).unwrap(), b"run");
+    }
+
+    #[test]
+    fn a_writer_that_comes_behind_another_one_replaces_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out");
+        let mut first = AtomicFile::create_alone(&path, false).unwrap().unwrap();
+        assert!(AtomicFile::create_alone(&path, false).unwrap().is_none());
+        first.write(b"first").unwrap();
+        first.commit().unwrap();
+        assert!(matches!(AtomicFile::create_alone(&path, false), Err(Error::Exists(_))));
+    }
 }
