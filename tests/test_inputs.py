@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -332,8 +333,107 @@ def test_a_row_that_has_no_room_is_refused(tmp_path: Path, dictionary: bool) -> 
         bytekiln.Counts.from_files(tmp_path / "x.parquet", max_memory=16 << 20)
     assert bytekiln.Counts.from_files(tmp_path / "x.parquet").about["documents"] == 4
     table(tmp_path / "x.parquet", {"text": ["kiln " * 1_000_000] * 2}, use_dictionary=False)
-    with pytest.raises(FormatError, match=r"x\.parquet: its texts have 5,000,\d+ bytes on average"):
+    with pytest.raises(FormatError, match=r"x\.parquet: rows 1 to 2: 5,000,\d+ bytes of text on average"):
         bytekiln.Counts.from_files(tmp_path / "x.parquet", max_memory=16 << 20)
+
+
+def test_a_group_of_rows_that_never_comes_is_not_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    short = pa.table({"text": [f"clay {n}" for n in range(1000)]})
+    long = pa.table({"text": ["kiln " * 1_000_000, "glaze " * 1_000_000]})
+    with pq.ParquetWriter(path, short.schema) as writer:
+        writer.write_table(short)
+        writer.write_table(long)
+    assert 490 < bytekiln.Counts.from_files(Inputs([path], limit_bytes=500), max_memory=16 << 20).about["bytes"] <= 500
+    with pytest.raises(FormatError, match=r"x\.parquet: rows 1,001 to 1,002: [\d,]+ bytes of text on average"):
+        bytekiln.Counts.from_files(path, max_memory=16 << 20)
+
+
+ENCODINGS = {
+    "PLAIN": {"use_dictionary": False},
+    "DELTA_BYTE_ARRAY": {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}},
+    "DELTA_LENGTH_BYTE_ARRAY": {"use_dictionary": False, "column_encoding": {"text": "DELTA_LENGTH_BYTE_ARRAY"}},
+    "PLAIN_DICTIONARY": {"version": "1.0"},
+    "RLE_DICTIONARY": {"version": "2.6", "data_page_version": "2.0"},
+}
+
+
+def texts_of(path: Path) -> list[str]:
+    column, found = parquet.Column(str(path), "text"), []
+    while part := column.next(1 << 30):
+        borders = np.frombuffer(part[0], dtype=np.int64)
+        assert borders[-1] - borders[0] == len(part[1]) or len(borders) == 2 or len(part[1]) < 3 << 20
+        found += [part[1][a:b].decode() for a, b in itertools.pairwise(borders)]
+    return found
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("group", [700, 1 << 20])
+def test_every_encoding_is_read(tmp_path: Path, encoding: str, group: int) -> None:
+    """Texts that repeat, short and long ones, so that a dictionary is asked for wherever there is one."""
+    path = tmp_path / "x.parquet"
+    texts = [f"kiln {n % 7} " * (1 + n % 7 * 2000) for n in range(3000)] + [f"clay {n}" for n in range(3000)]
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=group, **ENCODINGS[encoding])
+    file = pq.ParquetFile(path)
+    assert encoding in file.metadata.row_group(0).column(0).encodings
+    column = parquet.Column(str(path), "text")
+    assert column._repeats(column._groups[0]) == ("DICTIONARY" in encoding)
+    assert texts_of(path) == texts
+
+
+def test_dictionaries_are_asked_for_where_few_texts_repeat(tmp_path: Path) -> None:
+    """Each group of rows decides for itself: what has few texts in many rows, and nothing else."""
+    path = tmp_path / "x.parquet"
+    letters = np.random.default_rng(1).integers(97, 123, size=8_000_000, dtype=np.uint8).tobytes().decode()
+    plain = [letters[i : i + 80] for i in range(0, len(letters), 80)]
+    groups = [
+        plain,
+        plain[:100],
+        ["kiln " * 20_000, "clay"] * 2000,
+        plain[:1000],
+        [letters[i : i + 900] for i in range(1000)],
+    ]
+    tables = [pa.table({"text": group}) for group in groups]
+    with pq.ParquetWriter(path, tables[0].schema) as writer:
+        for group in tables:
+            writer.write_table(group)
+    column = parquet.Column(str(path), "text")
+    assert [column._repeats(group) for group in column._groups] == [False, False, True, False, False]
+    assert texts_of(path) == [text for group in groups for text in group]
+
+
+@pytest.mark.parametrize("options", [{}, {"data_page_version": "2.0"}, {"write_page_checksum": True}], ids=str)
+def test_a_dictionary_says_how_many_texts_it_has(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Else a row is read for it, with all the dictionary."""
+    for texts, packing in itertools.product((1, 63, 64, 9000), ("none", "snappy", "zstd")):
+        path = table(
+            tmp_path / "x.parquet", {"text": [str(n % texts) for n in range(9000)]}, compression=packing, **options
+        )
+        at = pq.ParquetFile(path).metadata.row_group(0).column(0).dictionary_page_offset
+        head = path.read_bytes()[at : at + parquet.HEAD_BYTES]
+        assert parquet._texts_in(head) == texts
+        assert all(parquet._texts_in(head[:n]) in (0, texts) for n in range(12))
+    assert parquet._texts_in(b"") == parquet._texts_in(b"\x15\x00" + head[2:]) == parquet._texts_in(b"\xff" * 64) == 0
+
+
+def test_no_dictionary_is_asked_for_of_an_encoding_that_has_none() -> None:
+    """A writer may fall back from a dictionary to another encoding, of which pyarrow makes none."""
+
+    def repeats(*encodings: str) -> bool:
+        chunk = SimpleNamespace(
+            path_in_schema="text",
+            total_uncompressed_size=1 << 20,
+            has_dictionary_page=True,
+            dictionary_page_offset=4,
+            encodings=encodings,
+        )
+        group = SimpleNamespace(num_rows=4000, num_columns=1, column=lambda _: chunk)
+        metadata = SimpleNamespace(num_rows=4000, num_row_groups=1, row_group=lambda _: group)
+        return next(parquet._groups(metadata, "text")).dictionary is not None
+
+    assert repeats("PLAIN", "RLE", "RLE_DICTIONARY") and repeats("PLAIN_DICTIONARY", "BIT_PACKED")
+    assert not repeats("PLAIN", "RLE", "RLE_DICTIONARY", "DELTA_BYTE_ARRAY")
+    assert not repeats("RLE_DICTIONARY", "DELTA_LENGTH_BYTE_ARRAY")
 
 
 def test_damaged_parquet_is_named(tmp_path: Path) -> None:
@@ -466,12 +566,36 @@ def test_links_to_nothing(command, tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "a.txt").write_text("wet clay")
-    for name in (".#a.txt", "notes", "old.zip"):  # an editor's lock, and what would not be read
+    for name in (
+        ".#a.txt",
+        ".notes",
+        "old.zip",
+        "rows.parquet.gz",
+        "a.html",
+    ):  # an editor's lock, what would not be read
         (folder / name).symlink_to(tmp_path / "nothing")
     assert trained([folder])[1]["bytes"] == 8
-    (folder / "b.txt").symlink_to(tmp_path / "nothing")
+    line = ["bpe-train", folder, "--vocab-size", 300, "--out", "t.json"]
+    for name in ("b.txt", "b.gz", "more"):  # the last one may have been a folder
+        (folder / name).symlink_to(tmp_path / "nothing")
+        said = command(*line, status=2).stderr
+        assert f"{name}: is a link to nothing in a directory of the inputs" in said
+        (folder / name).unlink()
+    for name in (".b", "b.zip"):  # what is there and cannot be reached
+        (folder / name).symlink_to(folder / name)
+        said = command(*line, status=2).stderr
+        assert f"{name}: " in said and "symbolic links" in said
+        (folder / name).unlink()
+    (folder / "b.html").symlink_to(folder)
+    assert "b.html: is a link to a folder that it lies in" in command(*line, status=2).stderr
+
+
+def test_what_is_wrong_with_a_file_of_a_folder_says_so(command, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt.gz").write_text("wet clay")
     said = command("bpe-train", folder, "--vocab-size", 300, "--out", "t.json", status=2).stderr
-    assert "b.txt: is a link to nothing in a directory of the inputs" in said
+    assert "a.txt.gz: found in a directory of the inputs: its first bytes are not gzip's" in said
 
 
 @pytest.mark.alone
