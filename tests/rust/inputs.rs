@@ -9,7 +9,6 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bytekiln_bpe::Result;
 use bytekiln_bpe::corpus::{EncodeOptions, encode_files};
 use bytekiln_bpe::count::{WordCounts, count_files};
 use bytekiln_bpe::encode::{Allowed, Encoder};
@@ -19,6 +18,7 @@ use bytekiln_bpe::progress::Progress;
 use bytekiln_bpe::sources::{Feed, InputSpec};
 use bytekiln_bpe::train::{Options, TieBreak, train};
 use bytekiln_bpe::vocab::Vocab;
+use bytekiln_bpe::{Error, Result};
 use proptest::prelude::*;
 
 const EOT: &str = "<|endoftext|>";
@@ -257,9 +257,22 @@ proptest! {
         let (mut counts, mut position, mut chunk) = (BTreeMap::new(), Some(Position::default()), Chunk::default());
         for (i, stop) in stops.into_iter().chain([usize::MAX]).enumerate() {
             let Some(start) = position else { break };
-            let reader = ChunkReader::new(&inputs, &splitter, chunks[i % 2]);
-            let reader = if i == 0 { reader } else { reader.starting_at(start) };
-            let mut read = 0;
+            let reader = |progress| {
+                let reader = ChunkReader::new(&inputs, &splitter, chunks[i % 2]).stopped_by(progress);
+                if i == 0 { reader } else { reader.starting_at(start) }
+            };
+            let broken_off = |reader: &ChunkReader<'_>, chunk: &mut Chunk| {
+                let before = reader.position();
+                if before.is_some() {
+                    assert!(matches!(reader.next(chunk), Err(Error::Interrupted)));
+                }
+                assert!(matches!(reader.next(chunk), Ok(false)));
+                assert_eq!(reader.position(), before);
+            };
+            let (stopped, progress) = (Progress::default(), Progress::default());
+            stopped.stop();
+            broken_off(&reader(&stopped), &mut chunk);
+            let (reader, mut read) = (reader(&progress), 0);
             while read < stop && reader.next(&mut chunk).unwrap() {
                 read += 1;
                 for (_, text) in chunk.texts() {
@@ -269,11 +282,57 @@ proptest! {
                 }
             }
             position = reader.position();
+            progress.stop();
+            broken_off(&reader, &mut chunk);
         }
         prop_assert_eq!(position, None);
         let (expected, bytes) = naive(&files, &spec, &splitter);
         prop_assert_eq!(counts, expected);
         prop_assert_eq!(inputs.text_bytes(), bytes);
+    }
+}
+
+/// Ten rows of three bytes, one at a time; somebody stops the reader while the given one is read.
+struct StoppedAt(u64, u64, Arc<Progress>);
+
+impl Feed for StoppedAt {
+    fn next(&mut self, _most: usize, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<bool> {
+        self.0 += 1;
+        if self.0 == self.1 {
+            self.2.stop();
+        }
+        take(b"a b");
+        Ok(self.0 < 10)
+    }
+
+    fn share_done(&self) -> f64 {
+        0.5
+    }
+}
+
+#[test]
+fn rows_that_were_read_but_not_handed_out_come_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.parquet");
+    fs::write(&path, "rows").unwrap();
+    let splitter = splitter("gpt2");
+    let at = |offset| Position { file: 0, offset, room: None };
+    // Where it begins, where it is stopped, chunks of three rows that it hands out, where it goes on.
+    for (from, stop, chunks, to) in [(0, 5, 1, 3), (0, 6, 2, 6), (0, 1, 0, 0), (3, 2, 0, 3), (3, 5, 0, 3), (3, 8, 1, 6)]
+    {
+        let progress = Arc::new(Progress::default());
+        let shared = Arc::clone(&progress);
+        let open =
+            move |_: &Path, _: &str| -> Result<Box<dyn Feed>> { Ok(Box::new(StoppedAt(0, stop, Arc::clone(&shared)))) };
+        let inputs = InputSpec { open_feed: Some(Arc::new(open)), ..InputSpec::of(std::slice::from_ref(&path)) };
+        let inputs = Inputs::of(inputs).unwrap();
+        let reader = ChunkReader::new(&inputs, &splitter, 9).stopped_by(&progress).starting_at(at(from));
+        let mut chunk = Chunk::default();
+        for _ in 0..chunks {
+            assert!(reader.next(&mut chunk).unwrap());
+        }
+        assert!(matches!(reader.next(&mut chunk), Err(Error::Interrupted)));
+        assert_eq!((reader.position(), inputs.text_bytes()), (Some(at(to)), 9 * chunks));
     }
 }
 

@@ -118,10 +118,11 @@ impl Inputs {
 
     /// Says of a file that nobody named where it comes from.
     fn named(&self, file: usize, error: Error) -> Error {
+        let found = |what: String| format!("found in a directory of the inputs: {what}");
         match error {
-            Error::File { path, what } if self.files[file].in_directory => {
-                Error::File { path, what: format!("found in a directory of the inputs: {what}") }
-            }
+            error if !self.files[file].in_directory => error,
+            Error::File { path, what } => Error::File { path, what: found(what) },
+            Error::Format { place, what } => Error::Format { place, what: found(what) },
             error => error,
         }
     }
@@ -255,19 +256,26 @@ struct State<'a> {
     /// Bytes of text until the limit.
     room: u64,
     finished: bool,
+    /// A chunk was broken off half way: its source is of no use any more, but there is more behind its position.
+    broken_off: bool,
+}
+
+impl State<'_> {
+    fn at(file_index: usize, start: u64, room: u64) -> Self {
+        Self { next_index: 0, file_index, open: None, start, used: 0, room, finished: false, broken_off: false }
+    }
 }
 
 impl<'a> ChunkReader<'a> {
     /// A reader at the beginning of the first file. `chunk_bytes` is a wish; 0 counts as 1.
     pub fn new(inputs: &'a Inputs, splitter: &'a Splitter, chunk_bytes: usize) -> Self {
         let room = inputs.spec.limit_bytes.unwrap_or(u64::MAX);
-        let state = State { next_index: 0, file_index: 0, open: None, start: 0, used: 0, room, finished: false };
-        let (plain, state) = (splitter.without_specials(), Mutex::new(state));
+        let (plain, state) = (splitter.without_specials(), Mutex::new(State::at(0, 0, room)));
         let (chunk_bytes, most_uncut) = (chunk_bytes.max(1), MOST_UNCUT_BYTES);
         Self { inputs, splitter, plain, chunk_bytes, most_uncut, progress: None, state }
     }
 
-    /// Lets `progress` stop a reader that waits for standard input.
+    /// Lets `progress` stop a reader, also one that waits for standard input, in the middle of a chunk.
     #[must_use]
     pub fn stopped_by(self, progress: &'a Progress) -> Self {
         Self { progress: Some(progress), ..self }
@@ -277,12 +285,10 @@ impl<'a> ChunkReader<'a> {
     #[must_use]
     pub fn starting_at(self, position: Position) -> Self {
         let room = position.room.unwrap_or(u64::MAX);
-        let (file_index, start) = (position.file, position.offset);
-        let state = State { next_index: 0, file_index, open: None, start, used: 0, room, finished: false };
-        Self { state: Mutex::new(state), ..self }
+        Self { state: Mutex::new(State::at(position.file, position.offset, room)), ..self }
     }
 
-    /// Up to where chunks were handed out; none: all were.
+    /// Up to where chunks were handed out; none: all were. A chunk that was broken off lies behind it.
     pub fn position(&self) -> Option<Position> {
         let state = self.state.lock().ok()?;
         let offset = state.open.as_ref().map_or(state.start, |source| source.position());
@@ -304,6 +310,9 @@ impl<'a> ChunkReader<'a> {
 
     /// Fills `chunk` (whose memory is used again) with the next one; `false` once all is handed out, or another
     /// thread has met an error.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`] where it was stopped: `chunk` holds nothing then, and [`Self::position`] is before it.
     pub fn next(&self, chunk: &mut Chunk) -> Result<bool> {
         let filled = self.take(chunk).and_then(|more| {
             // Outside of the lock: other threads read on meanwhile.
@@ -316,7 +325,7 @@ impl<'a> ChunkReader<'a> {
             Ok(true) => {
                 self.inputs.text_bytes.fetch_add(chunk.bytes.len() as u64, Relaxed);
             }
-            Ok(false) => {}
+            Ok(false) | Err(Error::Interrupted) => {}
             Err(_) => self.state.lock().map_err(|_| Error::Interrupted)?.finished = true,
         }
         filled
@@ -326,28 +335,33 @@ impl<'a> ChunkReader<'a> {
         let mut state = self.state.lock().map_err(|_| Error::Interrupted)?;
         let taken = self.take_next(&mut state, chunk);
         // Before the lock is given up: whoever waits for it would read on behind the error.
-        state.finished |= taken.is_err();
+        match taken {
+            Err(Error::Interrupted) => state.broken_off = true,
+            Err(_) => state.finished = true,
+            Ok(_) => {}
+        }
         taken
     }
 
     fn take_next(&self, state: &mut State<'a>, chunk: &mut Chunk) -> Result<bool> {
-        if state.finished || state.file_index == self.inputs.files.len() {
+        if state.finished || state.broken_off || state.file_index == self.inputs.files.len() {
             return Ok(false);
         }
         let source = match &mut state.open {
             Some(source) => source,
             none => {
-                let source = none.insert(self.inputs.open_file(state.file_index, self.progress)?);
-                let start = std::mem::take(&mut state.start);
-                if start > 0 {
+                let mut source = self.inputs.open_file(state.file_index, self.progress)?;
+                if state.start > 0 {
                     let found = &self.inputs.files[state.file_index];
                     if found.stdin {
                         let what = "cannot be read again; expected files where a run is to go on".into();
                         return Err(Error::File { path: found.path.clone(), what });
                     }
-                    source.skip(start, self.splitter)?;
+                    source.skip(state.start, self.splitter)?;
                 }
-                source
+                // Only now is the source at a position of its own.
+                state.start = 0;
+                none.insert(source)
             }
         };
         (chunk.index, chunk.file) = (state.next_index, state.file_index);

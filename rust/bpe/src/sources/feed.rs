@@ -32,9 +32,10 @@ pub(crate) struct FeedSource<'a> {
     progress: Option<&'a Progress>,
     sample: Option<Sample>,
     size: u64,
+    /// Rows that were read.
     rows: u64,
-    /// Rows that were handed out before.
-    skip: u64,
+    /// Rows that were handed out; those before are passed over.
+    handed: u64,
 }
 
 impl<'a> FeedSource<'a> {
@@ -45,7 +46,7 @@ impl<'a> FeedSource<'a> {
         sample: Option<Sample>,
         progress: Option<&'a Progress>,
     ) -> Self {
-        Self { feed, path, progress, sample, size, rows: 0, skip: 0 }
+        Self { feed, path, progress, sample, size, rows: 0, handed: 0 }
     }
 }
 
@@ -53,16 +54,17 @@ impl Source for FeedSource<'_> {
     fn fill(&mut self, chunk: &mut Chunk, job: Job<'_>) -> Result<End> {
         chunk.records = true;
         let mut gather = Gather::new(chunk, self.sample, job.plain, job.room);
-        while gather.len() < job.chunk_bytes {
+        let mut end = End::Open;
+        while end == End::Open && gather.len() < job.chunk_bytes {
             self.progress.map_or(Ok(()), Progress::check)?;
-            let (rows, skip, mut too_long) = (&mut self.rows, self.skip, false);
+            let (rows, handed, mut too_long) = (&mut self.rows, self.handed, false);
             let more = self.feed.next(job.most_uncut, &mut |document| {
                 *rows += 1;
                 too_long = document.len() > job.most_uncut;
                 if too_long {
                     return false;
                 }
-                if *rows > skip && gather.takes(*rows) {
+                if *rows > handed && gather.takes(*rows) {
                     let added = gather.add(*rows, |out| {
                         out.extend_from_slice(document);
                         Ok(())
@@ -76,22 +78,22 @@ impl Source for FeedSource<'_> {
                 let what = format!("longer than {most} bytes; expected shorter texts{more}");
                 return Err(Error::format(format!("{}: row {}", self.path.display(), self.rows), what));
             }
-            if gather.full() {
-                return Ok(End::Limit);
-            }
-            if !more {
-                return Ok(End::File);
-            }
+            end = match (gather.full(), more) {
+                (true, _) => End::Limit,
+                (_, false) => End::File,
+                _ => End::Open,
+            };
         }
-        Ok(End::Open)
+        self.handed = self.handed.max(self.rows);
+        Ok(end)
     }
 
     fn position(&self) -> u64 {
-        self.rows
+        self.handed
     }
 
     fn skip(&mut self, to: u64, _splitter: &Splitter) -> Result<()> {
-        self.skip = to;
+        self.handed = to;
         Ok(())
     }
 

@@ -117,13 +117,14 @@ pub(crate) struct Job<'a> {
 
 /// A file that is being read; called under the reader's lock.
 pub(crate) trait Source: Send {
-    /// Fills an empty chunk with what comes next.
+    /// Fills an empty chunk with what comes next. Broken off, it has handed out nothing: the position stays where it was,
+    /// and nothing else is asked of it.
     fn fill(&mut self, chunk: &mut Chunk, job: Job<'_>) -> Result<End>;
 
     /// Bytes of the file read so far, for progress.
     fn used(&self) -> u64;
 
-    /// What was handed out: bytes of text, lines or rows.
+    /// What was handed out in whole chunks: bytes of text, lines or rows.
     fn position(&self) -> u64;
 
     /// Goes on behind what was handed out before; called before anything is.
