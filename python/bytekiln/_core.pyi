@@ -12,6 +12,7 @@ from bytekiln.inputs import Inputs
 
 __all__ = [
     "UNICODE_VERSION",
+    "CheckpointLock",
     "Counts",
     "TokenIterator",
     "Tokenizer",
@@ -204,6 +205,13 @@ class Counts:
 class TokenIterator(Iterator[int]):
     def __next__(self) -> int: ...
 
+@final
+class CheckpointLock:
+    """What a finished run is kept in: no other run takes it up as long as this is held. The files stay until then."""
+
+    def discard(self) -> None:
+        """Deletes them."""
+
 def train_bpe(
     files: _Inputs,
     *,
@@ -228,7 +236,8 @@ def train_bpe(
     requested: no pair was left), prior_merges (of `extend`), resumed_bytes and resumed_merges (of `checkpoint`),
     ties (merges at which the tie rule decided), count_s, layout_s, merge_s, threads, spilled_runs,
     longest_token (bytes), top_merges (left, right, occurrences).
-    The run is kept in `checkpoint` and `checkpoint + ".merges"` and goes on from there; the caller deletes them.
+    The run is kept in `checkpoint` and `checkpoint + ".merges"` and goes on from there. `checkpoint` of the
+    statistics is then a `CheckpointLock`, which the caller discards when the tokenizers are saved, else None.
     A `progress` that has a method `detail` gets `detail(pretokens, None | (left, right, occurrences))` too."""
 
 def train_bpe_from_counts(

@@ -7,13 +7,16 @@
 //! much that is, its own number of bytes says. `FILE.merges` holds the merges done so far; it is small, and written more
 //! often. Words as the tokens that these merges make, with counts of the whole text, are all that training is about to
 //! know at that point, so that it goes on to the same result. `FILE.merges` also says with what settings and inputs: it is
-//! written before `FILE` is. Both carry checksums. Both are deleted when the result is saved.
+//! written before `FILE` is, and whoever reads or writes either holds a lock on it. Both carry checksums. Both are deleted when
+//! the result is saved.
 //!
 //! Layout of `FILE.merges`: magic, version, length of the head, head (JSON), pairs with their counts, XXH3 of all that;
 //! little-endian.
 
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -30,6 +33,11 @@ const VERSION: u64 = 1;
 /// Bounds of the time between two savings, where nobody says how long it is.
 const LEAST: Duration = Duration::from_secs(1);
 const MOST: Duration = Duration::from_secs(60);
+/// Of saving counts, in so many words: what it takes here, of which machines and disks make a multiple.
+const SAVING: Duration = Duration::from_millis(10);
+const SAVING_A_WORD: Duration = Duration::from_nanos(400);
+/// How long a run that meets another one's beginning waits before it looks again.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// A setting or an input by its name, and what it is.
 pub type Setting = (String, String);
@@ -51,18 +59,20 @@ pub struct Done {
     pub ties: u64,
 }
 
-/// Where a run is kept, and when it was kept last.
+/// Where a run is kept, and when it was kept last. Nobody else gets at it as long as this lives.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
     settings: Vec<Setting>,
-    /// Time between two savings; unset: so much that they take a twentieth of it.
+    /// Time between two savings; unset: twenty times what one takes.
     every: Option<Duration>,
     last: Instant,
-    /// What saving the counts took the last time.
-    cost: Duration,
-    /// The second file: locked, so that a second run is refused.
-    lock: Option<File>,
+    /// What saving counts takes, as a multiple of [`SAVING`] and [`SAVING_A_WORD`].
+    pace: f64,
+    /// What saving the merges took the last time.
+    merges_cost: Duration,
+    /// The second file, locked.
+    lock: File,
 }
 
 /// The second file.
@@ -70,6 +80,29 @@ fn merges_path(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(".merges");
     name.into()
+}
+
+/// The bytes of a second file.
+fn bytes_of(path: &Path, settings: &[Setting], done: &Done) -> Result<Vec<u8>> {
+    let head = serde_json::to_vec(&Head { settings: settings.to_vec(), ties: done.ties });
+    let head = head.map_err(|e| Error::format(path.display().to_string(), e.to_string()))?;
+    let mut bytes = MAGIC.to_vec();
+    bytes.extend(VERSION.to_le_bytes());
+    bytes.extend((head.len() as u64).to_le_bytes());
+    bytes.extend(head);
+    for (&(a, b), count) in done.pairs.iter().zip(&done.counts) {
+        bytes.extend(a.to_le_bytes());
+        bytes.extend(b.to_le_bytes());
+        bytes.extend(count.to_le_bytes());
+    }
+    let checksum = xxh3_64(&bytes);
+    bytes.extend(checksum.to_le_bytes());
+    Ok(bytes)
+}
+
+/// What saving so many words takes on the machine of [`SAVING_A_WORD`].
+fn saving(words: u64) -> Duration {
+    SAVING + Duration::from_nanos(words.saturating_mul(SAVING_A_WORD.as_nanos() as u64))
 }
 
 /// An input as a setting: its name, size and time of its last change.
@@ -86,8 +119,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// A file that is no checkpoint or a broken one; one of a run with other settings or inputs, the first of which is
-    /// named; a folder that is not there.
-    /// Another process goes on with it.
+    /// named; a folder that is not there; another process goes on with it.
     pub fn open(
         path: &Path,
         settings: Vec<Setting>,
@@ -96,85 +128,101 @@ impl Checkpoint {
     ) -> Result<(Self, Option<Counts>, Done)> {
         check_output(path, true)?;
         let merges = merges_path(path);
-        let lock = hold(&merges, || {
+        let taken = || {
             let what = "another process goes on with it; expected its end, or another checkpoint".into();
             Error::File { path: path.into(), what }
-        })?;
-        let counted = path.exists();
-        let mut this = Self { path: path.into(), settings, every, last: Instant::now(), cost: Duration::ZERO, lock };
-        let Some((head, body)) = this.read(&merges)? else {
-            if counted {
-                let what = format!(
-                    "is there without {}, which says of what run it is; expected both, or neither",
-                    merges.display()
-                );
-                return Err(Error::File { path: path.into(), what });
-            }
-            this.save_merges(&[], &[], 0)?;
-            return Ok((this, None, Done::default()));
         };
+        let (lock, is_new) = loop {
+            if let Some(lock) = hold(&merges, taken)? {
+                break (lock, false);
+            }
+            // Of several that find nothing one begins; for the others there is something then.
+            match AtomicFile::create_alone(&merges, false) {
+                Ok(Some(file)) if path.exists() => {
+                    drop(file);
+                    let what = format!(
+                        "is there without {}, which says of what run it is; expected both, or neither",
+                        merges.display()
+                    );
+                    return Err(Error::File { path: path.into(), what });
+                }
+                Ok(Some(mut file)) => {
+                    file.write(&bytes_of(&merges, &settings, &Done::default())?)?;
+                    break (file.commit_and_hold()?, true);
+                }
+                Ok(None) => thread::sleep(LOOK_AGAIN),
+                Err(Error::Exists(_)) => {}
+                Err(error) => return Err(error),
+            }
+        };
+        let (last, merges_cost) = (Instant::now(), Duration::ZERO);
+        let this = Self { path: path.into(), settings, every, last, pace: 1.0, merges_cost, lock };
+        if is_new {
+            return Ok((this, None, Done::default()));
+        }
+        let (head, body) = this.read(&merges)?;
         let (items, []) = body.as_chunks::<16>() else { return Err(broken(&merges)) };
         let mut done = Done { ties: head.ties, ..Done::default() };
         for &[a, b, c, d, e, f, g, h, ref count @ ..] in items {
             done.pairs.push((u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])));
             done.counts.push(count.iter().rev().fold(0, |n, &byte| n << 8 | u64::from(byte)));
         }
-        let counts = counted.then(|| Counts::load_kept(path, memory)).transpose()?;
+        let counts = path.exists().then(|| Counts::load_kept(path, memory)).transpose()?;
         Ok((this, counts, done))
     }
 
-    /// Whether it is time to save.
-    pub fn is_due(&self) -> bool {
-        Instant::now() >= self.due()
+    /// Whether it is time to save counts of about so many words.
+    pub fn are_counts_due(&self, words: u64) -> bool {
+        self.is_over(saving(words).mul_f64(self.pace))
     }
 
-    /// When it will be time to save.
-    pub fn due(&self) -> Instant {
-        self.last + self.every.unwrap_or_else(|| (20 * self.cost).clamp(LEAST, MOST))
+    /// Whether it is time to save merges.
+    pub fn are_merges_due(&self) -> bool {
+        self.is_over(self.merges_cost)
     }
 
-    /// Saves the counts so far.
+    fn is_over(&self, cost: Duration) -> bool {
+        self.last.elapsed() >= self.every.unwrap_or_else(|| (20 * cost).clamp(LEAST, MOST))
+    }
+
+    /// Saves the counts so far, for which counting stands still since `since`.
     ///
     /// # Errors
     /// [`Error::Interrupted`], with what was saved before still there.
-    pub fn save_counts(&mut self, counts: &mut Counts, progress: &Progress) -> Result<()> {
-        let start = Instant::now();
-        counts.save(&self.path, true, progress)?;
+    pub fn save_counts(&mut self, counts: &mut Counts, since: Instant, progress: &Progress) -> Result<()> {
+        let saved = counts.save(&self.path, true, progress)?;
         self.last = Instant::now();
-        self.cost = self.last - start;
+        self.pace = (self.last - since).div_duration_f64(saving(saved.distinct_pretokens));
         Ok(())
     }
 
     /// Saves the merges done so far.
-    pub fn save_merges(&mut self, pairs: &[Pair], counts: &[u64], ties: u64) -> Result<()> {
-        let path = merges_path(&self.path);
-        let head = serde_json::to_vec(&Head { settings: self.settings.clone(), ties });
-        let head = head.map_err(|e| Error::format(path.display().to_string(), e.to_string()))?;
-        let mut bytes = MAGIC.to_vec();
-        bytes.extend(VERSION.to_le_bytes());
-        bytes.extend((head.len() as u64).to_le_bytes());
-        bytes.extend(head);
-        for (&(a, b), count) in pairs.iter().zip(counts) {
-            bytes.extend(a.to_le_bytes());
-            bytes.extend(b.to_le_bytes());
-            bytes.extend(count.to_le_bytes());
-        }
-        let checksum = xxh3_64(&bytes);
-        bytes.extend(checksum.to_le_bytes());
+    pub fn save_merges(&mut self, done: &Done) -> Result<()> {
+        let (start, path) = (Instant::now(), merges_path(&self.path));
         let mut file = AtomicFile::create(&path, true)?;
-        file.write(&bytes)?;
-        self.lock = Some(file.commit_and_hold()?);
+        file.write(&bytes_of(&path, &self.settings, done)?)?;
+        // The lock of the file that was there is given up behind this one's.
+        self.lock = file.commit_and_hold()?;
         self.last = Instant::now();
+        self.merges_cost = self.last - start;
         Ok(())
     }
 
-    /// Head and body of a file; none where there is no file.
-    fn read(&self, path: &Path) -> Result<Option<(Head, Vec<u8>)>> {
+    /// Deletes what is kept, the second file last: as long as it is there, it is locked.
+    pub fn discard(self) -> Result<()> {
+        for path in [&self.path, &merges_path(&self.path)] {
+            match fs::remove_file(path) {
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(Error::io(path, &error)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Head and body of a file.
+    fn read(&self, path: &Path) -> Result<(Head, Vec<u8>)> {
         let place = path.display();
-        let mut bytes = match fs::read(path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            read => read.map_err(|e| Error::io(path, &e))?,
-        };
+        let mut bytes = fs::read(path).map_err(|e| Error::io(path, &e))?;
         if !bytes.starts_with(MAGIC) {
             let what = "is no checkpoint of a training run; expected one, or a name that is free";
             return Err(Error::format(place.to_string(), what));
@@ -195,7 +243,7 @@ impl Checkpoint {
         let body = bytes.split_off(split);
         let head: Head = serde_json::from_slice(&bytes[32..]).map_err(|_| broken(path))?;
         self.compare(path, &head.settings)?;
-        Ok(Some((head, body)))
+        Ok((head, body))
     }
 
     /// Refuses a file of another run.
@@ -246,9 +294,9 @@ mod tests {
         let splitter = Splitter::new(Pattern::new("gpt2").unwrap().into(), &[]).unwrap();
         let mut counts = Counts::new(splitter, TextPolicy::Error, memory());
         counts.add_text(b"the kiln and the potter").unwrap();
-        kept.save_counts(&mut counts, &Progress::default()).unwrap();
+        kept.save_counts(&mut counts, Instant::now(), &Progress::default()).unwrap();
         let done = Done { pairs: vec![(97, 98), (256, 70_000)], counts: vec![u64::MAX, 3], ties: 5 };
-        kept.save_merges(&done.pairs, &done.counts, done.ties).unwrap();
+        kept.save_merges(&done).unwrap();
         (counts, done)
     }
 
@@ -275,10 +323,70 @@ mod tests {
         let refused = || open(&path, settings("a")).unwrap_err().to_string();
         assert!(refused().contains("run.ck: another process goes on with it"));
         // The lock goes over to the file that takes the other one's place.
-        first.save_merges(&[], &[], 0).unwrap();
+        first.save_merges(&Done::default()).unwrap();
         assert!(refused().contains("run.ck: another process goes on with it"));
         drop(first);
         open(&path, settings("a")).unwrap();
+    }
+
+    #[test]
+    fn of_many_that_begin_at_once_one_does() {
+        let folder = tempfile::tempdir().unwrap();
+        for n in 0..200 {
+            let path = folder.path().join(format!("{n}.ck"));
+            let start = std::sync::Barrier::new(4);
+            let begin = || {
+                start.wait();
+                Checkpoint::open(&path, settings("a"), None, memory()).map(|(kept, ..)| kept)
+            };
+            let outcomes: Vec<_> = thread::scope(|scope| {
+                let all: Vec<_> = (0..4).map(|_| scope.spawn(begin)).collect();
+                all.into_iter().map(|one| one.join().unwrap()).collect()
+            });
+            assert_eq!(outcomes.iter().filter(|one| one.is_ok()).count(), 1, "{outcomes:?}");
+            for said in outcomes.iter().filter_map(|one| one.as_ref().err()) {
+                assert!(said.to_string().contains(".ck: another process goes on with it"), "{said}");
+            }
+        }
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 200);
+    }
+
+    #[test]
+    fn what_is_discarded_is_held_to_the_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run.ck");
+        saved(&path);
+        let (kept, ..) = Checkpoint::open(&path, settings("a"), None, memory()).unwrap();
+        assert!(open(&path, settings("a")).is_err());
+        kept.discard().unwrap();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        let (counts, done) = open(&path, settings("a")).unwrap();
+        assert!(counts.is_none() && done == Done::default());
+    }
+
+    #[test]
+    fn a_twentieth_of_the_time_goes_into_saving() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run.ck");
+        let (mut counts, _) = saved(&path);
+        let (mut kept, ..) = Checkpoint::open(&path, settings("a"), None, memory()).unwrap();
+        let ago = |seconds| Instant::now().checked_sub(Duration::from_secs(seconds)).unwrap();
+        let after = |kept: &mut Checkpoint, seconds| kept.last = ago(seconds);
+        // Before the first one: the more there is, the later.
+        after(&mut kept, 3);
+        assert!(kept.are_counts_due(100_000) && !kept.are_counts_due(1_000_000));
+        after(&mut kept, 61);
+        assert!(kept.are_counts_due(1 << 40));
+        // Counting stood for two seconds, most of them before a byte was written.
+        kept.save_counts(&mut counts, ago(2), &Progress::default()).unwrap();
+        after(&mut kept, 39);
+        assert!(!kept.are_counts_due(4));
+        after(&mut kept, 43);
+        assert!(kept.are_counts_due(4));
+        // Merges are another matter.
+        kept.save_merges(&Done::default()).unwrap();
+        after(&mut kept, 30);
+        assert!(kept.are_merges_due());
     }
 
     #[test]
@@ -289,7 +397,9 @@ mod tests {
         let before = fs::read(&path).unwrap();
         let (mut kept, ..) = Checkpoint::open(&path, settings("a"), None, memory()).unwrap();
         counts.add_text(b"one more").unwrap();
-        let said = kept.save_counts(&mut counts, &Progress::within(Duration::ZERO));
+        let stopped = Progress::default();
+        stopped.stop();
+        let said = kept.save_counts(&mut counts, Instant::now(), &stopped);
         assert!(matches!(said, Err(Error::Interrupted)));
         assert_eq!((fs::read(&path).unwrap(), fs::read_dir(folder.path()).unwrap().count()), (before, 2));
     }

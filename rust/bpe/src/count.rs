@@ -5,7 +5,7 @@
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::thread;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::input::{Chunk, ChunkReader, Inputs};
 use crate::pretokenize::{Piece, Run, Splitter, TextPolicy};
 use crate::progress::{Progress, Stage};
@@ -22,28 +22,36 @@ pub fn count_files(
 ) -> Result<WordCounts> {
     progress.begin(Stage::Count, inputs.total_bytes());
     let reader = ChunkReader::new(inputs, splitter, chunk_bytes).stopped_by(progress);
-    let pause = || progress.check().map(|()| false);
-    let (tables, _) = count_tables(&reader, (inputs, policy), threads, progress, |_, _| Ok(()), pause)?;
+    let pause = |_: &_| progress.check().map(|()| false);
+    let stops = (progress, progress);
+    let (tables, _) = count_tables(&reader, (inputs, policy), threads, stops, |_, _| Ok(()), pause)?;
     join(tables, progress).map(Option::unwrap_or_default)
 }
 
 /// The same of what `reader` hands out, each thread with a table of its own; `make_room` sees it before it takes in so
-/// many bytes of text. Once `pause` says so, no more is taken: then all that was handed out is counted. The number is
-/// that of documents that ended: records, or files.
+/// many bytes of text. Once `pause`, which sees it too, says so, no more is taken: then all that was handed out is counted.
+/// A chunk that was being read when the job was stopped is not, where `pause` says so then. `keep` is what stops tables from
+/// taking in a chunk that was handed out. The number is that of documents that ended: records, or files.
 pub(crate) fn count_tables(
     reader: &ChunkReader<'_>,
     (inputs, policy): (&Inputs, TextPolicy),
     threads: usize,
-    progress: &Progress,
+    (progress, keep): (&Progress, &Progress),
     make_room: impl Fn(&mut WordCounts, usize) -> Result<()> + Sync,
-    pause: impl Fn() -> Result<bool> + Sync,
+    pause: impl Fn(&WordCounts) -> Result<bool> + Sync,
 ) -> Result<(Vec<WordCounts>, u64)> {
     let (make_room, pause) = (&make_room, &pause);
     let documents = AtomicU64::new(0);
     let work = || -> Result<WordCounts> {
-        let mut counts = WordCounts::stopped_by(progress);
+        let mut counts = WordCounts::stopped_by(keep);
         let mut chunk = Chunk::default();
-        while !pause()? && reader.next(&mut chunk)? {
+        while !pause(&counts)? {
+            match reader.next(&mut chunk) {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(Error::Interrupted) if pause(&counts)? => break,
+                Err(error) => return Err(error),
+            }
             make_room(&mut counts, chunk.bytes.len())?;
             let before = counts.seen();
             for (start, text) in chunk.texts() {
@@ -56,7 +64,7 @@ pub(crate) fn count_tables(
             let ended = if chunk.records { chunk.record_count() } else { chunk.ends_file.into() };
             documents.fetch_add(ended, Relaxed);
         }
-        Ok(counts)
+        Ok(counts.released())
     };
     let tables: Result<Vec<WordCounts>> = thread::scope(|scope| {
         let others: Vec<_> = (1..threads.max(1)).map(|_| scope.spawn(work)).collect();

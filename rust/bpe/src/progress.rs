@@ -2,8 +2,11 @@
 //! so that the core neither prints nor calls back into another language. What costs more than an atomic is written only
 //! when the caller has asked for it.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{
+    AtomicBool, AtomicU8, AtomicU64,
+    Ordering::{Acquire, Relaxed, Release},
+};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
@@ -46,9 +49,7 @@ pub struct Progress {
     stage: AtomicU8,
     done: AtomicU64,
     total: AtomicU64,
-    stop: Arc<AtomicBool>,
-    /// When the job stops by itself.
-    deadline: Option<Instant>,
+    stop: Stop,
     began: Mutex<Option<Instant>>,
     pretokens: AtomicU64,
     asked: AtomicBool,
@@ -68,6 +69,25 @@ pub struct MergeShown {
 
 /// Time of a job that was asked to stop for keeping what it has: the caller waits for it.
 const GRACE: Duration = Duration::from_millis(80);
+
+/// Whether a job is to stop: what is asked of it, for those too who cannot hold on to its [`Progress`].
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Stop {
+    asked: Arc<AtomicBool>,
+    /// When that was, once it was.
+    at: Arc<OnceLock<Instant>>,
+    /// How long after that it goes on.
+    grace: Duration,
+}
+
+impl Stop {
+    /// Whether to stop now.
+    pub(crate) fn is_now(&self) -> bool {
+        self.asked.load(Acquire)
+            && (self.grace.is_zero() || self.at.get().is_none_or(|asked| asked.elapsed() >= self.grace))
+    }
+}
+
 /// Bytes of a token that are shown.
 pub const SHOWN_BYTES: usize = 32;
 
@@ -87,26 +107,18 @@ impl Progress {
 
     /// Asks the job to stop; it ends with [`Error::Interrupted`] within milliseconds.
     pub fn stop(&self) {
-        self.stop.store(true, Relaxed);
+        self.stop.at.get_or_init(Instant::now);
+        self.stop.asked.store(true, Release);
     }
 
-    /// For what a job keeps, which is shown to nobody: it stops with the job. Where that was asked to stop already, it
-    /// has [`GRACE`].
+    /// For what a job keeps, which is shown to nobody: it stops [`GRACE`] after the job was asked to, all of it together.
     pub(crate) fn grace(&self) -> Self {
-        if self.stopped() {
-            return Self::within(GRACE);
-        }
-        Self { stop: Arc::clone(&self.stop), ..Self::default() }
+        Self { stop: Stop { grace: GRACE, ..self.stop.clone() }, ..Self::default() }
     }
 
-    /// For work that nobody asks to stop and that stops by itself when its time is over.
-    pub(crate) fn within(time: Duration) -> Self {
-        Self { deadline: Some(Instant::now() + time), ..Self::default() }
-    }
-
-    /// What says that the caller has asked to stop, for those who cannot hold on to this.
-    pub(crate) fn flag(&self) -> Arc<AtomicBool> {
-        Arc::clone(&self.stop)
+    /// What says that the job is to stop.
+    pub(crate) fn stop_flag(&self) -> Stop {
+        self.stop.clone()
     }
 
     /// When the stage began.
@@ -136,9 +148,9 @@ impl Progress {
         }
     }
 
-    /// Whether the caller has asked to stop, or the time is over.
+    /// Whether the caller has asked to stop, and the grace that there may be is over.
     pub(crate) fn stopped(&self) -> bool {
-        self.stop.load(Relaxed) || self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
+        self.stop.is_now()
     }
 
     /// Begins a stage.
@@ -165,6 +177,16 @@ impl Progress {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_kept_has_one_grace_from_the_stop_on() {
+        let progress = Progress::default();
+        let before = progress.grace();
+        progress.stop();
+        assert!(progress.stopped() && !before.stopped() && !progress.grace().stopped());
+        std::thread::sleep(GRACE);
+        assert!(before.stopped() && progress.grace().stopped());
+    }
 
     #[test]
     fn a_merge_is_written_only_when_asked_for() {

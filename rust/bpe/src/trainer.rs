@@ -4,7 +4,7 @@
 //! run. Called by the binding; joins `count`, `train` and `vocab`.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -216,7 +216,8 @@ impl Trainer {
     }
 
     /// As [`Self::add_files`], kept at `checkpoint` every so often, when all is counted, and when interrupted if that is
-    /// done at once; the merges that follow are kept there too. Goes on from what is there. No other text may be added.
+    /// done at once: a chunk that is being read then is left for the next time, those that were handed out are counted. The
+    /// merges that follow are kept there too. Goes on from what is there. No other text may be added.
     ///
     /// # Errors
     /// As [`Checkpoint::open`].
@@ -261,13 +262,24 @@ impl Trainer {
                 None => goes_on = false,
             }
         }
+        let keep = progress.grace();
         while goes_on {
-            // However often it is due, there is something new to keep.
-            let (due, before) = (kept.due(), inputs.text_bytes());
-            let pause = || Ok(progress.stopped() || (Instant::now() >= due && inputs.text_bytes() > before));
-            self.counts.add_part(&inputs, &reader, (threads, chunk_bytes), progress, pause)?;
-            goes_on = self.counts.about()?.next.is_some();
-            kept.save_counts(&mut self.counts, &progress.grace())?;
+            let (before, at) = (inputs.text_bytes(), self.counts.about()?.next);
+            let paused = OnceLock::new();
+            let pause = |words| {
+                // However often it is due, there is something new to keep.
+                let pause = progress.stopped() || (inputs.text_bytes() > before && kept.are_counts_due(words));
+                if pause {
+                    paused.get_or_init(Instant::now);
+                }
+                Ok(pause)
+            };
+            self.counts.add_part(&inputs, &reader, (threads, chunk_bytes), (progress, &keep), pause)?;
+            let next = self.counts.about()?.next;
+            goes_on = next.is_some();
+            if next != at || inputs.text_bytes() > before {
+                kept.save_counts(&mut self.counts, *paused.get_or_init(Instant::now), &keep)?;
+            }
             progress.check()?;
         }
         self.checkpoint = Some(kept);
@@ -303,8 +315,9 @@ impl Trainer {
         Ok(())
     }
 
-    /// Learns the merges: a vocabulary for each size, in the order asked for.
-    pub fn finish(mut self, progress: &Progress) -> Result<(Vec<Vocab>, TrainStats)> {
+    /// Learns the merges: a vocabulary for each size, in the order asked for; and where the run is kept, for the caller to
+    /// discard when these are saved.
+    pub fn finish(mut self, progress: &Progress) -> Result<(Vec<Vocab>, TrainStats, Option<Checkpoint>)> {
         let start = Instant::now();
         progress.begin(Stage::Layout, 0);
         let about = self.counts.about()?;
@@ -331,9 +344,9 @@ impl Trainer {
         };
         let (keeps, mut kept) = (self.checkpoint.is_some(), self.checkpoint);
         let mut keep = |pairs: &[Pair], counts: &[u64], ties: u64, interrupted: bool| match &mut kept {
-            Some(kept) if interrupted || kept.is_due() => {
+            Some(kept) if interrupted || kept.are_merges_due() => {
                 let counts = [&done_counts, counts].concat();
-                kept.save_merges(&pairs[prior_merges..], &counts, done_ties + ties)
+                kept.save_merges(&Done { pairs: pairs[prior_merges..].to_vec(), counts, ties: done_ties + ties })
             }
             _ => Ok(()),
         };
@@ -371,6 +384,6 @@ impl Trainer {
         let (&size, others) = self.merges.split_last().unwrap_or((&0, &[]));
         let mut vocabs = others.iter().map(|&len| vocab(merges.clone().first(len))).collect::<Result<Vec<_>>>()?;
         vocabs.push(vocab(merges.first(size))?);
-        Ok((vocabs, stats))
+        Ok((vocabs, stats, kept))
     }
 }

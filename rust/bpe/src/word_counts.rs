@@ -1,22 +1,20 @@
 //! A table of words and how often each occurs.
 //!
 //! In: words, one by one or as the ends of those of a text. Out: [`WordCounts`], u64 counts that can be added to others, and
-//! the same sorted (`sorted_words`). Filled by `count`, kept by `counts`.
+//! read in some order (`reading`). Filled by `count`, kept by `counts`.
+
+mod reading;
 
 use std::collections::HashMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use foldhash::fast::FixedState;
 
 use crate::error::{Error, Result};
 use crate::hash::{self, prefetch};
-use crate::packed::{PACKED, hash_packed, pack, pack_at, packed_len};
+use crate::packed::{PACKED, hash_packed, pack, pack_at};
 use crate::pages;
 use crate::pretokenize::Ends;
-use crate::progress::Progress;
-use crate::sorted_words::SortedWords;
-use crate::words::{Frequencies, Words};
+use crate::progress::{Progress, Stop};
 
 /// Slots that are touched between two looks at whether to stop.
 const TOUCHED_AT_ONCE: usize = 1 << 19;
@@ -35,8 +33,9 @@ pub struct WordCounts {
     /// Bytes of the words in `long`.
     long_bytes: usize,
     seed: u64,
-    /// Set when nobody wants the counts any more: growing to gigabytes, which takes a second, is given up then.
-    stop: Option<Arc<AtomicBool>>,
+    /// Says, while a job counts or joins, that nobody wants the counts any more: growing to gigabytes, which takes a
+    /// second, is given up then.
+    stop: Option<Stop>,
     given_up: bool,
     /// Short words whose slots have been asked for, and how many: (key, index of the slot).
     waiting: (Box<[(u128, u32); BATCH]>, usize),
@@ -53,7 +52,12 @@ impl Default for WordCounts {
 impl WordCounts {
     /// An empty table that stops growing when `progress` says so: then [`Self::whole`] fails.
     pub(crate) fn stopped_by(progress: &Progress) -> Self {
-        Self { stop: Some(progress.flag()), ..Self::default() }
+        Self { stop: Some(progress.stop_flag()), ..Self::default() }
+    }
+
+    /// Its job is over, which has no say in what is added from now on.
+    pub(crate) fn released(self) -> Self {
+        Self { stop: None, ..self }
     }
 
     /// Fails where words are missing.
@@ -190,7 +194,7 @@ impl WordCounts {
     }
 
     fn is_stopped(&self) -> bool {
-        self.stop.as_ref().is_some_and(|stop| stop.load(Relaxed))
+        self.stop.as_ref().is_some_and(Stop::is_now)
     }
 
     fn grow(&mut self) {
@@ -232,6 +236,7 @@ impl WordCounts {
         if other.used > self.used {
             std::mem::swap(self, &mut other);
         }
+        self.stop = Some(progress.stop_flag());
         let mut words = other.slots.into_iter().filter(|slot| slot.0 != 0);
         let mut batch = Vec::with_capacity(BATCH);
         loop {
@@ -251,6 +256,8 @@ impl WordCounts {
             progress.check()?;
             self.whole()?;
         }
+        self.whole()?;
+        self.stop = None;
         #[expect(clippy::iter_over_hash_type, reason = "a sum does not depend on the order")]
         for (word, count) in other.long {
             self.add_many(&word, count);
@@ -297,33 +304,6 @@ impl WordCounts {
         short + long + grown + words * size_of::<(Box<[u8]>, u64)>()
     }
 
-    /// The words in the order of their bytes, in the memory of the table.
-    ///
-    /// # Errors
-    /// [`Error::Interrupted`] when `progress` says so, looked at every few milliseconds.
-    pub(crate) fn into_sorted_words(self, progress: &Progress) -> Result<SortedWords> {
-        let (mut short, mut words) = (self.slots, 0);
-        for at in 0..short.len() {
-            if at % TOUCHED_AT_ONCE == 0 {
-                progress.check()?;
-            }
-            short.swap(words, at);
-            words += usize::from(short[words].0 != 0);
-        }
-        short.truncate(words);
-        SortedWords::of(short, self.long.into_iter().collect(), progress)
-    }
-
-    /// The same beside the table.
-    pub(crate) fn sorted_words(&self, progress: &Progress) -> Result<SortedWords> {
-        let mut short = Vec::with_capacity(self.used);
-        for slots in self.slots.chunks(TOUCHED_AT_ONCE) {
-            progress.check()?;
-            short.extend(slots.iter().filter(|slot| slot.0 != 0));
-        }
-        SortedWords::of(short, self.long.iter().map(|(word, &count)| (word.clone(), count)).collect(), progress)
-    }
-
     /// Number of distinct words.
     pub fn len(&self) -> usize {
         self.used + self.long.len()
@@ -332,61 +312,6 @@ impl WordCounts {
     /// Whether nothing was counted.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
-    }
-
-    /// Calls `f` with every word and its count, in no particular order.
-    ///
-    /// # Errors
-    /// [`Error::Interrupted`].
-    pub(crate) fn for_each(&self, progress: &Progress, mut f: impl FnMut(&[u8], u64)) -> Result<()> {
-        for slots in self.slots.chunks(TOUCHED_AT_ONCE) {
-            progress.check()?;
-            for (key, count) in slots.iter().filter(|slot| slot.0 != 0) {
-                f(&key.to_le_bytes()[..packed_len(*key)], *count);
-            }
-        }
-        #[expect(clippy::iter_over_hash_type, reason = "no order is promised")]
-        for (word, &count) in &self.long {
-            f(word, count);
-        }
-        Ok(())
-    }
-
-    /// Every word with its count, the most frequent first: in training, what is read often lies together. Words that
-    /// occur less than `least` times are left out; `fits` sees what the others take before they are copied.
-    ///
-    /// # Errors
-    /// What `fits` says; [`Error::Interrupted`].
-    pub(crate) fn frequent_words(
-        &self,
-        least: u64,
-        progress: &Progress,
-        fits: impl FnOnce(&Frequencies) -> Result<()>,
-    ) -> Result<Words> {
-        let mut frequencies = Frequencies::default();
-        self.for_each(progress, |word, count| {
-            if count >= least {
-                frequencies.add(word.len(), count);
-            }
-        })?;
-        fits(&frequencies)?;
-        let mut placer = frequencies.place();
-        self.for_each(progress, |word, count| {
-            if count >= least {
-                placer.push(word, count);
-            }
-        })?;
-        Ok(placer.into_words())
-    }
-
-    /// Every word with its count, the most frequent first, equals in the order of their bytes: no trace of a
-    /// hash table's order is left.
-    pub fn into_sorted(self) -> Vec<(Vec<u8>, u64)> {
-        let mut words = Vec::with_capacity(self.len());
-        // Nobody can ask it to stop.
-        let _ = self.for_each(&Progress::default(), |word, count| words.push((word.to_vec(), count)));
-        words.sort_unstable_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
-        words
     }
 }
 

@@ -266,7 +266,7 @@ impl Counts {
         let settings = settings(py, Sizes::One(vocab_size), tie_break, min_frequency, None, None)?;
         let threads = threads_or_default(py, threads)?;
         let trainer = Trainer::from_counts(self.copy(py)?, settings, threads).or_raise(py)?;
-        let (vocabs, _) = watched(py, progress, |progress| trainer.finish(progress))?;
+        let (vocabs, ..) = watched(py, progress, |progress| trainer.finish(progress))?;
         Tokenizer::from_vocab(py, vocabs.into_iter().next().ok_or(Error::Interrupted))
     }
 

@@ -13,10 +13,12 @@ mod stream;
 mod tokenizer;
 
 use std::path::PathBuf;
+use std::sync::Mutex;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
 
+use bytekiln_bpe::checkpoint::Checkpoint;
 use bytekiln_bpe::corpus::{self, EncodeOptions};
 use bytekiln_bpe::input::{DEFAULT_CHUNK_BYTES, Inputs};
 use bytekiln_bpe::pretokenize::{TextPolicy, UNICODE_VERSION};
@@ -87,7 +89,7 @@ fn watched<R: Send>(
             result
         });
         let mut failure = None;
-        let wait = std::sync::Mutex::new(wait);
+        let wait = Mutex::new(wait);
         let wait_once = || wait.lock().map_or(Err(RecvTimeoutError::Disconnected), |wait| wait.recv_timeout(LOOK));
         while py.detach(wait_once) == Err(RecvTimeoutError::Timeout) {
             if failure.is_none()
@@ -141,8 +143,24 @@ fn settings(
     })
 }
 
-fn trained(py: Python<'_>, (vocabs, stats): (Vec<Vocab>, TrainStats)) -> PyResult<(Vec<Tokenizer>, Py<PyAny>)> {
+/// What a run is kept in, held so that no other run takes it up, until it is discarded or nobody holds on to this.
+#[pyclass(frozen, module = "bytekiln._core")]
+struct CheckpointLock(Mutex<Option<Checkpoint>>);
+
+#[pymethods]
+impl CheckpointLock {
+    /// Deletes its files: the tokenizers are saved.
+    fn discard(&self, py: Python<'_>) -> PyResult<()> {
+        let kept = self.0.lock().ok().and_then(|mut kept| kept.take());
+        kept.map_or(Ok(()), |kept| py.detach(|| kept.discard())).or_raise(py)
+    }
+}
+
+type Trained = (Vec<Vocab>, TrainStats, Option<Checkpoint>);
+
+fn trained(py: Python<'_>, (vocabs, stats, kept): Trained) -> PyResult<(Vec<Tokenizer>, Py<PyAny>)> {
     let dict = pythonize(py, &stats)?;
+    dict.set_item("checkpoint", kept.map(|kept| CheckpointLock(Mutex::new(Some(kept)))))?;
     let bytes = |b: &[u8]| PyBytes::new(py, b).unbind();
     dict.set_item("longest_token", bytes(&stats.longest_token))?;
     let top: Vec<_> = stats.top_merges.iter().map(|(a, b, count)| (bytes(a), bytes(b), *count)).collect();
@@ -275,8 +293,8 @@ mod _core {
 
     #[pymodule_export]
     use super::{
-        Counts, TokenIterator, Tokenizer, default_max_memory, encode_files, find_inputs, payload_checksum, train_bpe,
-        train_bpe_from_counts, train_bpe_from_iterator,
+        CheckpointLock, Counts, TokenIterator, Tokenizer, default_max_memory, encode_files, find_inputs,
+        payload_checksum, train_bpe, train_bpe_from_counts, train_bpe_from_iterator,
     };
 
     #[pymodule_export]

@@ -6,6 +6,7 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
 use super::about::{About, add};
@@ -126,8 +127,14 @@ impl Counts {
         self.memory = memory;
     }
 
+    /// Words in the table and on disk, those that are in several places more than once.
+    fn held_words(&self) -> u64 {
+        self.table.len() as u64 + self.runs.runs.iter().map(|run| run.1.totals.words).sum::<u64>()
+    }
+
     fn whole(&self) -> Result<()> {
-        if self.broken {
+        // A table says of itself when it was not let grow.
+        if self.broken || self.table.whole().is_err() {
             let what = "an earlier text was counted in part only; expected to begin anew after such an error";
             return Err(Error::Config(format!("{}: {what}", self.name)));
         }
@@ -203,8 +210,8 @@ impl Counts {
         let splitter = Arc::clone(&self.splitter);
         let chunk_bytes = self.chunk_bytes(threads, chunk_bytes);
         let reader = self.reader(inputs, &splitter, chunk_bytes, progress);
-        let pause = || progress.check().map(|()| false);
-        self.add_part(inputs, &reader, (threads, chunk_bytes), progress, pause)
+        let pause = |_| progress.check().map(|()| false);
+        self.add_part(inputs, &reader, (threads, chunk_bytes), (progress, progress), pause)
     }
 
     /// Bytes of a chunk that `threads` may take under the cap, at most so many.
@@ -226,18 +233,19 @@ impl Counts {
         reader.with_most_uncut(self.memory.longest_uncut())
     }
 
-    /// Counts what `reader` of `inputs` hands out until `pause` says so.
+    /// Counts what `reader` of `inputs` hands out until `pause`, which is told about how many words [`Self::save`] would
+    /// write, says so. `keep` is what stops that from being brought together then.
     pub(crate) fn add_part(
         &mut self,
         inputs: &Inputs,
         reader: &ChunkReader<'_>,
         (threads, chunk_bytes): (usize, usize),
-        progress: &Progress,
-        pause: impl Fn() -> Result<bool> + Sync,
+        (progress, keep): (&Progress, &Progress),
+        pause: impl Fn(u64) -> Result<bool> + Sync,
     ) -> Result<()> {
         self.whole()?;
         if self.table.memory() as u64 > self.memory.cap / 4 {
-            self.spill_table(progress)?;
+            self.spill_table(keep)?;
         }
         let free = Memory {
             cap: self.memory.cap.saturating_sub(self.table.memory() as u64),
@@ -245,26 +253,30 @@ impl Counts {
         };
         let threads = free.threads(threads);
         let (share, about, runs) = (free.share(threads, chunk_bytes), &self.about, Mutex::<Runs>::default());
+        let there = AtomicU64::new(self.held_words());
         let to_disk = |table: WordCounts| {
-            let stored = spill(table, about, &free.folder, progress)?;
-            push(&runs, stored, true, &free.folder, share.fan_in, progress)
+            there.fetch_add(table.len() as u64, Relaxed);
+            let stored = spill(table, about, &free.folder, keep)?;
+            push(&runs, stored, true, &free.folder, share.fan_in, keep)
         };
         let make_room = |table: &mut WordCounts, text: usize| {
             if !table.is_empty() && table.peak_after(text) > share.table {
-                to_disk(std::mem::replace(table, WordCounts::stopped_by(progress)))?;
+                to_disk(std::mem::replace(table, WordCounts::stopped_by(keep)))?;
             }
             Ok(())
         };
-        let before = inputs.text_bytes();
-        let (tables, documents) = count_tables(reader, (inputs, self.policy), threads, progress, make_room, pause)?;
+        // The other threads' tables are about as large as one's own.
+        let pause = |table: &WordCounts| pause(there.load(Relaxed) + (threads * table.len()) as u64);
+        let (before, stops) = (inputs.text_bytes(), (progress, keep));
+        let (tables, documents) = count_tables(reader, (inputs, self.policy), threads, stops, make_room, pause)?;
         let sum: usize = self.table.memory() + tables.iter().map(WordCounts::memory).sum::<usize>();
         if 4 * sum as u64 > self.memory.cap {
             give_back();
         }
-        let (mut joined, grace) = (None, progress.grace());
+        let mut joined = None;
         // Joined they may take twice as much, and while that grows as much again.
         if 4 * sum as u64 <= self.memory.cap {
-            joined = join(tables, &grace)?;
+            joined = join(tables, keep)?;
         } else {
             tables.into_iter().filter(|table| !table.is_empty()).try_for_each(to_disk)?;
         }
@@ -274,7 +286,7 @@ impl Counts {
         self.about.bytes += inputs.text_bytes() - before;
         self.about.documents += documents;
         self.about.next = reader.position();
-        self.join(joined, &runs, &grace)
+        self.join(joined, &runs, keep)
     }
 
     fn join(&mut self, table: Option<WordCounts>, runs: &Runs, progress: &Progress) -> Result<()> {
@@ -376,8 +388,7 @@ impl Counts {
     pub fn save(&mut self, path: &Path, overwrite: bool, progress: &Progress) -> Result<Saved> {
         let file = AtomicFile::create(path, overwrite)?;
         let about = self.about()?;
-        let total = self.table.len() as u64 + self.runs.runs.iter().map(|run| run.1.totals.words).sum::<u64>();
-        progress.begin(Stage::Save, total);
+        progress.begin(Stage::Save, self.held_words());
         let (mut writer, mut n) = (Writer::new(file, &about)?, 0);
         self.for_each(1, progress, |word, count| {
             n += 1;
@@ -426,6 +437,22 @@ mod tests {
     use super::*;
     use crate::input::Position;
     use crate::pretokenize::Pattern;
+
+    #[test]
+    fn a_job_that_is_over_stops_no_later_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.txt");
+        std::fs::write(&path, "wet clay").unwrap();
+        let splitter = Splitter::new(Arc::new(Pattern::new("gpt2").unwrap()), &[]).unwrap();
+        let mut counts = Counts::new(splitter, TextPolicy::Error, Memory::new(None, None).unwrap());
+        let progress = Progress::default();
+        counts.add_files(&Inputs::open(&[path]).unwrap(), 2, 4, &progress).unwrap();
+        progress.stop();
+        // So many that the table grows in steps, between which it asks.
+        let words: Vec<_> = (0..500_000).map(|n| n.to_string()).collect();
+        counts.add_text(words.join(" ").as_bytes()).unwrap();
+        assert_eq!(counts.distinct(&Progress::default()).unwrap(), 500_002);
+    }
 
     #[test]
     fn the_counts_of_a_part_are_taken_for_no_others() {
