@@ -35,7 +35,7 @@ const LEAST: Duration = Duration::from_secs(1);
 const MOST: Duration = Duration::from_secs(60);
 /// Of saving counts, in so many words: what it takes here, of which machines and disks make a multiple.
 const SAVING: Duration = Duration::from_millis(10);
-const SAVING_A_WORD: Duration = Duration::from_nanos(400);
+const SAVING_A_WORD: Duration = Duration::from_nanos(250);
 /// How long a run that meets another one's beginning waits before it looks again.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
