@@ -214,7 +214,9 @@ class Column:
                 return False
         # One row brings all texts of the dictionary. No more rows than they are fewer than all repeat one of them.
         batches = self._with_dictionary().iter_batches(1, row_groups=[group.number], columns=[self._field])
-        texts = next(batches).column(0).dictionary
+        if (row := next(batches, None)) is None:
+            return False
+        texts = row.column(0).dictionary
         longest = compute.max(compute.binary_length(texts)).as_py() or 0
         repeating: int = min(group.batch, group.rows - len(texts)) * longest
         return repeating > HIDDEN_BYTES

@@ -36,7 +36,8 @@ const MOST: Duration = Duration::from_secs(60);
 /// Of saving counts, in so many words: what it takes here, of which machines and disks make a multiple.
 const SAVING: Duration = Duration::from_millis(10);
 const SAVING_A_WORD: Duration = Duration::from_nanos(250);
-/// How long a run that meets another one's beginning waits before it looks again.
+/// How often, and after what time, a run that meets another one's beginning looks again: for so long nobody can stop it.
+const LOOKS: u32 = 50;
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// A setting or an input by its name, and what it is.
@@ -132,6 +133,7 @@ impl Checkpoint {
             let what = "another process goes on with it; expected its end, or another checkpoint".into();
             Error::File { path: path.into(), what }
         };
+        let mut looks = 0;
         let (lock, is_new) = loop {
             if let Some(lock) = hold(&merges, taken)? {
                 break (lock, false);
@@ -150,7 +152,11 @@ impl Checkpoint {
                     file.write(&bytes_of(&merges, &settings, &Done::default())?)?;
                     break (file.commit_and_hold()?, true);
                 }
-                Ok(None) => thread::sleep(LOOK_AGAIN),
+                Ok(None) if looks == LOOKS => return Err(taken()),
+                Ok(None) => {
+                    looks += 1;
+                    thread::sleep(LOOK_AGAIN);
+                }
                 Err(Error::Exists(_)) => {}
                 Err(error) => return Err(error),
             }
