@@ -9,9 +9,8 @@
 //! know at that point, so that it goes on to the same result. `FILE.merges` also says with what settings and inputs: it is
 //! written before `FILE` is, and whoever reads or writes either holds a lock on it. Both carry checksums. Both are deleted when
 //! the result is saved.
-//!
-//! Layout of `FILE.merges`: magic, version, length of the head, head (JSON), pairs with their counts, XXH3 of all that;
-//! little-endian.
+
+mod merges_file;
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -19,17 +18,13 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
-use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::xxh3_64;
-
 use crate::atomic::{AtomicFile, check_output, hold};
 use crate::counts::{Counts, Memory};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::train::Pair;
+use merges_file::{bytes_of, read};
 
-const MAGIC: &[u8; 16] = b"bytekiln bpe-ck\n";
-const VERSION: u64 = 1;
 /// Bounds of the time between two savings, where nobody says how long it is.
 const LEAST: Duration = Duration::from_secs(1);
 const MOST: Duration = Duration::from_secs(60);
@@ -42,12 +37,6 @@ const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// A setting or an input by its name, and what it is.
 pub type Setting = (String, String);
-
-#[derive(Debug, Serialize, Deserialize)]
-struct Head {
-    settings: Vec<Setting>,
-    ties: u64,
-}
 
 /// The merges that a run has done, without those of a tokenizer that it extends.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -81,24 +70,6 @@ fn merges_path(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(".merges");
     name.into()
-}
-
-/// The bytes of a second file.
-fn bytes_of(path: &Path, settings: &[Setting], done: &Done) -> Result<Vec<u8>> {
-    let head = serde_json::to_vec(&Head { settings: settings.to_vec(), ties: done.ties });
-    let head = head.map_err(|e| Error::format(path.display().to_string(), e.to_string()))?;
-    let mut bytes = MAGIC.to_vec();
-    bytes.extend(VERSION.to_le_bytes());
-    bytes.extend((head.len() as u64).to_le_bytes());
-    bytes.extend(head);
-    for (&(a, b), count) in done.pairs.iter().zip(&done.counts) {
-        bytes.extend(a.to_le_bytes());
-        bytes.extend(b.to_le_bytes());
-        bytes.extend(count.to_le_bytes());
-    }
-    let checksum = xxh3_64(&bytes);
-    bytes.extend(checksum.to_le_bytes());
-    Ok(bytes)
 }
 
 /// What saving so many words takes on the machine of [`SAVING_A_WORD`].
@@ -166,13 +137,7 @@ impl Checkpoint {
         if is_new {
             return Ok((this, None, Done::default()));
         }
-        let (head, body) = this.read(&merges)?;
-        let (items, []) = body.as_chunks::<16>() else { return Err(broken(&merges)) };
-        let mut done = Done { ties: head.ties, ..Done::default() };
-        for &[a, b, c, d, e, f, g, h, ref count @ ..] in items {
-            done.pairs.push((u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])));
-            done.counts.push(count.iter().rev().fold(0, |n, &byte| n << 8 | u64::from(byte)));
-        }
+        let done = read(&merges, &this.settings)?;
         let counts = path.exists().then(|| Counts::load_kept(path, memory)).transpose()?;
         Ok((this, counts, done))
     }
@@ -224,57 +189,6 @@ impl Checkpoint {
         }
         Ok(())
     }
-
-    /// Head and body of a file.
-    fn read(&self, path: &Path) -> Result<(Head, Vec<u8>)> {
-        let place = path.display();
-        let mut bytes = fs::read(path).map_err(|e| Error::io(path, &e))?;
-        if !bytes.starts_with(MAGIC) {
-            let what = "is no checkpoint of a training run; expected one, or a name that is free";
-            return Err(Error::format(place.to_string(), what));
-        }
-        let split = bytes.len().saturating_sub(8);
-        let checksum = bytes.split_off(split);
-        if xxh3_64(&bytes).to_le_bytes() != checksum[..] {
-            return Err(broken(path));
-        }
-        let at = |from: usize| bytes.get(from..from + 8).and_then(|n| n.try_into().ok()).map(u64::from_le_bytes);
-        let version = at(16).ok_or_else(|| broken(path))?;
-        if version != VERSION {
-            let what = format!("version {version} of the format; expected {VERSION}, of this version of bytekiln");
-            return Err(Error::format(place.to_string(), what));
-        }
-        let head = at(24).and_then(|len| 32usize.checked_add(usize::try_from(len).ok()?));
-        let split = head.filter(|&end| end <= bytes.len()).ok_or_else(|| broken(path))?;
-        let body = bytes.split_off(split);
-        let head: Head = serde_json::from_slice(&bytes[32..]).map_err(|_| broken(path))?;
-        self.compare(path, &head.settings)?;
-        Ok((head, body))
-    }
-
-    /// Refuses a file of another run.
-    fn compare(&self, path: &Path, found: &[Setting]) -> Result<()> {
-        let none = || ("inputs".to_string(), "fewer".to_string());
-        for n in 0..found.len().max(self.settings.len()) {
-            let theirs = found.get(n).cloned().unwrap_or_else(none);
-            let ours = self.settings.get(n).cloned().unwrap_or_else(none);
-            if theirs != ours {
-                return Err(Error::Config(format!(
-                    "{}: is of a run with {} {}; found {} {}; expected the same, another checkpoint, or none there (delete it to begin anew)",
-                    path.display(),
-                    theirs.0,
-                    theirs.1,
-                    ours.0,
-                    ours.1
-                )));
-            }
-        }
-        Ok(())
-    }
-}
-
-fn broken(path: &Path) -> Error {
-    Error::format(path.display().to_string(), "a broken checkpoint; expected a whole one (delete it to begin anew)")
 }
 
 #[cfg(test)]
