@@ -13,7 +13,8 @@ pub struct AtomicFile {
     path: PathBuf,
     partial: PathBuf,
     file: File,
-    committed: bool,
+    /// What is dropped without its name stays under the other one.
+    stays: bool,
 }
 
 impl AtomicFile {
@@ -23,17 +24,32 @@ impl AtomicFile {
     /// [`Error::Exists`] unless `overwrite`; [`Error::File`] for a missing or unwritable folder, or when
     /// another process is writing the same output.
     pub fn create(path: &Path, overwrite: bool) -> Result<Self> {
-        Self::create_alone(path, overwrite)?.ok_or_else(|| {
-            let partial = partial_of(path);
-            let what = format!("another process is writing it ({}); expected to be its only writer", partial.display());
-            Error::File { path: path.into(), what }
-        })
+        Self::take_up(path, overwrite)?.anew()
     }
 
     /// The same; none where another process is writing it.
     pub fn create_alone(path: &Path, overwrite: bool) -> Result<Option<Self>> {
+        Self::lock(path, overwrite)?.ok().map(Self::anew).transpose()
+    }
+
+    /// Goes on with what a writer that was stopped has left, or begins; what was there stays until it is
+    /// [`cut`](Self::cut).
+    ///
+    /// # Errors
+    /// As [`create`](Self::create).
+    pub fn take_up(path: &Path, overwrite: bool) -> Result<Self> {
+        Self::lock(path, overwrite)?.map_err(|who| {
+            let (who, partial) = (who.map_or_else(String::new, |pid| format!("process {pid}, ")), partial_path(path));
+            let what =
+                format!("another process is writing it ({who}{}); expected to be its only writer", partial.display());
+            Error::File { path: path.into(), what }
+        })
+    }
+
+    /// The locked file; or who has locked it, where the system tells.
+    fn lock(path: &Path, overwrite: bool) -> Result<Result<Self, Option<u32>>> {
         check_output(path, overwrite)?;
-        let partial = partial_of(path);
+        let partial = partial_path(path);
         if fs::symlink_metadata(&partial).is_ok_and(|found| !found.is_file()) {
             let what = "is no ordinary file; expected to write the output there first".into();
             return Err(Error::File { path: partial, what });
@@ -45,16 +61,43 @@ impl AtomicFile {
                 // Another writer may have finished in between: then what was opened bears the output's name by now.
                 Ok(()) if is_at(&file, &partial) => break file,
                 Ok(()) => {}
-                Err(TryLockError::WouldBlock) => return Ok(None),
+                Err(TryLockError::WouldBlock) => return Ok(Err(holder(&file))),
                 Err(TryLockError::Error(e)) => return Err(Error::io(path, &e)),
             }
         };
-        let this = Self { path: path.into(), partial, file, committed: false };
+        let stays = file.metadata().is_ok_and(|found| found.len() > 0);
+        let this = Self { path: path.into(), partial, file, stays };
         // Only now can nobody else finish.
         check_output(path, overwrite)?;
-        // What a killed writer left behind.
-        this.file.set_len(0).map_err(|e| Error::io(path, &e))?;
-        Ok(Some(this))
+        Ok(Ok(this))
+    }
+
+    /// Drops what a killed writer left behind.
+    fn anew(mut self) -> Result<Self> {
+        self.stays = false;
+        self.cut(0)?;
+        Ok(self)
+    }
+
+    /// Goes on behind so many bytes; what stands behind them is dropped.
+    pub fn cut(&mut self, len: u64) -> Result<()> {
+        let cut = self.file.set_len(len).and_then(|()| self.file.seek(SeekFrom::Start(len)));
+        cut.map(drop).map_err(|e| Error::io(&self.path, &e))
+    }
+
+    /// Whether it stays under the name that it has while it is written, where it is dropped before it is complete.
+    pub fn stay(&mut self, stays: bool) {
+        self.stays = stays;
+    }
+
+    /// What it is called while it is written.
+    pub fn partial(&self) -> &Path {
+        &self.partial
+    }
+
+    /// Another handle of the same open file, and so of its lock.
+    pub fn handle(&self) -> Result<File> {
+        self.file.try_clone().map_err(|e| Error::io(&self.path, &e))
     }
 
     /// Appends bytes.
@@ -86,25 +129,51 @@ impl AtomicFile {
     pub fn commit_and_hold(mut self) -> Result<File> {
         let renamed = self.file.sync_all().and_then(|()| fs::rename(&self.partial, &self.path));
         renamed.and_then(|()| sync_folder(&self.path)).map_err(|e| Error::io(&self.path, &e))?;
-        self.committed = true;
-        // Another handle of the same open file, and so of its lock.
-        self.file.try_clone().map_err(|e| Error::io(&self.path, &e))
+        self.stays = true;
+        self.handle()
     }
 }
 
 impl Drop for AtomicFile {
     fn drop(&mut self) {
-        if !self.committed {
+        if !self.stays {
             // Nothing more can be done about a failure here; the next writer takes the name over.
             let _ = fs::remove_file(&self.partial);
         }
     }
 }
 
-/// Where an output is written first.
-fn partial_of(path: &Path) -> PathBuf {
+/// What a file is called while it is written.
+pub fn partial_path(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     path.with_file_name(format!(".{name}.partial"))
+}
+
+/// Gives a complete file, which is on the disk, its name.
+pub fn name_partial(path: &Path) -> Result<()> {
+    let renamed = fs::rename(partial_path(path), path).and_then(|()| sync_folder(path));
+    renamed.map_err(|e| Error::io(path, &e))
+}
+
+/// Who has locked a file, where the system tells.
+fn holder(file: &File) -> Option<u32> {
+    #[cfg(target_os = "linux")]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let inode = file.metadata().ok()?.ino();
+        // 1: FLOCK  ADVISORY  WRITE 4711 fe:01:1234567 0 EOF
+        let locks = fs::read_to_string("/proc/locks").ok()?;
+        let of_file = |line: &&str| {
+            let place = line.split_whitespace().nth(5).and_then(|place| place.rsplit(':').next());
+            line.contains("FLOCK") && place.is_some_and(|found| found.parse() == Ok(inode))
+        };
+        locks.lines().find(of_file)?.split_whitespace().nth(4)?.parse().ok().filter(|&pid| pid > 0)
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        let _ = file;
+        None
+    }
 }
 
 /// Refuses an output before any work is done for it.

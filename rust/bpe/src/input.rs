@@ -174,6 +174,18 @@ impl Inputs {
         self.text_bytes.load(Relaxed)
     }
 
+    /// What was asked for.
+    pub(crate) fn spec(&self) -> &InputSpec {
+        &self.spec
+    }
+
+    /// Whether a file is plain text as it lies on the disk, so that a place in it is one in its text.
+    pub(crate) fn is_plain_text(&self, file: usize) -> Result<bool> {
+        let found = &self.files[file];
+        let plain = found.kind == Kind::Text && !found.stdin && self.spec.sample.is_none();
+        Ok(plain && Stream::open(found, None)?.seek(0)?)
+    }
+
     /// Whether the inputs can be read again.
     pub fn can_be_read_again(&self) -> bool {
         !self.files.iter().any(|file| file.stdin)
@@ -241,6 +253,8 @@ pub struct ChunkReader<'a> {
     plain: Splitter,
     chunk_bytes: usize,
     most_uncut: usize,
+    /// Files behind these are not read.
+    files: usize,
     progress: Option<&'a Progress>,
     state: Mutex<State<'a>>,
 }
@@ -272,7 +286,14 @@ impl<'a> ChunkReader<'a> {
         let room = inputs.spec.limit_bytes.unwrap_or(u64::MAX);
         let (plain, state) = (splitter.without_specials(), Mutex::new(State::at(0, 0, room)));
         let (chunk_bytes, most_uncut) = (chunk_bytes.max(1), MOST_UNCUT_BYTES);
-        Self { inputs, splitter, plain, chunk_bytes, most_uncut, progress: None, state }
+        let files = inputs.files.len();
+        Self { inputs, splitter, plain, chunk_bytes, most_uncut, files, progress: None, state }
+    }
+
+    /// Reads the first files only.
+    #[must_use]
+    pub(crate) fn up_to(self, files: usize) -> Self {
+        Self { files, ..self }
     }
 
     /// Lets `progress` stop a reader, also one that waits for standard input, in the middle of a chunk.
@@ -293,7 +314,7 @@ impl<'a> ChunkReader<'a> {
         let state = self.state.lock().ok()?;
         let offset = state.open.as_ref().map_or(state.start, |source| source.position());
         let room = (state.room < u64::MAX).then_some(state.room);
-        let more = !state.finished && state.file_index < self.inputs.files.len();
+        let more = !state.finished && state.file_index < self.files;
         more.then_some(Position { file: state.file_index, offset, room })
     }
 
@@ -344,7 +365,7 @@ impl<'a> ChunkReader<'a> {
     }
 
     fn take_next(&self, state: &mut State<'a>, chunk: &mut Chunk) -> Result<bool> {
-        if state.finished || state.broken_off || state.file_index == self.inputs.files.len() {
+        if state.finished || state.broken_off || state.file_index >= self.files {
             return Ok(false);
         }
         let source = match &mut state.open {

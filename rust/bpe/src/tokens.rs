@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::atomic::{AtomicFile, check_output, write_file};
 use crate::error::{Error, Result};
 use crate::train::TokenId;
 
@@ -42,6 +41,22 @@ impl Dtype {
             )));
         }
         Ok(dtype)
+    }
+
+    /// NumPy's name of the type.
+    pub(crate) fn descr(self) -> &'static str {
+        match self {
+            Self::Uint16 => "<u2",
+            Self::Uint32 => "<u4",
+        }
+    }
+
+    /// The ids that some bytes hold.
+    pub(crate) fn unpack(self, bytes: &[u8]) -> impl Iterator<Item = TokenId> + '_ {
+        let narrow = self == Self::Uint16;
+        let (two, four) = if narrow { (bytes, &[][..]) } else { (&[][..], bytes) };
+        let two = two.as_chunks().0.iter().map(|&b| TokenId::from(u16::from_le_bytes(b)));
+        two.chain(four.as_chunks().0.iter().map(|&b| u32::from_le_bytes(b)))
     }
 
     /// Bytes an id.
@@ -78,14 +93,70 @@ impl Dtype {
 pub struct Source {
     /// The file's name, without its folder.
     pub name: String,
-    /// Its size.
+    /// Its size, or that of the part of it which was read.
     pub bytes: u64,
-    /// XXH3-128 of its bytes.
+    /// The byte at which that part begins; none: the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offset: Option<u64>,
+    /// XXH3-128 of these bytes.
     pub checksum: String,
 }
 
-/// What stands beside a token file, as `<file>.json`.
+/// The file of documents' ends beside a token file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DocumentEnds {
+    /// Its name.
+    pub file: String,
+    /// XXH3-128 of the whole file.
+    pub checksum: String,
+}
+
+/// One of several files that hold the ids together.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shard {
+    /// Its name.
+    pub file: String,
+    /// Number of ids.
+    pub tokens: u64,
+    /// XXH3-128 of the ids' bytes.
+    pub checksum: String,
+}
+
+/// Which shard a file is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardOf {
+    /// From 0.
+    pub number: u64,
+    /// The name that was given for all of them.
+    pub of: String,
+}
+
+/// Which documents a file holds, where they were divided.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SplitOf {
+    /// The part that this is; none: the documents that no part took.
+    pub part: Option<String>,
+    /// The parts and their shares.
+    pub shares: Vec<(String, f64)>,
+    /// What chose the documents.
+    pub seed: u64,
+}
+
+/// Which part of the inputs was read, where several processes share them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PartOf {
+    /// From 1.
+    pub number: u64,
+    /// How many there are.
+    pub of: u64,
+    /// Whether the last document goes on in the next part.
+    pub open: bool,
+    /// Ids of white space behind the last end of a document, which belong to the next one; known with the ends only.
+    pub tail: u64,
+}
+
+/// What stands beside a token file, as `<file>.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// Always `bytekiln-tokens`.
     pub format: String,
@@ -109,10 +180,26 @@ pub struct Manifest {
     pub max_id: Option<TokenId>,
     /// Hash of the tokenizer.
     pub tokenizer_hash: String,
-    /// XXH3-128 of the ids' bytes (the `.npy` header left out).
+    /// XXH3-128 of the ids' bytes (the `.npy` header left out); of shards, each has its own.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub checksum: String,
-    /// The inputs, in order.
+    /// The inputs, in order; of a shard none: the manifest of all shards has them.
     pub sources: Vec<Source>,
+    /// Where documents end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub document_ends: Option<DocumentEnds>,
+    /// The files of the ids, where there are several: `file` is the name that they are called after.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shards: Vec<Shard>,
+    /// Which of them this is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shard: Option<ShardOf>,
+    /// Which documents these are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub split: Option<SplitOf>,
+    /// Which part of the inputs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part: Option<PartOf>,
     /// Program and version.
     pub created_by: String,
 }
@@ -126,13 +213,19 @@ impl Manifest {
 
 /// XXH3-128 of a file's bytes from `offset` on.
 pub fn checksum_of_file(path: &Path, offset: u64) -> Result<String> {
+    Ok(checksum_text(&hash_of_file(path, offset, u64::MAX)?))
+}
+
+/// The state of XXH3 behind the bytes of a file from `offset` up to `end`, or up to its own.
+pub(crate) fn hash_of_file(path: &Path, offset: u64, end: u64) -> Result<Xxh3> {
     let failed = |e: std::io::Error| Error::io(path, &e);
     let mut file = File::open(path).map_err(failed)?;
     file.seek(SeekFrom::Start(offset)).map_err(failed)?;
+    let mut file = file.take(end.saturating_sub(offset));
     let (mut hash, mut buffer) = (Xxh3::new(), vec![0; 1 << 18]);
     loop {
         match file.read(&mut buffer).map_err(failed)? {
-            0 => return Ok(checksum_text(&hash)),
+            0 => return Ok(hash),
             n => hash.update(&buffer[..n]),
         }
     }
@@ -150,73 +243,24 @@ pub fn manifest_path(path: &Path) -> PathBuf {
     name.into()
 }
 
+/// The manifest of `path`, where there is a whole one.
+pub(crate) fn read_manifest(path: &Path) -> Option<Manifest> {
+    serde_json::from_slice(&std::fs::read(manifest_path(path)).ok()?).ok()
+}
+
 /// Whether the manifest of `path` was left without its token file by a writer that was killed between two renames.
-fn is_orphan(path: &Path) -> bool {
-    let read = || -> Option<Manifest> { serde_json::from_slice(&std::fs::read(manifest_path(path)).ok()?).ok() };
-    !path.exists() && read().is_some_and(|m| path.file_name().is_some_and(|name| m.file == name.to_string_lossy()))
+pub(crate) fn is_orphan(path: &Path) -> bool {
+    let names = |m: &Manifest| path.file_name().is_some_and(|name| m.file == name.to_string_lossy());
+    !path.exists() && read_manifest(path).is_some_and(|m| m.shards.is_empty() && names(&m))
 }
 
 /// Length of the `.npy` header that is written: fixed, so that the count can be filled in at the end.
-const NPY_HEADER: usize = 128;
+pub(crate) const NPY_HEADER: usize = 128;
 
-/// Writes ids in order; the file appears, complete, in [`finish`](TokenWriter::finish).
-pub struct TokenWriter {
-    path: PathBuf,
-    overwrite: bool,
-    file: AtomicFile,
-    dtype: Dtype,
-    npy: bool,
-    tokens: u64,
-    hash: Xxh3,
-}
-
-impl TokenWriter {
-    /// Begins a token file: `.bin` is raw, anything else `.npy`.
-    pub fn create(path: &Path, dtype: Dtype, overwrite: bool) -> Result<Self> {
-        check_output(&manifest_path(path), overwrite || is_orphan(path))?;
-        let mut file = AtomicFile::create(path, overwrite)?;
-        let npy = path.extension().is_none_or(|e| e != "bin");
-        if npy {
-            file.write(&npy_header(dtype, 0))?;
-        }
-        Ok(Self { path: path.into(), overwrite, file, dtype, npy, tokens: 0, hash: Xxh3::new() })
-    }
-
-    /// Appends packed ids.
-    pub fn write(&mut self, packed: &[u8]) -> Result<()> {
-        self.tokens += (packed.len() / self.dtype.size()) as u64;
-        self.hash.update(packed);
-        self.file.write(packed)
-    }
-
-    /// Ids written so far.
-    pub fn tokens(&self) -> u64 {
-        self.tokens
-    }
-
-    /// Completes the file and its manifest. The manifest takes its name first: a token file without one never exists.
-    pub fn finish(mut self, describe: impl FnOnce(u64, String) -> Manifest) -> Result<Manifest> {
-        if self.npy {
-            let header = npy_header(self.dtype, self.tokens);
-            self.file.write_head(&header)?;
-        }
-        // On the disk first: what is left to do after the manifest has its name is one rename.
-        self.file.sync()?;
-        let manifest = describe(self.tokens, checksum_text(&self.hash));
-        let json = manifest.to_json()? + "\n";
-        write_file(&manifest_path(&self.path), json.as_bytes(), self.overwrite || is_orphan(&self.path))?;
-        let committed = self.file.commit();
-        if committed.is_err() && !self.overwrite {
-            // Without the ids it describes nothing. The error that matters is the one above.
-            let _ = std::fs::remove_file(manifest_path(&self.path));
-        }
-        committed.map(|()| manifest)
-    }
-}
-
-/// Header of a one-dimensional `.npy` (format version 1.0 of NumPy's NEP 1), padded to [`NPY_HEADER`].
-fn npy_header(dtype: Dtype, tokens: u64) -> [u8; NPY_HEADER] {
-    let text = format!("{{'descr': '<u{}', 'fortran_order': False, 'shape': ({tokens},), }}", dtype.size());
+/// Header of a one-dimensional `.npy` (format version 1.0 of NumPy's NEP 1), padded to [`NPY_HEADER`]; `descr` is NumPy's
+/// name of the type.
+pub(crate) fn npy_header(descr: &str, count: u64) -> [u8; NPY_HEADER] {
+    let text = format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({count},), }}");
     let mut header = [b' '; NPY_HEADER];
     header[..6].copy_from_slice(b"\x93NUMPY");
     header[6..8].copy_from_slice(&[1, 0]);

@@ -12,6 +12,7 @@ mod kernels;
 mod stream;
 mod tokenizer;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -239,10 +240,12 @@ fn train_bpe_from_iterator(
     trained(py, done)
 }
 
-/// `bytekiln.encode_files`, with the size of the chunks; returns the manifest.
+/// `bytekiln.encode_files`, with the size of the chunks and the time between states; returns the files and their manifests, and
+/// how many ids an earlier run had written.
 #[pyfunction]
-#[pyo3(signature = (tokenizer, inputs, out, *, dtype=None, append_eot=None, errors="error", overwrite=false, threads=None, chunk_bytes=None, progress=None))]
+#[pyo3(signature = (tokenizer, inputs, out, *, dtype=None, append_eot=None, errors="error", overwrite=false, shard_tokens=None, split=None, seed=0, index=false, max_tokens=None, part=None, threads=None, chunk_bytes=None, save_every=None, progress=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword-only options of the Python function")]
+#[expect(clippy::type_complexity, reason = "what Python unpacks")]
 fn encode_files<'py>(
     py: Python<'py>,
     tokenizer: &Bound<'py, Tokenizer>,
@@ -252,25 +255,41 @@ fn encode_files<'py>(
     append_eot: Option<bool>,
     errors: &str,
     overwrite: bool,
+    shard_tokens: Option<i64>,
+    split: Option<BTreeMap<String, f64>>,
+    seed: u64,
+    index: bool,
+    max_tokens: Option<i64>,
+    part: Option<(i64, i64)>,
     threads: Option<usize>,
     chunk_bytes: Option<usize>,
+    save_every: Option<f64>,
     progress: Option<Bound<'py, PyAny>>,
-) -> PyResult<Bound<'py, PyAny>> {
+) -> PyResult<(Vec<(PathBuf, Bound<'py, PyAny>)>, u64)> {
     let encoder = &tokenizer.get().encoder;
     let dtype = dtype.map(|name| Dtype::from_name(name, encoder.vocab().len())).transpose().or_raise(py)?;
+    let defaults = EncodeOptions::default();
     let options = EncodeOptions {
         dtype,
         append_eot,
         policy: TextPolicy::from_name(errors).or_raise(py)?,
         overwrite,
+        shard_tokens: shard_tokens.map(|count| natural(count, 0)),
+        split: split.unwrap_or_default().into_iter().collect(),
+        seed,
+        index,
+        max_tokens: max_tokens.map(|count| natural(count, 0)),
+        part: part.map(|(number, of)| (natural(number, 0), natural(of, 0))),
         threads: threads_or_default(py, threads)?,
         chunk_bytes: chunk_bytes.unwrap_or(DEFAULT_CHUNK_BYTES),
+        save_every: save_every.map_or(defaults.save_every, |every| Duration::from_secs_f64(every.clamp(0.0, 1e9))),
     };
-    let manifest = watched(py, progress, |progress| {
+    let made = watched(py, progress, |progress| {
         let inputs = Inputs::of(inputs.0)?;
         corpus::encode_files(encoder, &inputs, &out, &options, progress)
     })?;
-    Ok(pythonize(py, &manifest)?)
+    let manifest = |(path, manifest)| Ok((path, pythonize(py, &manifest)?));
+    Ok((made.manifests.into_iter().map(manifest).collect::<PyResult<_>>()?, made.resumed_tokens))
 }
 
 /// The files of an input, in the order of the text; opens none.

@@ -120,7 +120,7 @@ impl Pattern {
     }
 
     /// Whether it is none of the named ones.
-    pub(super) fn is_custom(&self) -> bool {
+    pub(crate) fn is_custom(&self) -> bool {
         self.kind == Kind::Custom
     }
 
