@@ -43,6 +43,7 @@ FLOORS = [
         "tokenizer_flags",
         "tokens.convert",
         "count_ray",
+        "encode_ray",
         "metrics",
         "inspection",
         "inspect.pieces",
@@ -56,6 +57,7 @@ FLOORS = [
     ],
     [
         "kernels",
+        "encode_flags",
         "tokenizer_diff",
         "inspect.page",
         "inspect.show",

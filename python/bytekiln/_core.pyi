@@ -277,11 +277,19 @@ def encode_files(
     append_eot: bool | None = None,
     errors: Literal["error", "replace", "bytes"] = "error",
     overwrite: bool = False,
+    shard_tokens: int | None = None,
+    split: dict[str, float] | None = None,
+    seed: int = 0,
+    index: bool = False,
+    max_tokens: int | None = None,
+    part: tuple[int, int] | None = None,
     threads: int | None = None,
     chunk_bytes: int | None = None,
+    save_every: float | None = None,
     progress: _Progress | None = None,
-) -> dict[str, Any]:
-    """Writes `out` (.bin: raw little-endian; anything else: .npy) and `out + ".json"`; returns the manifest."""
+) -> tuple[list[tuple[Path, dict[str, Any]]], int]:
+    """Writes `out` (.bin: raw little-endian; anything else: .npy) and `out + ".json"`, or files called after it;
+    returns them with their manifests, and how many ids an earlier run had written."""
 
 def find_inputs(inputs: _Inputs) -> list[Path]:
     """The files of an input, in the order of the text: folders walked, globs expanded, `-` as it is. Opens none."""

@@ -288,14 +288,19 @@ def add_input_flags(parser: Parser, *, seed_help: str = "which documents --sampl
     add("--seed", type=seed, metavar="N", help=seed_help)
 
 
-def inputs_of(args: Namespace, paths: Sequence[str | os.PathLike[str]]) -> Inputs:
+def inputs_of(args: Namespace, paths: Sequence[str | os.PathLike[str]], *, seed_for: str = "--sample") -> Inputs:
     """What the core reads: some paths, and the part of them that the flags name.
+
+    Args:
+        args: what `add_input_flags` has read.
+        paths: what to read.
+        seed_for: the flags that a seed is for, of which one is expected beside it.
 
     Raises:
         ConfigError: a seed without a sample.
     """
-    if args.seed is not None and args.sample is None:
-        raise ConfigError("--seed without --sample; expected both, or neither")
+    if args.seed is not None and args.sample is None and not getattr(args, "split", None):
+        raise ConfigError(f"--seed without {seed_for}; expected both, or neither")
     return Inputs(list(paths), args.field, args.limit_bytes, args.sample, args.seed or 0)
 
 

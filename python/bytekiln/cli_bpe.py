@@ -14,7 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from bytekiln import _core, characters_file
+from bytekiln import characters_file
 from bytekiln.bpe_flags import (
     INPUT_HELP,
     Dataset,
@@ -24,12 +24,12 @@ from bytekiln.bpe_flags import (
     check_output,
     files_of,
     in_processed,
-    inputs_of,
     plain_files,
     share,
 )
 from bytekiln.characters import CharTokenizer
 from bytekiln.console import Parser, human_bytes, human_time, table
+from bytekiln.encode_flags import OUTPUT_FLAGS, add_output_flags, encode_words, words_summary
 from bytekiln.tokenizer_flags import add_tokenizer_flags, tokenizer_of
 
 
@@ -43,12 +43,15 @@ def encode(argv: Sequence[str]) -> int:
         "bpe-encode",
         usage="bpe-encode INPUT… --tokenizer tokenizer.json --out train.npy [flags]\n"
         "       bpe-encode convert IN OUT [flags]      (token files of other formats, see its --help)",
-        description="Encode text files, in their order, into one token file (.npy, or raw .bin) with its manifest.",
+        description="Encode text files, in their order, into one token file (.npy, or raw .bin) with its manifest, or "
+        "into shards and parts. Stopped by whatever, the same command goes on where it was (docs/bpe-encode.md).",
         examples=[
             "bpe-encode train.txt --tokenizer tokenizer.json --out train.npy",
             "bpe-encode a.txt b.txt --tokenizer tokenizer.json --out all.bin --dtype uint32 --append-eot",
             "bpe-encode --data_path raw.txt --vocab_path vocab.json --merges_path merges.txt \\",
             "    --output_path train.npy --method streaming",
+            "bpe-encode data/ --tokenizer tokenizer.json --out train.npy --split val=0.01 --shard-tokens 100M",
+            "bpe-encode big.txt --tokenizer tokenizer.json --out part3.bin --part 3/16   # one of 16 processes",
             "bpe-encode --dataset owt       # data/owt_{train,valid}.txt with the dataset's tokenizer",
             "bpe-encode input.txt --characters --dataset shakespeare-char   # all that lm-train needs of a text",
             "bpe-encode convert train.npy train.bin --to llmc   # also Megatron's files, and those of nanoGPT",
@@ -68,7 +71,8 @@ def encode(argv: Sequence[str]) -> int:
     )
     add("--no-append-eot", dest="append_eot", action="store_false", help="add none")
     add("--method", choices=("streaming",), help="accepted; encoding always streams, in bounded memory")
-    add_input_flags(parser)
+    add_output_flags(parser)
+    add_input_flags(parser, seed_help="which documents --sample and --split take (default: 0)")
     add_text_flags(parser)
     add("--dataset", metavar="X", help="encode data/X_{train,valid}.txt into data/processed/X_{train,valid}.npy")
     add("--characters", action="store_true", help="every character is a token: make the tokenizer and both parts here")
@@ -97,7 +101,8 @@ def encode(argv: Sequence[str]) -> int:
         if out is None:
             parser.error("--out is missing; expected the file to write, such as --out train.npy")
         read = [*files_of(inputs), *(p for p in (args.tokenizer, args.vocab_path, args.merges_path) if p)]
-        check_output(out, read, overwrite=args.overwrite)
+        unfinished = out.with_name(f".{out.name}.state").exists()  # the core knows whether it is this run's
+        check_output(out, read, overwrite=args.overwrite or unfinished)
     tokenizer = tokenizer_of(args, parser)
     for inputs, out in jobs:
         start = time.perf_counter()
@@ -114,17 +119,9 @@ def encode(argv: Sequence[str]) -> int:
                     progress=StageProgress(bars),
                 )
             else:
-                manifest = _core.encode_files(
-                    tokenizer,
-                    inputs_of(args, inputs),
-                    out,
-                    dtype=args.dtype,
-                    append_eot=args.append_eot,
-                    errors=args.errors,
-                    overwrite=args.overwrite,
-                    threads=args.threads,
-                    progress=StageProgress(bars),
-                )
+                made, resumed = encode_words(args, tokenizer, inputs, out, StageProgress(bars))
+                print(words_summary(made, resumed, time.perf_counter() - start))
+                continue
         print(_encoding_summary(out, manifest, time.perf_counter() - start))
     return 0
 
@@ -181,6 +178,7 @@ def _refuse_words(args: Namespace, parser: Parser, why: str) -> None:
         "--special-token": args.special_token,
         "--pattern": args.pattern,
         "--append-eot": args.append_eot,
+        **{flag: getattr(args, flag[2:].replace("-", "_")) for flag in OUTPUT_FLAGS},
         "--tokenizer": args.tokenizer if args.characters else None,
         f"--errors {args.errors}": args.errors != "error",
     }

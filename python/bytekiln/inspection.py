@@ -117,7 +117,7 @@ def measure(
         out = Path(folder) / "tokens.npy"
         while not seconds or (sum(seconds) < MEASURE_S and len(seconds) < 5):
             start = time.perf_counter()
-            manifest = _core.encode_files(
+            ((_, manifest),), _ = _core.encode_files(
                 tokenizer,
                 texts,
                 out,

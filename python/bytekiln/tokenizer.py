@@ -199,6 +199,7 @@ def train_bpe_from_iterator(
     return tokenizers[0] if isinstance(vocab_size, int) else tokenizers
 
 
+@overload
 def encode_files(
     tokenizer: Tokenizer,
     inputs: str | PathLike[str] | Sequence[str | PathLike[str]] | Inputs,
@@ -208,13 +209,57 @@ def encode_files(
     append_eot: bool | None = None,
     errors: TextPolicy = "error",
     overwrite: bool = False,
+    shard_tokens: None = None,
+    split: None = None,
+    seed: int = 0,
+    index: bool = False,
+    max_tokens: int | None = None,
+    part: tuple[int, int] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
-) -> TokenFile:
-    """Encode text files, in their order, into one token file with its manifest (docs/formats.md).
+) -> TokenFile: ...
+@overload
+def encode_files(
+    tokenizer: Tokenizer,
+    inputs: str | PathLike[str] | Sequence[str | PathLike[str]] | Inputs,
+    out: str | PathLike[str],
+    *,
+    dtype: Literal["uint16", "uint32"] | None = None,
+    append_eot: bool | None = None,
+    errors: TextPolicy = "error",
+    overwrite: bool = False,
+    shard_tokens: int | None = None,
+    split: dict[str, float] | None = None,
+    seed: int = 0,
+    index: bool = False,
+    max_tokens: int | None = None,
+    part: tuple[int, int] | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> TokenFile | list[TokenFile]: ...
+def encode_files(
+    tokenizer: Tokenizer,
+    inputs: str | PathLike[str] | Sequence[str | PathLike[str]] | Inputs,
+    out: str | PathLike[str],
+    *,
+    dtype: Literal["uint16", "uint32"] | None = None,
+    append_eot: bool | None = None,
+    errors: TextPolicy = "error",
+    overwrite: bool = False,
+    shard_tokens: int | None = None,
+    split: dict[str, float] | None = None,
+    seed: int = 0,
+    index: bool = False,
+    max_tokens: int | None = None,
+    part: tuple[int, int] | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> TokenFile | list[TokenFile]:
+    """Encode text files, in their order, into token files with manifests (docs/bpe-encode.md, docs/formats.md).
 
     Special tokens that stand in text files are recognised; each occurrence is one id. Inside records (jsonl,
-    parquet) they are text, and each record is ended with the end-of-text token.
+    parquet) they are text, and each record is ended with the end-of-text token. A run that was stopped, by `kill -9`
+    even, is gone on with by the next call with the same arguments; the files are those of an undisturbed run.
 
     Args:
         tokenizer: the tokenizer; its hash goes into the manifest.
@@ -224,16 +269,28 @@ def encode_files(
         append_eot: end the text after a file's last end-of-text token with one more; None: only in files that
             contain one. Records are ended unless it is False.
         errors: invalid UTF-8, as in `train_bpe`.
-        overwrite: replace an existing output; refused otherwise.
+        overwrite: replace an existing output, or one that is unfinished and of another run; refused otherwise.
+        shard_tokens: write files of so many ids, the last one of what is left: `out` with `_00000` … behind its stem.
+        split: parts by name and share of all documents, such as `{"val": 0.01}`, each written to `out` with its name
+            behind the stem. Every document is in one part, or in `out`.
+        seed: which documents those are.
+        index: write where documents end, for `TokenFile.document_ends`.
+        max_tokens: stop after so many ids, in all files together.
+        part: encode part i of n only, i from 1: those of all parts, in order, are what one call gives.
         threads: default: one a core. The bytes written never depend on it.
         progress: called as `progress("encode", bytes_done, bytes_total)`.
 
+    Returns:
+        The token file. With `shard_tokens` or `split` a list: the shards of `out`, or `out`; then those of each part,
+        in the order of their names.
+
     Raises:
         OutputExistsError, FileError, TextError, ConfigError.
+        FormatError: an input that changed while it was read; an unfinished output that was changed.
     """
     from bytekiln.tokenfile import TokenFile
 
-    _core.encode_files(
+    made, _ = _core.encode_files(
         tokenizer,
         inputs,
         out,
@@ -241,7 +298,14 @@ def encode_files(
         append_eot=append_eot,
         errors=errors,
         overwrite=overwrite,
+        shard_tokens=shard_tokens,
+        split=split,
+        seed=seed,
+        index=index,
+        max_tokens=max_tokens,
+        part=part,
         threads=threads,
         progress=progress,
     )
-    return TokenFile.later(out)
+    files = [TokenFile.later(path) for path, manifest in made if "shards" not in manifest]
+    return files if shard_tokens or split else files[0]

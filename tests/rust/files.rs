@@ -29,14 +29,7 @@ fn encoder(pattern: &str) -> Encoder {
 }
 
 fn options() -> EncodeOptions {
-    EncodeOptions {
-        dtype: None,
-        append_eot: None,
-        policy: TextPolicy::Error,
-        overwrite: false,
-        threads: 2,
-        chunk_bytes: 1 << 20,
-    }
+    EncodeOptions { threads: 2, ..EncodeOptions::default() }
 }
 
 fn inputs(folder: &Path, texts: &[&[u8]]) -> Inputs {
@@ -72,7 +65,7 @@ proptest! {
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("out.npy");
         let options = EncodeOptions { chunk_bytes, threads, append_eot: Some(false), ..options() };
-        let manifest = encode_files(&encoder, &inputs(folder.path(), &[text.as_bytes()]), &out, &options, &Progress::default()).unwrap();
+        let manifest = encode_files(&encoder, &inputs(folder.path(), &[text.as_bytes()]), &out, &options, &Progress::default()).unwrap().manifests.remove(0).1;
         let mut expected = vec![];
         encoder.encode(&text, Allowed::All, &mut expected).unwrap();
         prop_assert_eq!(ids(&out), expected.clone());
@@ -104,6 +97,7 @@ fn the_last_document_of_a_file_is_ended_where_the_file_ends_documents() {
             let options = EncodeOptions { append_eot: append, chunk_bytes, ..options() };
             let manifest =
                 encode_files(&encoder, &inputs(folder.path(), &bytes), &out, &options, &Progress::default()).unwrap();
+            let manifest = &manifest.manifests[0].1;
             let found = ids(&out).iter().filter(|&&id| id == eot).count();
             assert_eq!((found, manifest.documents), (ends, documents), "{texts:?} {append:?} {chunk_bytes}");
         }

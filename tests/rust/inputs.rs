@@ -610,9 +610,11 @@ fn records_are_encoded_one_by_one_and_ended() {
         for (chunk_bytes, threads) in [(1, 1), (1, 3), (30, 2), (1 << 20, 2)] {
             let out = folder.path().join("out.bin");
             let policy = TextPolicy::Error;
-            let options = EncodeOptions { dtype: None, append_eot, policy, overwrite: true, threads, chunk_bytes };
+            let options =
+                EncodeOptions { append_eot, policy, overwrite: true, threads, chunk_bytes, ..EncodeOptions::default() };
             let inputs = Inputs::open(std::slice::from_ref(&path)).unwrap();
-            let manifest = encode_files(&encoder, &inputs, &out, &options, &Progress::default()).unwrap();
+            let made = encode_files(&encoder, &inputs, &out, &options, &Progress::default()).unwrap();
+            let manifest = &made.manifests[0].1;
             let bytes = fs::read(&out).unwrap();
             let ids: Vec<u32> = bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]).into()).collect();
             assert_eq!(ids, expected);

@@ -43,4 +43,5 @@ def is_orphan(path: Path) -> bool:
         and isinstance(manifest, dict)
         and manifest.get("format") == "bytekiln-tokens"
         and manifest.get("file") == file_name(path)
+        and "shards" not in manifest
     )
