@@ -11,7 +11,6 @@ use bytekiln_bpe::corpus::{EncodeOptions, encode_files};
 use bytekiln_bpe::encode::{Allowed, Encoder};
 use bytekiln_bpe::formats::{self, Format};
 use bytekiln_bpe::input::Inputs;
-use bytekiln_bpe::pretokenize::TextPolicy;
 use bytekiln_bpe::progress::Progress;
 use bytekiln_bpe::train::{Options, TieBreak, train};
 use bytekiln_bpe::vocab::Vocab;
