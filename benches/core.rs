@@ -13,7 +13,7 @@ use bytekiln_bpe::progress::Progress;
 use bytekiln_bpe::train::{Options, TieBreak, train};
 use bytekiln_bpe::vocab::Vocab;
 use bytekiln_bpe::words::Words;
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
 #[path = "text.rs"]
 mod text;
@@ -34,7 +34,8 @@ fn benches(c: &mut Criterion) {
     let text = prose(4 << 20);
     let words = counted(&text);
     let merges = train(&words, &Options::new(8000, TieBreak::Lexicographic), &Progress::default()).unwrap();
-    let encoder = Encoder::new(Vocab::from_training(merges, &[], "gpt2").unwrap()).unwrap();
+    let vocab = Vocab::from_training(merges, &[], "gpt2").unwrap();
+    let encoder = Encoder::new(vocab.clone()).unwrap();
     let letters: String = text.chars().filter(char::is_ascii_alphabetic).take(1 << 20).collect();
     let mut group = c.benchmark_group("encode");
     let cases = [("prose", &text), ("one word of letters", &letters), ("one letter", &"a".repeat(1 << 20))];
@@ -49,7 +50,24 @@ fn benches(c: &mut Criterion) {
             });
         });
     }
+    // Words that no table has: what merging alone costs.
+    let new: String = (0..40_000u64).map(|n| spelt(n.wrapping_mul(0x9e37_79b9_7f4a_7c15))).collect();
+    group.throughput(Throughput::Bytes(new.len() as u64));
+    group.bench_function("new words", |b| {
+        let make = || (Encoder::new(vocab.clone()).unwrap(), Vec::<u32>::new());
+        let encode = |(encoder, mut ids): (Encoder, Vec<u32>)| {
+            encoder.encode(&new, Allowed::None, &mut ids).unwrap();
+            (encoder, ids)
+        };
+        b.iter_batched(make, encode, BatchSize::PerIteration);
+    });
     group.finish();
+}
+
+/// A number as a word of letters, of 2 to 13 bytes.
+fn spelt(n: u64) -> String {
+    let letters = (0..=n % 12).map(|i| char::from(b'a' + (n >> (5 * i + 4)) as u8 % 26));
+    " ".chars().chain(letters).collect()
 }
 
 criterion_group!(all, benches);
