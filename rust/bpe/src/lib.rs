@@ -2,8 +2,9 @@
 //! chunk sizes and the splits of the input.
 //!
 //! Floors: `error` < `scan` < `pretokenize` (two rooms with floors of their own) < `sources` < `input` < `words`, `packed`, `sorted_words` < `word_counts` < `count` <
-//! `counts` < `token_bytes` < `ties` < `prior` < `queue` < `merge` < `train` < `alphabet`, `listed` < `vocab` < `encode` < `corpus`; `atomic` < `tokens` <
-//! `corpus`; `counts` and `checkpoint` write through `atomic`; `extend` joins `prior` and `vocab`, `trainer` all of training;
+//! `counts` < `token_bytes` < `ties` < `prior` < `queue` < `merge` < `train` < `alphabet`, `listed` < `vocab`, `turns` < `encode` < `corpus`; `atomic` < `tokens` <
+//! `corpus`; `counts` and `checkpoint` write through `atomic`; `corpus` (rooms with floors of
+//! their own) names inputs as `checkpoint` does; `extend` joins `prior` and `vocab`, `trainer` all of training;
 //! `disallowed` and `offsets` stand on `encode` and `vocab`; `formats` reads and writes a `vocab`; `naive` is the specification that tests hold all of it to.
 
 mod alphabet;
