@@ -365,8 +365,18 @@ def many_words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+KEPT = ["--checkpoint", "run.ck"]
+
+
 @pytest.mark.alone
-@pytest.mark.parametrize("more", [["--checkpoint", "run.ck"], ["--checkpoint", "run.ck", "--max-memory", "400MB"], []])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(KEPT, marks=pytest.mark.slow),
+        pytest.param([*KEPT, "--max-memory", "400MB"], marks=pytest.mark.slow),
+        [],
+    ],
+)
 def test_ctrl_c_among_many_words(many_words: Path, tmp_path: Path, more: list[str]) -> None:
     """While tables grow, and while a checkpoint is sorted and written, which is given up for the one before."""
     line = [*LINE, str(many_words), "--vocab-size", "1000", "--min-frequency", "2"]

@@ -209,6 +209,7 @@ def test_narrow_types_of_megatron_are_trained_on(tmp_path: Path) -> None:
     assert a == b
 
 
+@pytest.mark.slow
 def test_lm_train_reads_them(tmp_path: Path, command: Callable[..., object]) -> None:
     documents = [[i % VOCAB for i in range(400)], [i * 7 % VOCAB for i in range(300)]]
     shape = ("--vocab-size", VOCAB, "--d-model", 16, "--num-layers", 1, "--num-heads", 2, "--context-length", 8)
