@@ -139,14 +139,15 @@ def test_bytes_come_back(gpt2: Tokenizer, data: bytes) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is Linux's")
-def test_no_memory_is_an_exception_and_no_end_of_the_process() -> None:
+@pytest.mark.parametrize("text", ['"the kiln " * 600_000', '"kiln" * 1_300_000'])
+def test_no_memory_is_an_exception_and_no_end_of_the_process(text: str) -> None:
     """Under a limit of the address space as it is now and 1 MB, a text of 5 MB has no room."""
     code = """
 import resource
 import bytekiln
 from pathlib import Path
 t = bytekiln.train_bpe_from_iterator(["the kiln is warm"], vocab_size=270)
-text = "the kiln " * 600_000
+text = TEXT
 t.encode("hello")
 size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), resource.RLIM_INFINITY))
@@ -158,7 +159,7 @@ except MemoryError:
 resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 print(t.decode(t.encode("hello")))
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code.replace("TEXT", text)], capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (0, "MemoryError\nhello\n"), run.stderr[-500:]
 
 

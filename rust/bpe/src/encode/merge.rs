@@ -12,8 +12,9 @@ use std::sync::OnceLock;
 
 use bytekiln_simd::Level;
 
-use super::ids::Id;
+use super::ids::{Id, no_memory};
 use super::pairs::Pairs;
+use crate::error::Result;
 use crate::vocab::Vocab;
 
 /// Bytes of a window.
@@ -115,19 +116,26 @@ impl<I: Id> Core<I> {
     }
 
     /// The ids of a word, in `buffers.ids`.
-    pub(super) fn merge(&self, word: &[u8], vocab: &Vocab, buffers: &mut Buffers<I>) {
+    ///
+    /// # Errors
+    /// [`Error::Memory`](crate::error::Error::Memory), of a long one.
+    pub(super) fn merge(&self, word: &[u8], vocab: &Vocab, buffers: &mut Buffers<I>) -> Result<()> {
         let Buffers { ids, heap, .. } = buffers;
         ids.clear();
         if vocab.ignore_merges()
             && let Some(id) = vocab.id_of(word)
         {
-            return ids.push(I::of(id));
+            ids.push(I::of(id));
+            return Ok(());
         }
+        // There are never more of them, so that what follows asks for no memory.
+        ids.try_reserve(word.len()).map_err(no_memory)?;
         if !self.has_results {
             return self.merge_by_heap(word, heap, ids);
         }
         if word.len() <= WINDOW {
-            return self.merge_window(word, ids);
+            self.merge_window(word, ids);
+            return Ok(());
         }
         match self.splits.get_or_init(|| Splits::new(vocab)) {
             Some(splits) => self.merge_long(word, vocab, splits, buffers),
@@ -198,7 +206,7 @@ impl<I: Id> Core<I> {
     /// So a stretch of bytes is merged by itself, its last ids are dropped as its end may have made them wrong, and the
     /// next stretch begins there. If the two ids at the joint are not those of their bytes, ids before it are dropped too,
     /// and stretches become longer, each twice the one before, until one ends behind that joint, or has all that is left.
-    fn merge_long(&self, word: &[u8], vocab: &Vocab, splits: &Splits<I>, buffers: &mut Buffers<I>) {
+    fn merge_long(&self, word: &[u8], vocab: &Vocab, splits: &Splits<I>, buffers: &mut Buffers<I>) -> Result<()> {
         let Buffers { ids, stretch, heap, .. } = buffers;
         let len = |id: I| vocab.token(id.number()).map_or(0, <[u8]>::len);
         let (mut start, mut width, mut failed_at) = (0, WINDOW, 0);
@@ -208,11 +216,13 @@ impl<I: Id> Core<I> {
             if end - start <= WINDOW {
                 self.merge_window(&word[start..end], stretch);
             } else {
-                self.merge_by_heap(&word[start..end], heap, stretch);
+                stretch.try_reserve(end - start).map_err(no_memory)?;
+                self.merge_by_heap(&word[start..end], heap, stretch)?;
             }
             let fits = ids.last().is_none_or(|&last| splits.stay_apart(&self.pairs, last, stretch[0]));
             if fits && end == word.len() {
-                return ids.append(stretch);
+                ids.append(stretch);
+                return Ok(());
             }
             if fits && stretch.len() > DOUBTFUL {
                 stretch.truncate(stretch.len() - DOUBTFUL);
@@ -240,19 +250,25 @@ impl<I: Id> Core<I> {
 
     /// Appends the ids of any bytes: a linked list of parts and a heap of (rank, place). An entry is stale when its
     /// place has another rank by now; dead places have [`Id::NONE`].
-    fn merge_by_heap(&self, bytes: &[u8], heap: &mut Heap<I>, out: &mut Vec<I>) {
+    fn merge_by_heap(&self, bytes: &[u8], heap: &mut Heap<I>, out: &mut Vec<I>) -> Result<()> {
         let Heap { ids, joins, next, previous, queue } = heap;
         let n = bytes.len();
         ids.clear();
+        room_for(ids, n)?;
         ids.extend(bytes.iter().map(|&byte| self.byte_ids[usize::from(byte)]));
         joins.clear();
+        room_for(joins, n)?;
         joins.extend(ids.windows(2).map(|w| self.pairs.get(w[0], w[1])));
         joins.push((I::NONE, I::default()));
         next.clear();
+        room_for(next, n)?;
         next.extend(1..=n as u32);
         previous.clear();
+        room_for(previous, n)?;
         previous.extend((0..n as u32).map(|i| i.wrapping_sub(1)));
         queue.clear();
+        // A merge takes one entry out and puts two in at most.
+        queue.try_reserve(2 * n).map_err(no_memory)?;
         queue.extend((0u32..).zip(&*joins).filter(|(_, j)| j.0 != I::NONE).map(|(at, j)| Reverse((j.0, at))));
         while let Some(Reverse((rank, place))) = queue.pop() {
             let at = place as usize;
@@ -284,7 +300,12 @@ impl<I: Id> Core<I> {
             out.push(ids[at]);
             at = next[at] as usize;
         }
+        Ok(())
     }
+}
+
+fn room_for<T>(list: &mut Vec<T>, more: usize) -> Result<()> {
+    list.try_reserve(more).map_err(no_memory)
 }
 
 impl<I: Id> Splits<I> {
@@ -373,7 +394,7 @@ mod tests {
 
     fn ids_of<I: Id>(vocab: &Vocab, word: &[u8], level: Level) -> (Vec<u32>, usize) {
         let (core, mut buffers) = (Core::<I>::new(vocab, level), Buffers::default());
-        core.merge(word, vocab, &mut buffers);
+        core.merge(word, vocab, &mut buffers).unwrap();
         (buffers.ids.iter().map(|id| id.number()).collect(), buffers.redone)
     }
 

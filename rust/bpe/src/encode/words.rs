@@ -277,11 +277,11 @@ impl<I: Id> Core<I> {
     ) -> Result<()> {
         if word.len() > LONG {
             self.hand_on(scratch, out)?;
-            self.merge(word, vocab, &mut scratch.buffers);
+            self.merge(word, vocab, &mut scratch.buffers)?;
             return I::put(&scratch.buffers.ids, out).inspect(|()| scratch.buffers.shrink());
         }
         if key == 0 {
-            self.merge(word, vocab, &mut scratch.buffers);
+            self.merge(word, vocab, &mut scratch.buffers)?;
             scratch.gathered.extra(&scratch.buffers.ids);
             return Ok(());
         }
@@ -300,7 +300,7 @@ impl<I: Id> Core<I> {
                 self.hand_on(scratch, out)?;
             }
         } else {
-            self.merge(word, vocab, &mut scratch.buffers);
+            self.merge(word, vocab, &mut scratch.buffers)?;
             let ids = std::mem::take(&mut scratch.buffers.ids);
             scratch.gathered.extra(&ids);
             scratch.remember(key, &ids);
