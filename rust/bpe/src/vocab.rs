@@ -39,6 +39,8 @@ pub struct Vocab {
     by_bytes: HashTable<TokenId>,
     pattern: String,
     ignore_merges: bool,
+    /// Merges were shown to make every token, so that `ignore_merges` changes nothing.
+    makes_all: bool,
 }
 
 impl Vocab {
@@ -93,6 +95,7 @@ impl Vocab {
             by_bytes,
             pattern: canonical_name(pattern).into(),
             ignore_merges,
+            makes_all: false,
         };
         let alphabet = Alphabet::new();
         for (text, id) in &this.specials {
@@ -205,6 +208,16 @@ impl Vocab {
     /// Whether a pre-token that is a token is taken whole before any merge.
     pub fn ignore_merges(&self) -> bool {
         self.ignore_merges
+    }
+
+    /// Whether a token has to be looked for before any merge, as the merges might make something else of its bytes.
+    pub(crate) fn looks_for_words(&self) -> bool {
+        self.ignore_merges && !self.makes_all
+    }
+
+    /// Of merges that were found by merging every token's bytes.
+    pub(crate) fn that_makes_all(self) -> Self {
+        Self { makes_all: true, ..self }
     }
 
     /// SHA-256 over everything that decides ids, as `sha256:` and hexadecimal digits.

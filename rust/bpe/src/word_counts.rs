@@ -7,11 +7,12 @@ mod reading;
 
 use std::collections::HashMap;
 
+use bytekiln_simd::Level;
 use foldhash::fast::FixedState;
 
 use crate::error::{Error, Result};
 use crate::hash::{self, prefetch};
-use crate::packed::{PACKED, hash_packed, pack, pack_at};
+use crate::packed::{Hasher, Keys, PACKED, pack};
 use crate::pages;
 use crate::pretokenize::Ends;
 use crate::progress::{Progress, Stop};
@@ -32,20 +33,22 @@ pub struct WordCounts {
     long: HashMap<Box<[u8]>, u64, FixedState>,
     /// Bytes of the words in `long`.
     long_bytes: usize,
-    seed: u64,
+    hasher: Hasher,
     /// Says, while a job counts or joins, that nobody wants the counts any more: growing to gigabytes, which takes a
     /// second, is given up then.
     stop: Option<Stop>,
     given_up: bool,
-    /// Short words whose slots have been asked for, and how many: (key, index of the slot).
-    waiting: (Box<[(u128, u32); BATCH]>, usize),
+    /// Words whose slots have been asked for.
+    waiting: Box<Keys<BATCH>>,
 }
 
 impl Default for WordCounts {
     fn default() -> Self {
-        let (long, waiting) = (HashMap::with_hasher(hash::state()), (Box::new([(0, 0); BATCH]), 0));
-        let (slots, seed) = (vec![(0, 0); 1 << 12], hash::seed());
-        Self { slots, used: 0, seen: 0, long, long_bytes: 0, seed, stop: None, given_up: false, waiting }
+        let (long, waiting) = (HashMap::with_hasher(hash::state()), Box::default());
+        // A level that is none is refused before anything is counted (`pretokenize`).
+        let hasher = Hasher::new(Level::of_process().unwrap_or(Level::Scalar), hash::seed() as u32);
+        let slots = vec![(0, 0); 1 << 12];
+        Self { slots, used: 0, seen: 0, long, long_bytes: 0, hasher, stop: None, given_up: false, waiting }
     }
 }
 
@@ -96,11 +99,11 @@ impl WordCounts {
     }
 
     fn add_packed(&mut self, key: u128, count: u64) {
-        self.add_hashed(key, hash_packed(key) ^ self.seed, count);
+        self.add_hashed(key, self.hasher.hash(key), count);
     }
 
     #[inline]
-    fn add_hashed(&mut self, key: u128, hash: u64, count: u64) {
+    fn add_hashed(&mut self, key: u128, hash: u32, count: u64) {
         let mask = self.slots.len() - 1;
         let mut at = hash as usize & mask;
         loop {
@@ -129,18 +132,22 @@ impl WordCounts {
     /// The slots of a batch are asked for before the first of them is looked at: the table is larger than the caches,
     /// and so the waits overlap.
     pub(crate) fn add_run(&mut self, text: &[u8], ends: &Ends<'_>) {
-        let (mut start, base) = (ends.start, ends.base);
+        let mut start = ends.start;
+        let mut long = Vec::new();
         for offsets in ends.offsets.chunks(BATCH) {
             self.make_room(offsets.len());
             if self.given_up {
                 return;
             }
-            start = self.ask(text, start, base, offsets);
-            self.seen = self.seen.saturating_add(self.waiting.1 as u64);
-            let Self { slots, used, waiting, .. } = self;
+            let Self { slots, used, waiting, hasher, .. } = self;
+            let end = hasher.keys(text, &Ends { start, offsets, ..*ends }, slots, waiting);
             let mask = slots.len() - 1;
-            for &(key, at) in &waiting.0[..waiting.1] {
-                let mut at = at as usize;
+            for (n, (&key, &hash)) in waiting.keys.iter().zip(&waiting.hashes).take(offsets.len()).enumerate() {
+                if key == 0 {
+                    long.push(n);
+                    continue;
+                }
+                let mut at = hash as usize;
                 loop {
                     let slot = &mut slots[at & mask];
                     if slot.0 == key {
@@ -155,35 +162,13 @@ impl WordCounts {
                     at += 1;
                 }
             }
-        }
-    }
-
-    /// Packs words and asks for their slots; long words are counted at once. Returns the end of the last one.
-    #[inline]
-    fn ask(&mut self, text: &[u8], mut start: usize, base: usize, offsets: &[u32]) -> usize {
-        let Self { slots, waiting: (waiting, found), seed, .. } = self;
-        let (slots, seed, mask) = (&slots[..], *seed, slots.len() - 1);
-        let mut n = 0;
-        let mut long = Vec::new();
-        for &offset in offsets {
-            let end = base.wrapping_add(offset as usize);
-            let len = end.wrapping_sub(start);
-            let key = pack_at(text, start, len);
-            if key == 0 {
-                long.push(start..end);
-            } else {
-                let at = (hash_packed(key) ^ seed) as usize & mask;
-                prefetch(slots, at);
-                waiting[n & (BATCH - 1)] = (key, at as u32);
-                n = n.wrapping_add(1);
+            self.seen = self.seen.saturating_add((offsets.len() - long.len()) as u64);
+            for n in long.drain(..) {
+                let end = |n: usize| ends.base.wrapping_add(offsets[n] as usize);
+                self.add(&text[n.checked_sub(1).map_or(start, end)..end(n)]);
             }
             start = end;
         }
-        *found = n;
-        for word in long {
-            self.add(&text[word]);
-        }
-        start
     }
 
     /// Grows until there is room for so many more short words.
@@ -219,7 +204,7 @@ impl WordCounts {
                 return;
             }
             for &(key, count) in part.iter().filter(|slot| slot.0 != 0) {
-                let mut at = (hash_packed(key) ^ self.seed) as usize & mask;
+                let mut at = self.hasher.hash(key) as usize & mask;
                 while self.slots[at].0 != 0 {
                     at = (at + 1) & mask;
                 }
@@ -242,7 +227,7 @@ impl WordCounts {
         loop {
             // As in `add_run`: all slots of a batch are asked for before the first one is looked at.
             batch.clear();
-            batch.extend(words.by_ref().take(BATCH).map(|(key, count)| (key, hash_packed(key) ^ self.seed, count)));
+            batch.extend(words.by_ref().take(BATCH).map(|(key, count)| (key, self.hasher.hash(key), count)));
             let mask = self.slots.len() - 1;
             for &(_, hash, _) in &batch {
                 prefetch(&self.slots, hash as usize & mask);

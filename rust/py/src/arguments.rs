@@ -6,14 +6,13 @@ use std::path::PathBuf;
 use bytekiln_bpe::Error;
 use bytekiln_bpe::encode::Allowed;
 use bytekiln_bpe::formats::SpecialNames;
-use bytekiln_bpe::pretokenize::valid_text;
 use bytekiln_bpe::train::TokenId;
 use pyo3::buffer::{Element, PyBuffer};
 use pyo3::exceptions::PyOverflowError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyIterator, PyList, PyMemoryView, PyString};
 
-use crate::error::{OrRaise, to_python};
+use crate::error::to_python;
 
 /// `"all"` or names of special tokens.
 pub enum SpecialSet {
@@ -81,12 +80,12 @@ pub enum TextArgument<'py> {
 }
 
 impl TextArgument<'_> {
-    /// The text, which is UTF-8.
-    pub fn valid(&self, py: Python<'_>) -> PyResult<&str> {
-        match self {
-            Self::Text(text) => text_of(text),
-            Self::Bytes(bytes) => valid_text(bytes.as_bytes()).or_raise(py),
-        }
+    /// UTF-8, if bytes are that.
+    pub fn bytes(&self) -> PyResult<&[u8]> {
+        Ok(match self {
+            Self::Text(text) => text_of(text)?.as_bytes(),
+            Self::Bytes(bytes) => bytes.as_bytes(),
+        })
     }
 }
 

@@ -58,7 +58,7 @@ impl Tokenizer {
     fn array<'py, T: numpy::Element + Copy + Sync>(
         &self,
         py: Python<'py>,
-        text: &str,
+        text: &[u8],
         allowed: Allowed<'_>,
         disallowed: Allowed<'_>,
         threads: usize,
@@ -67,7 +67,7 @@ impl Tokenizer {
         Vec<T>: Out,
     {
         let encoded = py.detach(|| {
-            Disallowed::new(self.encoder.vocab(), disallowed, allowed)?.refuse(text.as_bytes())?;
+            Disallowed::new(self.encoder.vocab(), disallowed, allowed)?.refuse(text)?;
             let mut ids = Vec::new();
             self.encoder.encode_on_threads(text, allowed, threads, &mut ids).map(|()| ids)
         });
@@ -279,7 +279,7 @@ impl Tokenizer {
         disallowed_special: SpecialSet,
         threads: Option<usize>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let text = text.valid(py)?;
+        let text = text.bytes()?;
         let threads = threads_or_default(py, threads)?;
         let (allowed, disallowed) = (allowed_special.allowed(), disallowed_special.allowed());
         Ok(match Dtype::for_vocab(self.encoder.vocab().len()) {

@@ -14,7 +14,7 @@ pub enum Level {
     Scalar,
     /// NEON by name, of `AArch64`.
     Neon,
-    /// AVX2, FMA, and the counting of bits that came with them (BMI 1 and 2, LZCNT, POPCNT).
+    /// AVX2, FMA, AES, and the counting of bits that came with them (BMI 1 and 2, LZCNT, POPCNT).
     Avx2,
     /// AVX-512 F and BW, and all of the former.
     Avx512,
@@ -45,6 +45,7 @@ impl Level {
             Self::Avx2 => {
                 is_x86_feature_detected!("avx2")
                     && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("aes")
                     && is_x86_feature_detected!("bmi1")
                     && is_x86_feature_detected!("bmi2")
                     && is_x86_feature_detected!("lzcnt")

@@ -8,14 +8,16 @@ use std::fmt::Debug;
 use bytekiln_simd::Level;
 
 use super::lockstep::PLACES;
-use super::merge::WINDOW;
 use super::simd;
+use super::window::WINDOW;
 use crate::error::{Error, Result};
 use crate::tokens::Dtype;
 use crate::train::TokenId;
 
 /// An id, or the rank of a merge.
 pub(crate) trait Id: Copy + Ord + Default + Debug + Send + Sync + 'static {
+    /// Two neighbours as one number.
+    type Pair: Copy + Eq + Debug + Default + Into<u64> + Send + Sync;
     /// What a slot of the word table has behind its key, 16 bytes: ids, and their number in the last place.
     type Row: Copy + Debug + Default + AsRef<[Self]> + AsMut<[Self]> + Send + Sync;
     /// Places of a row.
@@ -33,6 +35,8 @@ pub(crate) trait Id: Copy + Ord + Default + Debug + Send + Sync + 'static {
     fn place(self) -> usize {
         self.number() as usize
     }
+    /// Two neighbours.
+    fn pair(left: Self, right: Self) -> Self::Pair;
     /// Appends ids.
     fn put(ids: &[Self], out: &mut impl Out) -> Result<()>;
     /// The lowest of the ranks, and where it stands.
@@ -42,6 +46,7 @@ pub(crate) trait Id: Copy + Ord + Default + Debug + Send + Sync + 'static {
 }
 
 impl Id for u16 {
+    type Pair = u32;
     type Row = [Self; 8];
     const NONE: Self = Self::MAX;
     const FREE: Self::Row = [0; 8];
@@ -52,6 +57,11 @@ impl Id for u16 {
 
     fn number(self) -> u32 {
         self.into()
+    }
+
+    #[inline]
+    fn pair(left: Self, right: Self) -> u32 {
+        u32::from(left) << 16 | u32::from(right)
     }
 
     #[inline]
@@ -74,6 +84,7 @@ impl Id for u16 {
 }
 
 impl Id for u32 {
+    type Pair = u64;
     type Row = [Self; 4];
     const NONE: Self = Self::MAX;
     const FREE: Self::Row = [0; 4];
@@ -84,6 +95,11 @@ impl Id for u32 {
 
     fn number(self) -> u32 {
         self
+    }
+
+    #[inline]
+    fn pair(left: Self, right: Self) -> u64 {
+        u64::from(left) << 32 | u64::from(right)
     }
 
     #[inline]

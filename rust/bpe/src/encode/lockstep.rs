@@ -8,6 +8,7 @@ use bytekiln_simd::Level;
 
 use super::ids::Id;
 use super::merge::Core;
+use super::table::Place;
 use crate::packed::packed_len;
 
 /// Places of a packed word's bytes, and of one more.
@@ -15,55 +16,57 @@ pub(super) const PLACES: usize = 16;
 /// Words that are merged together.
 pub(super) const TOGETHER: usize = 64;
 
+/// Room for ids and ranks: one more than [`PLACES`] can be read behind each of them, and all that is behind is [`Id::NONE`].
+const ROOM: usize = 2 * PLACES;
+
 /// A word that is being merged.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Miss<I> {
-    /// The word.
+pub(super) struct Miss<I: Id> {
+    /// The word, and where its ids belong.
     pub(super) key: u128,
-    /// Its ids at the end, [`Self::len`] of them.
-    pub(super) ids: [I; PLACES],
-    ranks: [I; PLACES],
-    /// A bit for each place where a part begins.
-    parts: u16,
-    asked: [Asked<I>; 2],
+    pub(super) place: Place,
+    /// Number of ids.
+    len: u32,
+    /// Place 0 is nobody's, so that the first id has something before it.
+    ids: [I; ROOM],
+    /// Of each id with the next one.
+    ranks: [I; ROOM],
+    /// What the last merge made, with what is before and behind it.
+    at: u32,
+    pairs: [I::Pair; 2],
+    slots: [u32; 2],
 }
-
-/// A pair whose rank was asked for.
-#[derive(Debug, Clone, Copy)]
-struct Asked<I> {
-    /// Where the rank belongs.
-    at: u8,
-    /// Where it is found, if the pair merges.
-    slot: u32,
-    left: I,
-    right: I,
-}
-
-/// A place that no word of at most 15 bytes has: ranks of neighbours that are not there go to it. What each round does
-/// is the same for every word then, and no branch of it is foretold wrongly.
-const NO_PLACE: u8 = PLACES as u8 - 1;
 
 impl<I: Id> Miss<I> {
-    /// Number of ids.
-    pub(super) fn len(&self) -> usize {
-        self.parts.count_ones() as usize
+    /// The ids, once it is merged.
+    #[inline]
+    pub(super) fn ids(&self) -> &[I] {
+        &self.ids[1..=self.len as usize]
+    }
+
+    /// Of a word at its end: this id instead.
+    pub(super) fn replace(&mut self, id: I) {
+        (self.ids[1], self.len) = (id, 1);
     }
 }
 
 impl<I: Id> Core<I> {
     /// A word as bytes.
-    pub(super) fn begin(&self, key: u128) -> Miss<I> {
+    pub(super) fn begin(&self, key: u128, place: Place) -> Miss<I> {
         let (bytes, len) = (key.to_le_bytes(), packed_len(key));
-        let (mut ids, mut ranks) = ([I::NONE; PLACES], [I::NONE; PLACES]);
-        // All places, whatever the length.
+        let (mut ids, mut ranks) = ([I::NONE; ROOM], [I::NONE; ROOM]);
+        // All places, whatever the length: those behind it are made good below.
         for at in 0..PLACES - 1 {
             let (byte, next) = (usize::from(bytes[at]), usize::from(bytes[at + 1]));
-            let rank = self.byte_ranks[byte << 8 | next];
-            ids[at] = self.byte_ids[byte];
-            ranks[at] = if at + 1 < len { rank } else { I::NONE };
+            ids[at + 1] = self.byte_ids[byte];
+            ranks[at + 1] = self.byte_ranks[byte << 8 | next];
         }
-        let nothing = Asked { at: NO_PLACE, slot: 0, left: I::NONE, right: I::NONE };
-        Miss { key, ids, ranks, parts: (1u16 << len) - 1, asked: [nothing; 2] }
+        let len = len.clamp(1, PLACES - 1);
+        ids[len + 1..len + PLACES].fill(I::NONE);
+        ranks[len..len + PLACES].fill(I::NONE);
+        // Nothing was asked for yet: the pair of nobody and nobody has no rank, and place 0 no other.
+        let nobody = [I::pair(I::NONE, I::NONE); 2];
+        Miss { key, place, len: len as u32, ids, ranks, at: ROOM as u32 - 1, pairs: nobody, slots: [0; 2] }
     }
 
     /// Merges words to their ends.
@@ -107,52 +110,42 @@ impl<I: Id> Core<I> {
             }
             count = kept;
         }
-        for miss in misses {
-            let (mut to, mut parts) = (0, miss.parts);
-            while parts != 0 {
-                miss.ids[to] = miss.ids[parts.trailing_zeros() as usize & (PLACES - 1)];
-                to += 1;
-                parts &= parts - 1;
-            }
-        }
     }
 
     /// Takes the ranks that the last merge asked for.
     #[inline(always)]
     #[allow(clippy::inline_always, reason = "compiled once for each set of instructions")]
     fn take_asked(&self, miss: &mut Miss<I>) {
-        for asked in miss.asked {
-            let rank = self.pairs.rank_at(asked.slot, asked.left, asked.right);
-            miss.ranks[usize::from(asked.at) & (PLACES - 1)] = rank;
-        }
+        let Miss { ranks, at, pairs, slots, .. } = miss;
+        let at = *at as usize % ROOM;
+        ranks[at.saturating_sub(1)] = self.pairs.rank_at(slots[0], pairs[0]);
+        ranks[at] = self.pairs.rank_at(slots[1], pairs[1]);
     }
 
     /// One merge, if there is one; asks for what the next one needs.
     #[inline(always)]
     #[allow(clippy::inline_always, reason = "compiled once for each set of instructions")]
     fn one_round(&self, miss: &mut Miss<I>) -> bool {
-        let Miss { ids, ranks, parts, asked, .. } = miss;
-        let (rank, at) = I::lowest_of_few(ranks);
+        let Miss { len, ids, ranks, at: merged, pairs, slots, .. } = miss;
+        let (rank, at) = I::lowest_of_few(ranks.first_chunk().unwrap_or(&[I::NONE; PLACES]));
         if rank == I::NONE {
             return false;
         }
-        let at = at & (PLACES - 1);
-        let behind = *parts & (u16::MAX << at << 1);
-        let gone = behind.trailing_zeros() as usize & (PLACES - 1);
-        let (behind, before) = (behind & behind.wrapping_sub(1), *parts & !(u16::MAX << at));
-        *parts &= !(1 << gone);
-        let id = self.results[rank.place()];
+        let at = at % PLACES;
+        let id = self.result(rank);
+        let (before, behind) = (ids[at.saturating_sub(1)], ids[at + 2]);
+        // What is behind moves up: a register, loaded and stored.
+        for row in [&mut *ids, &mut *ranks] {
+            let mut behind = [I::NONE; PLACES - 2];
+            behind.copy_from_slice(&row[at + 2..at + PLACES]);
+            row[at + 1..at + PLACES - 1].copy_from_slice(&behind);
+        }
         ids[at] = id;
-        (ranks[at], ranks[gone]) = (I::NONE, I::NONE);
-        // Of no parts the last place, which has no id.
-        let next = behind.trailing_zeros().min(u32::from(NO_PLACE)) as usize;
-        let previous = 15 - if before == 0 { 0 } else { before.leading_zeros() as usize };
-        let (left, right) = (ids[previous & (PLACES - 1)], ids[next & (PLACES - 1)]);
-        ranks[previous & (PLACES - 1)] = I::NONE;
-        *asked = [
-            Asked { at: at as u8, slot: self.pairs.ask(id, right), left: id, right },
-            Asked { at: previous as u8, slot: self.pairs.ask(left, id), left, right: id },
-        ];
+        *len -= 1;
+        let (left, right) = (I::pair(before, id), I::pair(id, behind));
+        // Asked for before they are stored: what was stored in two parts a moment ago takes long to load as one.
+        let asked = [self.pairs.ask(left), self.pairs.ask(right)];
+        (*merged, *pairs, *slots) = (at as u32, [left, right], asked);
         true
     }
 }
@@ -171,10 +164,11 @@ mod tests {
         for level in Level::ALL.into_iter().filter(|level| level.is_here()) {
             let core = Core::<I>::new(vocab, level);
             for together in words.chunks(TOGETHER) {
-                let mut misses: Vec<_> = together.iter().map(|w| core.begin(pack(w.as_bytes()).unwrap())).collect();
+                let mut misses: Vec<_> =
+                    together.iter().map(|w| core.begin(pack(w.as_bytes()).unwrap(), Place::default())).collect();
                 core.finish(&mut misses);
                 for (miss, word) in misses.iter().zip(together) {
-                    let ids: Vec<_> = miss.ids[..miss.len()].iter().map(|id| id.number()).collect();
+                    let ids: Vec<_> = miss.ids().iter().map(|id| id.number()).collect();
                     assert_eq!(ids, naive::encode(vocab, word.as_bytes()), "{word} at {}", level.name());
                 }
             }

@@ -2,9 +2,8 @@
 //!
 //! In: a [`Vocab`]'s merges, laid out for one width of ids. Out: the ids of a word. Called by `words`.
 //!
-//! Up to [`WINDOW`] bytes: ranks in vector registers, the lowest taken again and again, all its places at once; which
-//! places still begin a part is a word of 64 bits. Longer words go window by window, see [`Core::merge_long`]. What
-//! neither can do goes to a heap (n log n).
+//! Up to [`WINDOW`] bytes go to `window`, longer words window by window, see [`Core::merge_long`]. What neither can do goes
+//! to a heap (n log n).
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -14,23 +13,23 @@ use bytekiln_simd::Level;
 
 use super::ids::{Id, no_memory};
 use super::pairs::Pairs;
+use super::window::WINDOW;
 use crate::error::Result;
 use crate::vocab::Vocab;
 
-/// Bytes of a window.
-pub(super) const WINDOW: usize = 64;
 /// Ids at a window's end that its border may have made wrong; the next window begins before them.
 const DOUBTFUL: usize = 3;
 
 /// The merges of a vocabulary.
 #[derive(Debug)]
-pub(super) struct Core<I> {
+pub(super) struct Core<I: Id> {
     pub(super) pairs: Pairs<I>,
     pub(super) byte_ids: [I; 256],
     /// Ranks of the pairs of bytes: what every word begins with.
     pub(super) byte_ranks: Box<[I]>,
-    /// What the merges of a rank make.
-    pub(super) results: Vec<I>,
+    results: Vec<I>,
+    /// What a rank's merges make less that rank, where it is the same for all.
+    ahead: Option<u32>,
     /// Merges of equal rank have one result, so that windows may be used.
     pub(super) has_results: bool,
     /// How each token is made, where there is one way only and the parts are made before.
@@ -99,6 +98,8 @@ impl<I: Id> Core<I> {
             has_results &= !*given || *result == I::of(merge.id);
             (*result, *given) = (I::of(merge.id), true);
         }
+        let ahead = results.first().map(|&first: &I| first.number());
+        let ahead = ahead.filter(|&ahead| (ahead..).zip(&results).all(|(id, &result)| I::of(id) == result));
         let pairs = Pairs::new(merges, &dense);
         let byte_ids = vocab.byte_ids().map(I::of);
         let mut byte_ranks = vec![I::NONE; 1 << 16];
@@ -112,7 +113,16 @@ impl<I: Id> Core<I> {
             }
         }
         let byte_ranks = byte_ranks.into();
-        Self { pairs, byte_ids, byte_ranks, results, has_results, splits: OnceLock::new(), level }
+        Self { pairs, byte_ids, byte_ranks, results, ahead, has_results, splits: OnceLock::new(), level }
+    }
+
+    /// What the merges of a rank make.
+    #[inline]
+    pub(super) fn result(&self, rank: I) -> I {
+        match self.ahead {
+            Some(ahead) => I::of(rank.number().wrapping_add(ahead)),
+            None => self.results[rank.place()],
+        }
     }
 
     /// The ids of a word, in `buffers.ids`.
@@ -122,7 +132,7 @@ impl<I: Id> Core<I> {
     pub(super) fn merge(&self, word: &[u8], vocab: &Vocab, buffers: &mut Buffers<I>) -> Result<()> {
         let Buffers { ids, heap, .. } = buffers;
         ids.clear();
-        if vocab.ignore_merges()
+        if vocab.looks_for_words()
             && let Some(id) = vocab.id_of(word)
         {
             ids.push(I::of(id));
@@ -144,56 +154,10 @@ impl<I: Id> Core<I> {
     }
 
     /// Appends the ids of at most [`WINDOW`] bytes.
-    ///
-    /// The places of the lowest rank are merged from left to right. Should a pair that this makes have no higher rank,
-    /// which it has not where tokens are made before they are merged, the search begins anew.
     fn merge_window(&self, bytes: &[u8], out: &mut Vec<I>) {
-        let (mut ids, mut ranks) = ([I::default(); WINDOW], [I::NONE; WINDOW]);
-        for (id, &byte) in ids.iter_mut().zip(bytes) {
-            *id = self.byte_ids[usize::from(byte)];
-        }
-        for (rank, pair) in ranks.iter_mut().zip(bytes.windows(2)) {
-            *rank = self.byte_ranks[usize::from(pair[0]) << 8 | usize::from(pair[1])];
-        }
-        // A bit for each place where a part begins.
-        let mut parts = u64::MAX.checked_shr((WINDOW - bytes.len()) as u32).unwrap_or(0);
-        loop {
-            let (lowest, mut places) = I::lowest(&ranks, self.level);
-            if lowest == I::NONE {
-                break;
-            }
-            let result = self.results[lowest.place()];
-            while places != 0 {
-                let at = places.trailing_zeros() as usize & (WINDOW - 1);
-                let behind = parts & (u64::MAX << at << 1);
-                let gone = behind.trailing_zeros() as usize & (WINDOW - 1);
-                let behind = behind & behind.wrapping_sub(1);
-                parts &= !(1 << gone);
-                places &= !(1 << at | 1 << gone);
-                ids[at] = result;
-                ranks[gone] = I::NONE;
-                let mut anew = false;
-                ranks[at] = I::NONE;
-                if behind != 0 {
-                    let next = behind.trailing_zeros() as usize & (WINDOW - 1);
-                    ranks[at] = self.pairs.rank(result, ids[next]);
-                    anew = ranks[at] <= lowest;
-                }
-                let before = parts & !(u64::MAX << at);
-                if before != 0 {
-                    let previous = 63 - before.leading_zeros() as usize;
-                    ranks[previous] = self.pairs.rank(ids[previous], result);
-                    anew |= ranks[previous] <= lowest;
-                }
-                if anew {
-                    break;
-                }
-            }
-        }
-        while parts != 0 {
-            out.push(ids[parts.trailing_zeros() as usize & (WINDOW - 1)]);
-            parts &= parts - 1;
-        }
+        let mut window = self.open(bytes);
+        self.merge_windows(std::slice::from_mut(&mut window));
+        out.extend(window.ids());
     }
 
     /// The ids of a word of any length, in time that grows as the length does.

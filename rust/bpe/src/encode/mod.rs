@@ -3,8 +3,8 @@
 //! In: a [`Vocab`]. Out: [`Encoder`], which is immutable and may be used by any number of threads; each call
 //! borrows a table of the words that were met. Called by `corpus` and the binding; `naive` is the specification.
 //!
-//! Rooms: `ids` (how wide an id is, where ids go) < `simd`, `pairs` (which pairs merge) < `merge`, `lockstep` (a word's bytes →
-//! its ids) < `words` (the table of words met) < here. A word met before is one look-up; a new one is merged in time that
+//! Rooms: `ids` (how wide an id is, where ids go) < `simd`, `pairs` (which pairs merge) < `merge`, `window`, `lockstep` (a word's bytes →
+//! its ids), `table` (words met before) < `words` < here. A word met before is one look-up; a new one is merged in time that
 //! grows as its length does.
 
 mod ids;
@@ -12,6 +12,8 @@ mod lockstep;
 mod merge;
 mod pairs;
 mod simd;
+mod table;
+mod window;
 mod words;
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -27,7 +29,7 @@ use self::merge::{Core, are_narrow};
 use self::words::Scratch;
 use crate::error::{Error, Result};
 use crate::pages;
-use crate::pretokenize::{Ends, Pattern, Piece, Run, SplitStream, Splitter, TextPolicy};
+use crate::pretokenize::{Ends, Pattern, Piece, Run, SplitStream, Splitter, TextPolicy, valid_text};
 use crate::train::TokenId;
 use crate::turns::Turns;
 use crate::vocab::Vocab;
@@ -93,7 +95,7 @@ impl<I: Id, O: Out> Take for Job<'_, I, O> {
 
     fn id(&mut self, id: TokenId) {
         if self.done.is_ok() {
-            self.done = self.core.id(I::of(id), self.scratch, self.out);
+            self.done = self.core.id(self.vocab, I::of(id), self.scratch, self.out);
         }
     }
 }
@@ -166,10 +168,11 @@ impl Encoder {
         f: impl FnOnce(&mut dyn Take) -> Result<R>,
     ) -> Result<R> {
         let unused = lock(idle).and_then(|mut idle| idle.pop());
-        let mut scratch = unused.unwrap_or_default();
+        let mut scratch = unused.unwrap_or_else(|| Scratch::new(core.level));
         let mut job = Job { core, vocab: &self.vocab, scratch: &mut scratch, out, done: Ok(()) };
         let result = f(&mut job);
-        let result = job.done.and(result).and_then(|result| core.hand_on(&mut scratch, out).map(|()| result));
+        let result =
+            job.done.and(result).and_then(|result| core.hand_on(&self.vocab, &mut scratch, out).map(|()| result));
         if result.is_err() {
             scratch.forget();
         }
@@ -189,13 +192,14 @@ impl Encoder {
         self.with(out, |take| splitter.split_runs(text, |run| take_run(take, text.as_bytes(), run, &ids)))
     }
 
-    /// The same on several threads, each of which takes the next part of the text.
+    /// The same of bytes that must be UTF-8, part by part: a part stays in the second cache while it is checked, looked
+    /// through for special tokens and encoded. On several threads each takes the next part.
     ///
     /// # Errors
-    /// As [`Self::encode`].
+    /// As [`Self::encode`], and [`Error::Text`] with the place of what is not UTF-8.
     pub fn encode_on_threads<T: Copy + Send + Sync>(
         &self,
-        text: &str,
+        text: &[u8],
         allowed: Allowed<'_>,
         threads: usize,
         out: &mut Vec<T>,
@@ -203,17 +207,22 @@ impl Encoder {
     where
         Vec<T>: Out,
     {
-        let threads = threads.min(text.len() / PART);
         if text.len() >= PART {
             // Of English text as much as it takes. Memory that is not touched costs nothing, and less than this will do.
             let _ = out.try_reserve(text.len() / 4);
             pages::large(out);
         }
-        if threads < 2 {
-            return self.encode(text, allowed, out);
-        }
         let (splitter, ids) = self.splitter_for(allowed)?;
-        let parts = parts(text, &splitter);
+        let encode = |part: &[u8], take: &mut dyn Take| match simdutf8::basic::from_utf8(part) {
+            Ok(part) => splitter.split_runs(part, |run| take_run(take, part.as_bytes(), run, &ids)),
+            // Where something else than UTF-8 is cut is anybody's guess: the whole tells the place.
+            Err(_) => valid_text(text).and_then(|_| Err(Error::Text("text: a part was cut inside a character".into()))),
+        };
+        let threads = threads.min(text.len() / PART);
+        if threads < 2 {
+            return self.with(out, |take| parts(text, &splitter).try_for_each(|part| encode(part, take)));
+        }
+        let parts: Vec<&[u8]> = parts(text, &splitter).collect();
         let (next, place) = (AtomicUsize::new(0), Turns::new(out));
         place.work(threads, || {
             let mut own = Vec::new();
@@ -221,9 +230,7 @@ impl Encoder {
                 && let Some(part) = parts.get(number)
             {
                 own.clear();
-                self.with(&mut own, |take| {
-                    splitter.split_runs(part, |run| take_run(take, part.as_bytes(), run, &ids))
-                })?;
+                self.with(&mut own, |take| encode(part, take))?;
                 place.wait(number as u64, |out| {
                     out.try_reserve(own.len()).map_err(no_memory)?;
                     out.extend_from_slice(&own);
@@ -410,19 +417,18 @@ fn lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
 }
 
 /// A text cut where no pre-token and no special token spans the cut.
-fn parts<'t>(text: &'t str, splitter: &Splitter) -> Vec<&'t str> {
-    let (mut parts, mut rest, mut wanted) = (Vec::new(), text, PART);
-    while wanted < rest.len() {
-        if let Some(cut) = splitter.safe_cut(&rest.as_bytes()[..wanted]) {
-            let (part, behind) = rest.split_at(cut);
-            parts.push(part);
-            (rest, wanted) = (behind, PART);
-        } else {
+fn parts<'t>(text: &'t [u8], splitter: &Splitter) -> impl Iterator<Item = &'t [u8]> {
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        let mut wanted = PART;
+        while wanted < rest.len() {
+            if let Some(part) = splitter.safe_cut(&rest[..wanted]).and_then(|cut| rest.split_off(..cut)) {
+                return Some(part);
+            }
             wanted *= 2;
         }
-    }
-    parts.push(rest);
-    parts
+        Some(std::mem::take(&mut rest)).filter(|part| !part.is_empty())
+    })
 }
 
 fn take_run(take: &mut dyn Take, text: &[u8], run: Run<'_>, special_ids: &[TokenId]) {

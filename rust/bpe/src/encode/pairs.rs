@@ -4,9 +4,11 @@
 //! 2009): keys fall into small buckets, each of which has a displacement that puts its keys where nobody else is. The
 //! displacements stay in the first cache; the pairs of GPT-2's vocabulary are 512 KB, which a second cache holds.
 
+use std::hint::select_unpredictable;
+
 use super::ids::Id;
 use crate::hash::prefetch;
-use crate::train::Pair;
+use crate::pages;
 use crate::vocab::Merge;
 
 /// Keys of a bucket, on average.
@@ -14,16 +16,15 @@ const BUCKET: usize = 4;
 
 /// A pair and what it merges to; free where the rank is [`Id::NONE`].
 #[derive(Debug, Clone, Copy, Default)]
-struct Slot<I> {
-    left: I,
-    right: I,
+struct Slot<I: Id> {
+    pair: I::Pair,
     rank: I,
     id: I,
 }
 
 /// All pairs that merge.
 #[derive(Debug)]
-pub(super) struct Pairs<I> {
+pub(super) struct Pairs<I: Id> {
     slots: Vec<Slot<I>>,
     displacements: Vec<u16>,
 }
@@ -43,18 +44,21 @@ impl<I: Id> Pairs<I> {
 
     fn try_new(merges: &[Merge], dense: &[u32], buckets: usize, size: usize) -> Option<Self> {
         let free = Slot { rank: I::NONE, ..Slot::default() };
-        let mut this = Self { slots: vec![free; size], displacements: vec![0; buckets] };
+        let mut slots = Vec::with_capacity(size);
+        pages::large(&slots);
+        slots.resize(size, free);
+        let mut this = Self { slots, displacements: vec![0; buckets] };
         // Merges by bucket: how many there are in those before, then their numbers.
         let mut ends = vec![0u32; buckets + 1];
         for merge in merges {
-            ends[this.bucket(hash(merge.pair)) + 1] += 1;
+            ends[this.bucket(hash_of::<I>(merge)) + 1] += 1;
         }
         for bucket in 0..buckets {
             ends[bucket + 1] += ends[bucket];
         }
         let (mut next, mut sorted) = (ends.clone(), vec![0u32; merges.len()]);
         for (n, merge) in (0..).zip(merges) {
-            let at = &mut next[this.bucket(hash(merge.pair))];
+            let at = &mut next[this.bucket(hash_of::<I>(merge))];
             sorted[*at as usize] = n;
             *at += 1;
         }
@@ -68,7 +72,7 @@ impl<I: Id> Pairs<I> {
             for &n in &sorted[ends[bucket as usize] as usize..ends[bucket as usize + 1] as usize] {
                 // In the order of the list, since counting kept it.
                 if keys.iter().all(|&(other, _): &(u32, u64)| merges[other as usize].pair != merges[n as usize].pair) {
-                    keys.push((n, hash(merges[n as usize].pair)));
+                    keys.push((n, hash_of::<I>(&merges[n as usize])));
                 }
             }
             let fits = |displacement: &u16| {
@@ -86,7 +90,7 @@ impl<I: Id> Pairs<I> {
                 let Merge { pair: (left, right), id, .. } = merges[n as usize];
                 let place = this.place(hash, displacement);
                 this.slots[place] =
-                    Slot { left: I::of(left), right: I::of(right), rank: I::of(dense[n as usize]), id: I::of(id) };
+                    Slot { pair: I::pair(I::of(left), I::of(right)), rank: I::of(dense[n as usize]), id: I::of(id) };
             }
         }
         Some(this)
@@ -104,16 +108,17 @@ impl<I: Id> Pairs<I> {
     }
 
     #[inline]
-    fn find(&self, left: I, right: I) -> &Slot<I> {
-        let hash = hash((left.number(), right.number()));
-        &self.slots[self.place(hash, self.displacements[self.bucket(hash)])]
+    fn place_of(&self, pair: I::Pair) -> usize {
+        let hash = hash(pair.into());
+        self.place(hash, self.displacements[self.bucket(hash)])
     }
 
     /// Rank and result of a pair; [`Id::NONE`] where it does not merge.
     #[inline]
     pub(super) fn get(&self, left: I, right: I) -> (I, I) {
-        let slot = self.find(left, right);
-        if slot.left == left && slot.right == right { (slot.rank, slot.id) } else { (I::NONE, I::default()) }
+        let pair = I::pair(left, right);
+        let slot = &self.slots[self.place_of(pair)];
+        if slot.pair == pair { (slot.rank, slot.id) } else { (I::NONE, I::default()) }
     }
 
     /// The rank alone.
@@ -124,26 +129,30 @@ impl<I: Id> Pairs<I> {
 
     /// Where a pair stands if it stands anywhere, which is asked for.
     #[inline]
-    pub(super) fn ask(&self, left: I, right: I) -> u32 {
-        let hash = hash((left.number(), right.number()));
-        let place = self.place(hash, self.displacements[self.bucket(hash)]);
+    pub(super) fn ask(&self, pair: I::Pair) -> u32 {
+        let place = self.place_of(pair);
         prefetch(&self.slots, place);
         place as u32
     }
 
     /// The rank of a pair that [`Self::ask`] was asked for.
     #[inline]
-    pub(super) fn rank_at(&self, place: u32, left: I, right: I) -> I {
+    pub(super) fn rank_at(&self, place: u32, pair: I::Pair) -> I {
         let slot = &self.slots[place as usize];
-        if slot.left == left && slot.right == right { slot.rank } else { I::NONE }
+        // Without a branch: whether two ids merge no processor can foretell.
+        select_unpredictable(slot.pair == pair, slot.rank, I::NONE)
     }
 }
 
 /// A hash of a pair: one multiplication, folded.
 #[inline]
-fn hash((left, right): Pair) -> u64 {
-    let product = u128::from(u64::from(left) << 32 | u64::from(right) ^ 0x5bd1_e995) * 0x9e37_79b9_7f4a_7c15_u128;
-    product as u64 ^ (product >> 64) as u64
+fn hash(pair: u64) -> u64 {
+    let product = (pair ^ 0x5bd1_e995).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    product ^ product >> 32
+}
+
+fn hash_of<I: Id>(merge: &Merge) -> u64 {
+    hash(I::pair(I::of(merge.pair.0), I::of(merge.pair.1)).into())
 }
 
 #[cfg(test)]

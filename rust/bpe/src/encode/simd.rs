@@ -6,7 +6,7 @@
 
 use bytekiln_simd::Level;
 
-use super::merge::WINDOW;
+use super::window::WINDOW;
 
 /// Any width, without instructions by name.
 pub(super) fn lowest_plainly<T: Copy + Ord>(ranks: &[T; WINDOW]) -> (T, u64) {

@@ -2,66 +2,47 @@
 //!
 //! In: words, many at a time. Out: ids. Called by `encode` with a [`Scratch`], the table of the words met so far.
 
+use bytekiln_simd::Level;
+
 use super::ids::{Id, Out};
 use super::lockstep::{Miss, PLACES, TOGETHER};
 use super::merge::{Buffers, Core};
+use super::table::{Met, RUN, Table};
+use super::window::{WINDOW, Window};
 use crate::error::Result;
-use crate::hash::prefetch;
-use crate::packed::{hash_packed, pack, pack_at};
-use crate::pages;
+use crate::packed::{Keys, pack, packed_len};
 use crate::pretokenize::Ends;
 use crate::vocab::Vocab;
 
-/// Lines of a new word table: few, since the first short text makes one, too.
-const FIRST_LINES: usize = 1 << 9;
-/// Lines of a word table that is full; it is emptied then, so its memory stays bounded.
-const MOST_LINES: usize = 1 << 18;
-/// Ids kept for words with more than a slot has room for, before the table is emptied.
-const MOST_SPILLED: usize = 1 << 21;
-/// Words that are looked up together.
-const RUN: usize = 64;
 /// Ids that are gathered before they are handed on: they stay in the first cache.
-const GATHERED: usize = 1 << 12;
+const GATHERED: usize = 1 << 13;
+/// Places that are left open; a new word that is repeated and repeated leaves one each time.
+const MOST_HOLES: usize = 1 << 10;
+/// Words too long for a key that are merged together.
+const WINDOWS: usize = 8;
 /// A longer word is not gathered.
 const LONG: usize = 1 << 10;
 
-/// A slot of the word table: 32 bytes.
-#[derive(Debug, Clone, Copy)]
-struct Slot<I: Id> {
-    key: u128,
-    /// Ids, and how many. Of a word whose key has [`SPILLED`] the first two say where they begin in `spilled`.
-    row: I::Row,
-}
-
-/// Two slots, a cache line. Both are looked at without a branch: which of the two a word is in, no processor can foretell.
-#[derive(Debug, Clone, Copy)]
-#[repr(align(64))]
-struct Line<I: Id>([Slot<I>; 2]);
-
-/// Of words that have more ids than a slot has room for, in their keys; so the quick way does not find them.
-const SPILLED: u128 = 1 << 127;
-/// Of a slot that is free. No word has it, nor has it 0, the key of words that are too long for one.
-const FREE: u128 = 1;
-
-/// What a thread works with: the table of words met so far and buffers. Bounded by [`MOST_LINES`].
+/// What a thread works with: the table of words met so far and buffers.
 #[derive(Debug)]
 pub(super) struct Scratch<I: Id> {
-    /// Open addressing by lines, at most five eighths full; in a line the first slot is taken first.
-    lines: Vec<Line<I>>,
-    used: usize,
-    spilled: Vec<I>,
+    table: Table<I>,
+    keys: Keys<RUN>,
     buffers: Buffers<I>,
     gathered: Gathered<I>,
 }
 
 /// Ids in their order, with holes for those that are still to come.
 #[derive(Debug)]
-struct Gathered<I> {
+struct Gathered<I: Id> {
     ids: Box<[I]>,
     len: usize,
     /// Behind how many ids, and what belongs there.
     holes: Vec<(usize, Hole)>,
     misses: Vec<Miss<I>>,
+    /// Words that are too long for a key, and the numbers of their holes.
+    windows: Vec<Window<I>>,
+    of_windows: Vec<usize>,
     /// Ids of longer words.
     extra: Vec<I>,
 }
@@ -81,132 +62,54 @@ impl<I: Id> Gathered<I> {
         self.holes.push((self.len, Hole::Extra(from, self.extra.len())));
     }
 
+    /// Merges the windows.
+    fn close(&mut self, core: &Core<I>) {
+        core.merge_windows(&mut self.windows);
+        for (window, number) in self.windows.drain(..).zip(self.of_windows.drain(..)) {
+            let from = self.extra.len();
+            self.extra.extend(window.ids());
+            self.holes[number].1 = Hole::Extra(from, self.extra.len());
+        }
+    }
+
     fn is_full(&self) -> bool {
-        self.len + RUN * PLACES > GATHERED || self.extra.len() > GATHERED
+        self.len + RUN * PLACES > GATHERED || self.extra.len() > GATHERED || self.holes.len() > MOST_HOLES
     }
 }
 
-impl<I: Id> Default for Scratch<I> {
-    fn default() -> Self {
+impl<I: Id> Scratch<I> {
+    pub(super) fn new(level: Level) -> Self {
         let gathered = Gathered {
             ids: vec![I::default(); GATHERED].into(),
             len: 0,
             holes: Vec::new(),
             misses: Vec::with_capacity(TOGETHER),
+            windows: Vec::with_capacity(WINDOWS),
+            of_windows: Vec::with_capacity(WINDOWS),
             extra: Vec::new(),
         };
-        let (lines, buffers) = (vec![Self::FREE; FIRST_LINES], Buffers::default());
-        Self { lines, used: 0, spilled: Vec::new(), buffers, gathered }
-    }
-}
-
-impl<I: Id> Scratch<I> {
-    const FREE: Line<I> = Line([Slot { key: FREE, row: I::FREE }; 2]);
-
-    /// The slot of a word, or the free one where it belongs. `key` without [`SPILLED`].
-    fn find(&mut self, key: u128) -> &mut Slot<I> {
-        let mask = self.lines.len() - 1;
-        let mut at = hash_packed(key) as usize & mask;
-        let is_it = |slot: &Slot<I>| slot.key & !SPILLED == key || slot.key == FREE;
-        let place = loop {
-            match self.lines[at].0.iter().position(is_it) {
-                Some(place) => break place,
-                None => at = (at + 1) & mask,
-            }
-        };
-        &mut self.lines[at].0[place]
-    }
-
-    /// Keeps the ids of a word.
-    fn remember(&mut self, key: u128, ids: &[I]) {
-        let full = self.used * 4 >= self.lines.len() * 5;
-        if self.spilled.len() >= MOST_SPILLED || (full && self.lines.len() >= MOST_LINES) || (full && !self.grow()) {
-            self.lines.fill(Self::FREE);
-            self.spilled.clear();
-            self.used = 0;
-        }
-        let (mut row, mut kept) = (I::Row::default(), key);
-        let (place, number) = row.as_mut().split_at_mut(I::ROW - 1);
-        number[0] = I::of(ids.len() as u32);
-        if ids.len() < I::ROW {
-            place[..ids.len()].copy_from_slice(ids);
-        } else {
-            let at = self.spilled.len() as u32;
-            (place[0], place[1]) = (I::of(at & 0xffff), I::of(at >> 16));
-            kept |= SPILLED;
-        }
-        let slot = self.find(key);
-        if slot.key != FREE {
-            // It was missed several times before it came.
-            return;
-        }
-        *slot = Slot { key: kept, row };
-        self.used += 1;
-        if kept != key {
-            self.spilled.extend_from_slice(ids);
-        }
-    }
-
-    /// Four times as many slots; `false` where there is no memory for them.
-    fn grow(&mut self) -> bool {
-        let size = (self.lines.len() * 4).min(MOST_LINES);
-        let mut bigger = Vec::new();
-        if bigger.try_reserve_exact(size).is_err() {
-            return false;
-        }
-        pages::large(&bigger);
-        bigger.resize(size, Self::FREE);
-        let old = std::mem::replace(&mut self.lines, bigger);
-        for slot in old.into_iter().flat_map(|line| line.0).filter(|slot| slot.key != FREE) {
-            *self.find(slot.key & !SPILLED) = slot;
-        }
-        true
-    }
-
-    /// Gathers the ids of words until one is not found where it is looked for first; how many that are.
-    #[inline]
-    fn known(&mut self, words: &[(u128, usize)]) -> usize {
-        let Self { lines, gathered: Gathered { ids, len, .. }, .. } = self;
-        let (mask, mut at) = (lines.len() - 1, *len);
-        let mut known = 0;
-        for &(key, line) in words {
-            // The table may have grown since, and lines be elsewhere: then they do not have the key.
-            let line = &lines[line & mask].0;
-            let slot = &line[usize::from(line[1].key == key)];
-            let row = slot.row.as_ref();
-            if slot.key != key {
-                break;
-            }
-            ids[at..at + I::ROW].copy_from_slice(row);
-            at += row[I::ROW - 1].place();
-            known += 1;
-        }
-        *len = at;
-        known
+        Self { table: Table::new(level), keys: Keys::default(), buffers: Buffers::default(), gathered }
     }
 
     /// Forgets what an error left.
     pub(super) fn forget(&mut self) {
-        let Gathered { len, holes, misses, extra, .. } = &mut self.gathered;
+        let Gathered { len, holes, misses, windows, of_windows, extra, .. } = &mut self.gathered;
         *len = 0;
         holes.clear();
         misses.clear();
+        windows.clear();
+        of_windows.clear();
         extra.clear();
+        // Some of its words may still be awaited.
+        self.table.forget();
     }
-}
-
-/// Ids of a word that has more of them than its slot holds.
-fn spilled<'s, I: Id>(spilled: &'s [I], row: &I::Row) -> &'s [I] {
-    let row = row.as_ref();
-    let at = row[0].place() | row[1].place() << 16;
-    &spilled[at..at + row[I::ROW - 1].place()]
 }
 
 impl<I: Id> Core<I> {
     /// Takes the words of `text` that end at `ends`.
     ///
-    /// The slots of a batch are asked for before the first of them is looked at: the table is larger than the caches,
-    /// and so the waits overlap. A row is stored whole, and the next one over what was too much of it.
+    /// The lines of a batch are asked for before the first of them is looked at: the table is larger than the caches,
+    /// and so the waits overlap.
     pub(super) fn run(
         &self,
         vocab: &Vocab,
@@ -216,34 +119,27 @@ impl<I: Id> Core<I> {
         out: &mut impl Out,
     ) -> Result<()> {
         let mut start = ends.start;
-        let mut batch = [(0, 0); RUN];
         for offsets in ends.offsets.chunks(RUN) {
             if scratch.gathered.is_full() {
-                self.hand_on(scratch, out)?;
+                self.hand_on(vocab, scratch, out)?;
             }
-            let mut from = start;
-            let lines = &scratch.lines[..];
-            let mask = lines.len() - 1;
-            for (word, &offset) in batch.iter_mut().zip(offsets) {
-                let end = ends.base.wrapping_add(offset as usize);
-                let key = pack_at(text, from, end.wrapping_sub(from));
-                let at = hash_packed(key) as usize & mask;
-                prefetch(lines, at);
-                *word = (key, at);
-                from = end;
-            }
+            let Scratch { table, keys, .. } = &mut *scratch;
+            let batch = Ends { start, offsets, ..*ends };
+            let end = table.hasher().keys(text, &batch, table.lines(), keys);
             let mut done = 0;
             while done < offsets.len() {
-                done += scratch.known(&batch[done..offsets.len()]);
+                let Scratch { table, keys, gathered: Gathered { ids, len, .. }, .. } = &mut *scratch;
+                let (words, number) = table.known(keys, done, offsets.len(), &mut ids[*len..]);
+                (done, *len) = (done + words, *len + number);
                 // The one that was not found at once; others may be found after it.
                 if let Some(&offset) = offsets.get(done) {
                     let begin = done.checked_sub(1).map_or(start, |n| ends.base.wrapping_add(offsets[n] as usize));
                     let word = &text[begin..ends.base.wrapping_add(offset as usize)];
-                    self.other_word(vocab, word, batch[done].0, scratch, out)?;
+                    self.other_word(vocab, word, (scratch.keys.keys[done], scratch.keys.hashes[done]), scratch, out)?;
                     done += 1;
                 }
             }
-            start = from;
+            start = end;
         }
         Ok(())
     }
@@ -251,15 +147,17 @@ impl<I: Id> Core<I> {
     /// Takes one word.
     pub(super) fn word(&self, vocab: &Vocab, word: &[u8], scratch: &mut Scratch<I>, out: &mut impl Out) -> Result<()> {
         if scratch.gathered.is_full() {
-            self.hand_on(scratch, out)?;
+            self.hand_on(vocab, scratch, out)?;
         }
-        self.other_word(vocab, word, pack(word).unwrap_or_default(), scratch, out)
+        let key = pack(word).unwrap_or_default();
+        let hash = scratch.table.hasher().hash(key);
+        self.other_word(vocab, word, (key, hash), scratch, out)
     }
 
     /// Takes an id that is no word's.
-    pub(super) fn id(&self, id: I, scratch: &mut Scratch<I>, out: &mut impl Out) -> Result<()> {
+    pub(super) fn id(&self, vocab: &Vocab, id: I, scratch: &mut Scratch<I>, out: &mut impl Out) -> Result<()> {
         if scratch.gathered.is_full() {
-            self.hand_on(scratch, out)?;
+            self.hand_on(vocab, scratch, out)?;
         }
         scratch.gathered.ids[scratch.gathered.len] = id;
         scratch.gathered.len += 1;
@@ -271,54 +169,72 @@ impl<I: Id> Core<I> {
         &self,
         vocab: &Vocab,
         word: &[u8],
-        key: u128,
+        (key, hash): (u128, u32),
         scratch: &mut Scratch<I>,
         out: &mut impl Out,
     ) -> Result<()> {
         if word.len() > LONG {
-            self.hand_on(scratch, out)?;
+            self.hand_on(vocab, scratch, out)?;
             self.merge(word, vocab, &mut scratch.buffers)?;
             return I::put(&scratch.buffers.ids, out).inspect(|()| scratch.buffers.shrink());
+        }
+        if key == 0 && word.len() <= WINDOW && self.has_results && !vocab.looks_for_words() {
+            let gathered = &mut scratch.gathered;
+            gathered.of_windows.push(gathered.holes.len());
+            gathered.extra(&[]);
+            gathered.windows.push(self.open(word));
+            if gathered.windows.len() == WINDOWS {
+                gathered.close(self);
+            }
+            return Ok(());
         }
         if key == 0 {
             self.merge(word, vocab, &mut scratch.buffers)?;
             scratch.gathered.extra(&scratch.buffers.ids);
             return Ok(());
         }
-        let slot = *scratch.find(key);
-        if slot.key != FREE {
-            let (row, Gathered { ids, len, .. }) = (slot.row.as_ref(), &mut scratch.gathered);
-            let number = row[I::ROW - 1].place();
-            let known = if slot.key == key { row } else { spilled(&scratch.spilled, &slot.row) };
-            ids[*len..*len + number].copy_from_slice(&known[..number]);
-            *len += number;
-        } else if self.has_results && !vocab.ignore_merges() {
-            let Gathered { len, holes, misses, .. } = &mut scratch.gathered;
-            holes.push((*len, Hole::Miss(misses.len())));
-            misses.push(self.begin(key));
-            if misses.len() == TOGETHER {
-                self.hand_on(scratch, out)?;
+        let Scratch { table, gathered: Gathered { ids, len, holes, misses, .. }, .. } = &mut *scratch;
+        match table.meet(key, hash, misses.len()) {
+            Met::Before(known) => {
+                ids[*len..*len + known.len()].copy_from_slice(known);
+                *len += known.len();
             }
-        } else {
-            self.merge(word, vocab, &mut scratch.buffers)?;
-            let ids = std::mem::take(&mut scratch.buffers.ids);
-            scratch.gathered.extra(&ids);
-            scratch.remember(key, &ids);
-            scratch.buffers.ids = ids;
+            Met::Awaited(miss) => holes.push((*len, Hole::Miss(miss))),
+            Met::Never(place) if self.has_results => {
+                holes.push((*len, Hole::Miss(misses.len())));
+                misses.push(self.begin(key, place));
+                if misses.len() == TOGETHER {
+                    self.hand_on(vocab, scratch, out)?;
+                }
+            }
+            Met::Never(place) => {
+                self.merge(word, vocab, &mut scratch.buffers)?;
+                scratch.table.keep(key, place, &scratch.buffers.ids);
+                scratch.gathered.extra(&scratch.buffers.ids);
+            }
         }
         Ok(())
     }
 
     /// Merges the misses and appends all that is gathered.
-    pub(super) fn hand_on(&self, scratch: &mut Scratch<I>, out: &mut impl Out) -> Result<()> {
+    pub(super) fn hand_on(&self, vocab: &Vocab, scratch: &mut Scratch<I>, out: &mut impl Out) -> Result<()> {
+        scratch.gathered.close(self);
         let mut misses = std::mem::take(&mut scratch.gathered.misses);
         self.finish(&mut misses);
+        if vocab.looks_for_words() {
+            // What the merges have made one token of is that token.
+            for miss in misses.iter_mut().filter(|miss| miss.ids().len() > 1) {
+                if let Some(id) = vocab.id_of(&miss.key.to_le_bytes()[..packed_len(miss.key)]) {
+                    miss.replace(I::of(id));
+                }
+            }
+        }
         let Gathered { ids, len, holes, extra, .. } = &mut scratch.gathered;
         let mut from = 0;
         for &(to, hole) in &*holes {
             I::put(&ids[from..to], out)?;
             match hole {
-                Hole::Miss(n) => I::put(&misses[n].ids[..misses[n].len()], out)?,
+                Hole::Miss(n) => I::put(misses[n].ids(), out)?,
                 Hole::Extra(from, to) => I::put(&extra[from..to], out)?,
             }
             from = to;
@@ -328,36 +244,11 @@ impl<I: Id> Core<I> {
         holes.clear();
         extra.clear();
         for miss in &misses {
-            scratch.remember(miss.key, &miss.ids[..miss.len()]);
+            scratch.table.keep(miss.key, miss.place, miss.ids());
         }
+        scratch.table.keep_to_bounds();
         misses.clear();
         scratch.gathered.misses = misses;
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn keeps_to_its_bounds<I: Id>() {
-        let mut scratch = Scratch::<I>::default();
-        for n in 1..900_000u128 {
-            scratch.remember(n << 8 | 4 << 120, &[I::of(n as u32), I::of(1)]);
-            assert!(scratch.lines.len() <= MOST_LINES && scratch.used * 4 <= scratch.lines.len() * 5 + 4);
-        }
-        for n in 1..9_000u128 {
-            scratch.remember(n << 64 | 5 << 120, &[I::of(7); 500]);
-            assert!(scratch.spilled.len() < MOST_SPILLED + 500);
-        }
-        let key = 8_999 << 64 | 5 << 120;
-        let slot = *scratch.find(key);
-        assert_eq!((slot.key, spilled(&scratch.spilled, &slot.row)), (key | SPILLED, &[I::of(7); 500][..]));
-    }
-
-    #[test]
-    fn the_table_of_words_keeps_to_its_bounds() {
-        keeps_to_its_bounds::<u16>();
-        keeps_to_its_bounds::<u32>();
     }
 }

@@ -57,9 +57,12 @@ fn of_listed(
     pattern: &str,
 ) -> Result<Vocab> {
     let listed = Listed::new(tokens, ids)?;
-    let merges = merges_of_ranks(&listed).unwrap_or_else(|| all_splits(&listed));
+    let merges = merges_of_ranks(&listed);
+    let makes_all = merges.is_some();
+    let merges = merges.unwrap_or_else(|| all_splits(&listed));
     let specials = add_specials(&listed, Vec::new(), specials)?;
-    Vocab::from_listed(listed, merges, specials, pattern, true)
+    let vocab = Vocab::from_listed(listed, merges, specials, pattern, true)?;
+    Ok(if makes_all { vocab.that_makes_all() } else { vocab })
 }
 
 /// The merges that ranks imply: each token's bytes, merged by lower ranks only, must end as two tokens.
