@@ -34,6 +34,18 @@ def write_corpus(folder: Path, size: int, seed: int = 0, times: int = 1) -> list
     return made
 
 
+def write_texts(folder: Path, texts: list[str], records: bool) -> list[Path]:
+    """A file a text; the last one as records, a line each, where that is asked for."""
+    made = []
+    for n, text in enumerate(texts):
+        as_records = records and n == len(texts) - 1
+        path = folder / (f"{n}.jsonl" if as_records else f"{n}.txt")
+        lines = "".join(json.dumps({"text": line}) + "\n" for line in text.split("\n"))
+        path.write_text(lines if as_records else text, encoding="utf-8")
+        made.append(path)
+    return made
+
+
 def files_of(folder: Path, out: str) -> dict[str, bytes]:
     """All files that an output has, by name; states, locks and unfinished ones too."""
     stem = Path(out).stem
@@ -43,11 +55,15 @@ def files_of(folder: Path, out: str) -> dict[str, bytes]:
 CODE = """
 import sys, json
 from bytekiln import Tokenizer, _core
+def most():
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 arguments = json.loads(sys.argv[1])
 tokenizer = Tokenizer.from_file(arguments.pop("tokenizer"))
+before = most()
 made, resumed = _core.encode_files(tokenizer, arguments.pop("inputs"), arguments.pop("out"), **arguments)
-print(resumed)
+print(resumed, most() - before)
 """
+"""Says how many ids were there already, and by how many KiB the process has grown."""
 
 
 def start(folder: Path, **arguments: object) -> subprocess.Popen[str]:
@@ -78,8 +94,9 @@ def kill_and_go_on(folder: Path, moments: int, seconds: float, seed: int, **argu
         # Killed between its last rename and its end, a run has done everything.
         over = "OutputExistsError" in trouble
         if run.returncode == 0 or over:
-            went_on += not over and int(said) > 0
-            began += over or int(said) == 0
+            resumed = 0 if over else int(said.split()[0])
+            went_on += resumed > 0
+            began += resumed == 0
             if killed >= moments:
                 return went_on, began
             for path in folder.iterdir():

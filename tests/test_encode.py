@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import bytekiln
 from bytekiln import TokenFile, Tokenizer, _core, train_bpe_from_iterator
 from bytekiln.errors import ConfigError, FileError, FormatError, OutputExistsError, TextError
-from encode_faults import EOT, WORDS, files_of, kill_and_go_on, write_corpus
+from encode_faults import EOT, WORDS, files_of, kill_and_go_on, start, write_corpus, write_texts
 
 Result = Any
 KILN = train_bpe_from_iterator(
@@ -50,18 +50,6 @@ HOW = st.fixed_dictionaries(
     {"threads": st.sampled_from([1, 2, 3]), "chunk_bytes": st.sampled_from([1, 7, 50, 1 << 20])}
 )
 END = st.sampled_from([None, True, False])
-
-
-def write_texts(folder: Path, texts: list[str], records: bool) -> list[Path]:
-    """A file a text; the last one as records, a line each, where that is asked for."""
-    made = []
-    for n, text in enumerate(texts):
-        as_records = records and n == len(texts) - 1
-        path = folder / (f"{n}.jsonl" if as_records else f"{n}.txt")
-        lines = "".join(json.dumps({"text": line}) + "\n" for line in text.split("\n"))
-        path.write_text(lines if as_records else text, encoding="utf-8")
-        made.append(path)
-    return made
 
 
 @settings(max_examples=60)
@@ -130,43 +118,6 @@ def test_every_document_is_in_one_part(
 
     if KILN.eot_id in (read(folder / "c.npy")[-1],) and end is True and not records:
         assert sorted(documents(made[0][0]) + documents(made[1][0])) == sorted(documents(folder / "c.npy"))
-
-
-@settings(max_examples=60)
-@given(TEXTS, st.booleans(), END, HOW, st.sampled_from([1, 2, 5]))
-def test_parts_in_order_are_the_whole(
-    tmp_path_factory: pytest.TempPathFactory,
-    texts: list[str],
-    records: bool,
-    end: bool | None,
-    how: dict[str, int],
-    count: int,
-) -> None:
-    from bytekiln.encode_ray import join
-
-    folder = tmp_path_factory.mktemp("parts")
-    inputs = write_texts(folder, texts, records)
-    ((whole, _),), _ = encode(inputs, folder / "a.npy", append_eot=end, index=True)
-    parts = []
-    for n in range(count):
-        made, _ = encode(inputs, folder / f"p{n}.npy", append_eot=end, index=True, part=(n + 1, count), **how)
-        parts += made
-    joined, _ = join(parts, inputs, folder / "j.npy", overwrite=False)
-    assert joined.read_bytes() == whole.read_bytes()
-    ends = [p.with_name(p.name + ".documents.npy") for p in (whole, joined)]
-    assert ends[0].exists() == ends[1].exists()
-    assert not ends[0].exists() or ends[0].read_bytes() == ends[1].read_bytes()
-    manifests = [p.with_name(p.name + ".json").read_text().replace("j.npy", "a.npy") for p in (whole, joined)]
-    assert manifests[0] == manifests[1]
-
-
-def test_one_large_file_is_divided(kiln: Tokenizer, tmp_path: Path) -> None:
-    (text,) = write_corpus(tmp_path, 300_000)[:1]
-    ids = bytekiln.encode_files(kiln, text, tmp_path / "a.bin").array
-    parts = [bytekiln.encode_files(kiln, text, tmp_path / f"p{n}.bin", part=(n, 4)) for n in range(1, 5)]
-    assert b"".join((tmp_path / f"p{n}.bin").read_bytes() for n in range(1, 5)) == (tmp_path / "a.bin").read_bytes()
-    assert all(abs(len(p) - len(ids) / 4) < len(ids) / 10 for p in parts)
-    assert parts[1].manifest["sources"][0]["offset"] > 0 and parts[1].manifest["part"]["number"] == 2
 
 
 def test_no_more_tokens_than_asked_for(kiln: Tokenizer, tmp_path: Path) -> None:
@@ -493,18 +444,10 @@ def test_a_signal_leaves_what_the_same_command_goes_on_with(
 
 def grown_by(folder: Path, **arguments: Any) -> int:
     """KiB by which a process grows at most while it encodes; what it has from its parent does not count."""
-    code = """
-import bytekiln, json, sys
-def most():
-    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
-arguments = json.loads(sys.argv[1])
-tokenizer = bytekiln.Tokenizer.from_file("t.json")
-before = most()
-bytekiln._core.encode_files(tokenizer, arguments.pop("inputs"), arguments.pop("out"), **arguments)
-print(most() - before)
-"""
-    run = [sys.executable, "-c", code, json.dumps(arguments)]
-    return int(subprocess.run(run, cwd=folder, capture_output=True, text=True, check=True).stdout)
+    run = start(folder, tokenizer="t.json", **arguments)
+    said, trouble = run.communicate(timeout=1200)
+    assert run.returncode == 0, trouble
+    return int(said.split()[1])
 
 
 @pytest.mark.slow
@@ -534,44 +477,3 @@ def test_a_single_line_of_a_gigabyte(kiln: Tokenizer, tmp_path: Path) -> None:
         grown = grown_by(tmp_path, inputs=[name], out=f"{name}.npy", threads=2)
         print(name, grown, "KiB")
         assert grown < most, f"{name}: {grown} KiB"
-
-
-def test_without_ray_the_command_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, kiln: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from bytekiln import cli
-
-    (text,) = write_corpus(tmp_path, 50)[:1]
-    monkeypatch.setitem(sys.modules, "ray", None)
-    line = [str(text), "--tokenizer", str(tmp_path / "t.json"), "--out", str(tmp_path / "x.npy"), "--ray"]
-    assert cli.run("bpe-encode", line) == 2
-    assert 'pip install "bytekiln[ray]"' in capsys.readouterr().err
-    assert cli.run("bpe-encode", [*line, "--part", "1/2"]) == 2
-    assert "--part with --ray" in capsys.readouterr().err
-    assert not files_of(tmp_path, "x.npy")
-
-
-@pytest.mark.slow
-def test_on_a_local_ray_cluster_of_two_processes(
-    kiln: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ray = pytest.importorskip("ray")
-    from bytekiln import cli
-
-    inputs = [str(p) for p in write_corpus(tmp_path, 600_000)]
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir="/tmp/bytekiln-ray")
-    try:
-        line = [*inputs, "--tokenizer", str(tmp_path / "t.json"), "--index", "--out"]
-        assert cli.run("bpe-encode", [*line, str(tmp_path / "once.npy")]) == 0
-        assert cli.run("bpe-encode", [*line, str(tmp_path / "ray.npy"), "--ray"]) == 0, capsys.readouterr()
-        for end in ("", ".documents.npy"):
-            assert (tmp_path / f"ray.npy{end}").read_bytes() == (tmp_path / f"once.npy{end}").read_bytes()
-        manifests = [(tmp_path / f"{name}.npy.json").read_text().replace(name, "x") for name in ("once", "ray")]
-        assert manifests[0] == manifests[1]
-        bad = tmp_path / "bad.txt"
-        bad.write_bytes(b"fine until here \xff")
-        assert cli.run("bpe-encode", [*line[:-1], str(bad), "--ray", "--out", str(tmp_path / "n.npy")]) == 2
-        assert "bad.txt: byte offset 16: invalid UTF-8" in capsys.readouterr().err
-        assert not [p for p in tmp_path.iterdir() if p.name.startswith((".", "n"))]
-    finally:
-        ray.shutdown()

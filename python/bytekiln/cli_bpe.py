@@ -39,10 +39,15 @@ def encode(argv: Sequence[str]) -> int:
         from bytekiln.tokens.command import command  # numpy, which encoding does without
 
         return command(argv[1:])
+    if argv and argv[0] == "join":
+        from bytekiln.tokens.join_command import command as join
+
+        return join(argv[1:])
     parser = Parser(
         "bpe-encode",
         usage="bpe-encode INPUT… --tokenizer tokenizer.json --out train.npy [flags]\n"
-        "       bpe-encode convert IN OUT [flags]      (token files of other formats, see its --help)",
+        "       bpe-encode convert IN OUT [flags]      (token files of other formats, see its --help)\n"
+        "       bpe-encode join PART… --out train.npy  (what --part 1/N … N/N have written, see its --help)",
         description="Encode text files, in their order, into one token file (.npy, or raw .bin) with its manifest, or "
         "into shards and parts. Stopped by whatever, the same command goes on where it was (docs/bpe-encode.md).",
         examples=[
@@ -101,7 +106,8 @@ def encode(argv: Sequence[str]) -> int:
         if out is None:
             parser.error("--out is missing; expected the file to write, such as --out train.npy")
         read = [*files_of(inputs), *(p for p in (args.tokenizer, args.vocab_path, args.merges_path) if p)]
-        unfinished = out.with_name(f".{out.name}.state").exists()  # the core knows whether it is this run's
+        # Whether it is this run's, the core knows, or `encode_ray`.
+        unfinished = any(out.with_name(f".{out.name}.{what}").exists() for what in ("state", "parts"))
         check_output(out, read, overwrite=args.overwrite or unfinished)
     tokenizer = tokenizer_of(args, parser)
     for inputs, out in jobs:

@@ -76,6 +76,15 @@ def human_count(n: float) -> str:
     return _scaled(n, ("", "k", "M", "G", "T"), "")
 
 
+def counted(n: int, what: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "document"), counted(4096, "document")
+    ('1 document', '4,096 documents')
+    """
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
 def _scaled(n: float, units: Sequence[str], space: str) -> str:
     value = float(n)
     for unit in units[:-1]:

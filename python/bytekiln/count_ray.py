@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from bytekiln._core import Counts, default_max_memory
-from bytekiln.cluster import connect
-from bytekiln.errors import BytekilnError, ConfigError, FileError
+from bytekiln.cluster import Answer, answer, connect, gather, has_records, sizes_of
 from bytekiln.inputs import Inputs
 
-POLL_S = 0.2
 LEAST_MEMORY = 16 << 20
 """The smallest cap that counting takes."""
 
@@ -42,12 +40,7 @@ def field_of(group: Sequence[Path], files: Sequence[Path], field: str | None) ->
     >>> field_of(files[:1], files, "body"), field_of(files[1:], files, "body")
     (None, 'body')
     """
-
-    def records(files: Sequence[Path]) -> bool:
-        names = (f.with_suffix("") if f.suffix.lower() in (".gz", ".zst", ".xz", ".bz2") else f for f in files)
-        return any(name.suffix.lower() in (".jsonl", ".ndjson", ".parquet") for name in names)
-
-    return field if records(group) or not records(files) else None
+    return field if has_records(group) or not has_records(files) else None
 
 
 def most_beside(nodes: Sequence[dict[str, Any]], threads: int) -> int:
@@ -66,17 +59,18 @@ def most_beside(nodes: Sequence[dict[str, Any]], threads: int) -> int:
 
 def count_there(
     files: Sequence[str], field: str | None, out: str, settings: dict[str, Any], beside: int
-) -> tuple[int, str, str]:
-    """The task: one counts file. Returns bytes of text, or the kind of error and its words.
+) -> Answer[int]:
+    """The task: one counts file. Returns bytes of text.
 
     Without a cap of its own it takes its part of what one process would, as one of the tasks `beside` each other here.
     """
     cap = settings["max_memory"] or max(default_max_memory() // beside, LEAST_MEMORY)
-    try:
+
+    def count() -> int:
         counts = Counts.from_files(Inputs(files, field), beside=out, **{**settings, "max_memory": cap})
-        return int(counts.save(out)["bytes"]), "", ""
-    except BytekilnError as exc:
-        return 0, type(exc).__name__, str(exc)
+        return int(counts.save(out)["bytes"])
+
+    return answer(count)
 
 
 def count_on_cluster(
@@ -95,10 +89,7 @@ def count_on_cluster(
         MissingExtraError, ConfigError, FileError, TextError: as `Counts.from_files`; a task's error is this command's.
     """
     ray = connect()
-    for file in files:
-        if not file.is_file():
-            raise FileError(f"{file}: no such file; expected a text file that every machine of the cluster sees")
-    sizes = [file.stat().st_size for file in files]
+    sizes = sizes_of(files)
     threads = settings["threads"] or 1
     processors = int(ray.cluster_resources().get("CPU", 1))
     at_once = max(processors // threads, 1)
@@ -108,7 +99,7 @@ def count_on_cluster(
     try:
         task = ray.remote(num_cpus=threads, max_retries=2)(count_there)
         made = [(parts / f"{i}.counts", group) for i, group in enumerate(groups(files, sizes, 4 * at_once))]
-        waiting = [
+        tasks = [
             task.remote(
                 [str(f.resolve()) for f in group],
                 field_of(group, files, field),
@@ -118,27 +109,8 @@ def count_on_cluster(
             )
             for part, group in made
         ]
-        done = 0
-        try:
-            while waiting:
-                ready, waiting = ray.wait(waiting, timeout=POLL_S)
-                for result in ready:
-                    size, kind, said = ray.get(result)
-                    if kind:
-                        raise _error(kind, said)
-                    done += size
-                progress("count", done, sum(sizes))
-        finally:
-            for task_left in waiting:
-                ray.cancel(task_left, force=True)
+        gather(ray, tasks, lambda done: progress("count", sum(done), sum(sizes)))
         # Read as streams until the sum is written: the files may lose their names.
         return Counts.load([part for part, _ in made], max_memory=cap, beside=out)
     finally:
         shutil.rmtree(parts, ignore_errors=True)
-
-
-def _error(kind: str, said: str) -> BytekilnError:
-    from bytekiln import errors
-
-    made: BytekilnError = getattr(errors, kind, ConfigError)(said)
-    return made

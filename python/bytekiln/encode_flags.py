@@ -6,6 +6,7 @@ In: command-line arguments. Out: token files, and a summary of them. Called by `
 from __future__ import annotations
 
 import re
+import shutil
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from bytekiln import _core
 from bytekiln.bpe_flags import inputs_of
-from bytekiln.console import Parser, human_bytes, human_time, table
+from bytekiln.console import Parser, counted, human_bytes, human_time, table
 from bytekiln.errors import ConfigError
 
 OUTPUT_FLAGS = ("--shard-tokens", "--max-tokens", "--split", "--index", "--part", "--ray")
@@ -110,21 +111,30 @@ def encode_words(
     files = inputs_of(args, inputs, seed_for="--sample or --split")
     more = {
         "shard_tokens": args.shard_tokens,
-        "split": split or None,
         "max_tokens": args.max_tokens,
         "part": args.part,
     }
+    settings |= {"split": split or None, "seed": (args.seed or 0) if split else 0, "index": bool(args.index)}
     if args.ray:
         from bytekiln.encode_ray import encode_on_cluster
 
         for flag, found in (*more.items(), ("limit_bytes", args.limit_bytes)):
             if found is not None:
-                raise ConfigError(f"--{flag.replace('_', '-')} with --ray; expected it without")
-        return [encode_on_cluster(tokenizer, files, out, settings, progress, index=bool(args.index))], 0
-    seed = (args.seed or 0) if split else 0
-    return _core.encode_files(
-        tokenizer, files, out, **settings, **more, seed=seed, index=bool(args.index), progress=progress
-    )
+                way = ", or --part I/N in processes of your own" if flag == "shard_tokens" else ""
+                raise ConfigError(f"--{flag.replace('_', '-')} with --ray; expected it without{way}")
+        if (state := out.with_name(f".{out.name}.state")).exists():
+            if not args.overwrite:
+                raise ConfigError(f"{state}: is of an unfinished run without --ray; expected {_THE_SAME}")
+            state.unlink()
+        return encode_on_cluster(tokenizer, files, out, settings, progress)
+    if (folder := out.with_name(f".{out.name}.parts")).exists():  # as `encode_ray` calls it
+        if not args.overwrite:
+            raise ConfigError(f"{folder}: is of an unfinished run with --ray; expected {_THE_SAME}")
+        shutil.rmtree(folder, ignore_errors=True)
+    return _core.encode_files(tokenizer, files, out, **settings, **more, progress=progress)
+
+
+_THE_SAME = "the same to go on, another name, or --overwrite to begin anew"
 
 
 def words_summary(made: Made, resumed: int, seconds: float) -> str:
@@ -134,8 +144,8 @@ def words_summary(made: Made, resumed: int, seconds: float) -> str:
     rows = []
     for path, m in whole:
         name = "tokens" if len(whole) == 1 else path.name
-        files = f", {len(m['shards']):,} shards" if "shards" in m else ""
-        rows.append((name, f"{m['tokens']:,} {m['dtype']} in {m['documents']:,} documents{files}"))
+        files = f", {counted(len(m['shards']), 'shard')}" if "shards" in m else ""
+        rows.append((name, f"{m['tokens']:,} {m['dtype']} in {counted(m['documents'], 'document')}{files}"))
     rows.append(("text", f"{human_bytes(text_bytes)}, {text_bytes / max(tokens, 1):.3f} bytes a token"))
     if resumed:
         rows.append(("went on", f"behind the {resumed:,} tokens of an unfinished run"))

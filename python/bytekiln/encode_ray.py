@@ -1,6 +1,6 @@
 """Encoding on a Ray cluster that is there already: a task a part of the inputs, their files joined here.
 
-In: inputs in a folder that the cluster's machines share. Out: the token file that one process would write. Called by
+In: inputs in a folder that the cluster's machines share. Out: the token files that one process would write. Called by
 `encode_flags` for `--ray`.
 """
 
@@ -8,34 +8,62 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
+import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from bytekiln import _core, errors
-from bytekiln.atomic import AtomicFile
-from bytekiln.cluster import connect
-from bytekiln.errors import BytekilnError, ConfigError, FileError
+from bytekiln import _core
+from bytekiln.atomic import AtomicFile, in_our_words, write_file
+from bytekiln.cluster import Answer, answer, connect, gather, has_records, sizes_of
+from bytekiln.errors import BytekilnError, ConfigError, FileError, FormatError, MismatchError, TextError
 from bytekiln.inputs import Inputs
-from bytekiln.tokens.files import NPY_HEADER, file_name, is_orphan, npy_header
+from bytekiln.tokens.files import refuse_link
+from bytekiln.tokens.join import Part, join, manifest_of, verify
 
-POLL_S = 0.2
 LEAST_PART = 1 << 20
 """Bytes of input below which no task is worth while."""
-BLOCK = 1 << 20
-Part = tuple[Path, dict[str, Any]]
+HELD_S = 30.0
+"""How long a task waits for one of a killed command that still writes the same part."""
+Setting = list[str]
+"""Name and value, as JSON has it."""
 
 
 def encode_there(
     tokenizer: _core.Tokenizer, inputs: Inputs, out: str, settings: dict[str, Any], part: tuple[int, int]
-) -> tuple[dict[str, Any], str, str]:
-    """The task: one part of the inputs. Returns its manifest, or the kind of error and its words."""
-    try:
-        ((_, manifest),), _ = _core.encode_files(tokenizer, inputs, out, part=part, **settings)
-        return manifest, "", ""
-    except BytekilnError as exc:
-        return {}, type(exc).__name__, str(exc)
+) -> Answer[tuple[list[Part], int]]:
+    """The task: one part of the inputs. Returns its files, and how many of their ids were there already.
+
+    A part that an earlier run has finished is verified, not made again; one that it has begun is gone on with.
+    """
+
+    def encode() -> tuple[list[Part], int]:
+        with suppress(BytekilnError, KeyError, TypeError):
+            done = [(path, manifest_of(path)) for path in outputs(Path(out), settings["split"])]
+            for path, manifest in done:
+                verify(path, manifest)
+            return done, sum(manifest["tokens"] for _, manifest in done)
+        until = time.monotonic() + HELD_S
+        while True:
+            try:
+                return _core.encode_files(tokenizer, inputs, out, part=part, **settings)
+            except FileError as error:
+                if "another process is writing it" not in str(error) or time.monotonic() > until:
+                    raise
+                time.sleep(0.2)
+
+    return answer(encode)
+
+
+def outputs(out: Path, split: dict[str, float] | None) -> list[Path]:
+    """The files of an encoding without shards: `out`, and one for each share, in the order of their names."""
+    return [out, *(out.with_name(f"{out.stem}_{name}{out.suffix}") for name in sorted(split or ()))]
+
+
+def parts_folder(out: Path) -> Path:
+    """Where the parts of `out` lie until they are joined, those of a run that was stopped too."""
+    return out.with_name(f".{out.name}.parts")
 
 
 def encode_on_cluster(
@@ -44,143 +72,131 @@ def encode_on_cluster(
     out: Path,
     settings: dict[str, Any],
     progress: Callable[[str, int, int], object],
-    *,
-    index: bool = False,
-) -> Part:
+) -> tuple[list[Part], int]:
     """Encode on all machines; parts lie beside `out` until they are joined.
 
     Four tasks a processor, so that a slow machine does not keep the others waiting; each on one thread, unless
-    `settings` say more. A task that was killed is started again and goes on where it was.
+    `settings` say more. A run that was stopped, by whatever, is gone on with by the same call, on a cluster of another
+    size, too. Returns the files, and how many of their ids were there already.
 
     Raises:
         MissingExtraError, ConfigError, FileError, TextError, FormatError: as `encode_files`; a task's error is this
         command's.
     """
     ray = connect()
-    files = _core.find_inputs(inputs)
-    for file in files:
-        if not file.is_file():
-            raise FileError(f"{file}: no such file; expected a file that every machine of the cluster sees")
-    size = sum(file.stat().st_size for file in files)
-    threads = settings["threads"] or 1
+    files, overwrite = _core.find_inputs(inputs), settings["overwrite"]
+    size, threads = sum(sizes_of(files)), settings["threads"] or 1
     at_once = max(int(ray.cluster_resources().get("CPU", 1)) // threads, 1)
-    count = max(min(4 * at_once, size // LEAST_PART), 1)
-    field = inputs.field if _has_records(files) else None
+    field = inputs.field if has_records(files) else None
     there = inputs._replace(paths=[str(f.resolve()) for f in files], field=field)
-    task_settings = {**settings, "threads": threads, "overwrite": True, "index": index}
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.parts-", dir=out.parent))
-    try:
-        task = ray.remote(num_cpus=threads, max_retries=2)(encode_there)
-        paths = [folder / f"{i:05}.npy" for i in range(count)]
-        refs = [
-            task.remote(tokenizer, there, str(path.resolve()), task_settings, (i, count))
-            for i, path in enumerate(paths, 1)
-        ]
-        waiting, made = refs, {}
+    task_settings = {**settings, "threads": threads, "overwrite": True}
+    run = _Run(parts_folder(out), _settings(tokenizer, there, files, settings), overwrite=overwrite)
+    paths = outputs(out, settings["split"])
+    for path in paths:
+        refuse_link(path)
+    with ExitStack() as stack:
+        # Its only writer from here on, and nothing but a lock until all parts are there. Between two names an earlier
+        # run was stopped: those that are there are its own.
+        replace = overwrite or run.is_joining
+        written = [stack.enter_context(AtomicFile(path, overwrite=replace)) for path in paths]
+        count = run.begin(max(min(4 * at_once, size // LEAST_PART), 1))
         try:
-            while waiting:
-                ready, waiting = ray.wait(waiting, timeout=POLL_S)
-                for ref in ready:
-                    manifest, kind, said = ray.get(ref)
-                    if kind:
-                        raise _error(kind, said)
-                    made[ref] = manifest
-                progress("encode", size * len(made) // count, size)
-        finally:
-            for task_left in waiting:
-                ray.cancel(task_left, force=True)
-        parts = [(path, made[ref]) for path, ref in zip(paths, refs, strict=True)]
-        return join(parts, files, out, overwrite=settings["overwrite"])
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            task = ray.remote(num_cpus=threads, max_retries=2)(encode_there)
+            names = [run.folder / f"{number:05}.npy" for number in range(count)]
+            refs = [
+                task.remote(tokenizer, there, str(path.resolve()), task_settings, (number, count))
+                for number, path in enumerate(names, 1)
+            ]
+            made = gather(ray, refs, lambda done: progress("encode", size * len(done) // count, size))
+            # By the paths of this machine; all parts of one output, of the next.
+            parts = [[(run.folder / path.name, about) for path, about in of_task] for of_task, _ in made]
+            by_output = list(zip(written, zip(*parts, strict=True), strict=True))
+            for ids, of_one in by_output:
+                if settings["split"] and not any(about["tokens"] for _, about in of_one):
+                    raise ConfigError(
+                        f"split: no document fell to {ids.path}; expected more documents, another share or another seed"
+                    )
+            run.note(count, joining=True)
+            joined = [join(of_one, files, ids, overwrite=replace) for ids, of_one in by_output]
+        except (TextError, FormatError, ConfigError, MismatchError):
+            run.remove()  # as by one process: nobody can go on with these
+            raise
+        run.remove()
+        return joined, sum(resumed for _, resumed in made)
 
 
-def join(parts: Sequence[Part], files: Sequence[Path], out: Path, *, overwrite: bool) -> Part:
-    """The token file of which these, each a `.npy` with its manifest, are all parts in order; `files` are their inputs.
-
-    Ids are copied in blocks; inputs that were divided are read once more for their checksums.
-    """
-    manifests = [manifest for _, manifest in parts]
-    made = {**manifests[0], "file": file_name(out)}
-    made["tokens"], made["text_bytes"] = (sum(m[field] for m in manifests) for field in ("tokens", "text_bytes"))
-    # A document that goes on in the next part is counted there.
-    made["documents"] = sum(m["documents"] - m["part"]["open"] for m in manifests[:-1]) + manifests[-1]["documents"]
-    made["max_id"] = max((m["max_id"] for m in manifests if m["max_id"] is not None), default=None)
-    made["sources"] = _sources(manifests, files)
-    for field in ("part", "document_ends", "created_by"):
-        made.pop(field, None)
-    replace, head = overwrite or is_orphan(out), NPY_HEADER if out.suffix != ".bin" else 0
-    ends_path = out.with_name(out.name + ".documents.npy")
-    has_ends = any("document_ends" in m for m in manifests) and made["documents"] > 0
-    with (
-        AtomicFile(out.with_name(out.name + ".json"), overwrite=replace) as side,
-        AtomicFile(ends_path, overwrite=replace) as ends_file,
-        AtomicFile(out, overwrite=overwrite) as ids,
-    ):
-        ids.write(npy_header(made["dtype"], made["tokens"])[:head])
-        for path, _ in parts:
-            with path.open("rb") as file:
-                file.seek(NPY_HEADER)
-                while block := file.read(BLOCK):
-                    ids.write(block)
-        ids.sync()
-        made["checksum"] = _core.payload_checksum(ids.partial, head)
-        if has_ends:
-            ends_file.write(npy_header("int64", made["documents"]))
-            _write_ends(parts, made["tokens"], ends_file)
-            ends_file.sync()
-            checksum = _core.payload_checksum(ends_file.partial, 0)
-            made["document_ends"] = {"file": file_name(ends_path), "checksum": checksum}
-        made["created_by"] = manifests[0]["created_by"]
-        side.write((json.dumps(made, indent=2, ensure_ascii=False) + "\n").encode())
-        side.commit()
-        if has_ends:
-            ends_file.commit()
-        ids.commit()
-    return out, made
+def _settings(
+    tokenizer: _core.Tokenizer, inputs: Inputs, files: Sequence[Path], settings: dict[str, Any]
+) -> list[Setting]:
+    """All that decides what is written, by name: as the core's states have it."""
+    known: dict[str, object] = {"tokenizer": tokenizer.hash}
+    known |= {name: settings[name] for name in ("dtype", "append_eot", "errors", "split", "seed", "index")}
+    known |= {"field": inputs.field, "sample": inputs.sample, "seed of the sample": inputs.seed}
+    known["version of bytekiln"] = _core.__version__
+    for number, file in enumerate(files, 1):
+        about = file.stat()
+        known[f"input {number}"] = f"{file.resolve()} of {about.st_size} bytes, {about.st_mtime_ns} ns"
+    return [
+        [name, json.dumps(value, sort_keys=True) if not isinstance(value, str) else value]
+        for name, value in known.items()
+    ]
 
 
-def _write_ends(parts: Sequence[Part], tokens: int, file: AtomicFile) -> None:
-    """Ends of documents, each written once it is known that it is one and where."""
-    import numpy as np
+class _Run:
+    """The folder of parts, of an unfinished run of the same kind or of a new one."""
 
-    begin, last = 0, None
-    for path, manifest in parts:
-        if "document_ends" in manifest:
-            ends = np.load(path.with_name(manifest["document_ends"]["file"])).astype("<i8") + begin
-            # What the part ends with is white space before the next document, or not the end of one.
-            ends[-1] -= manifest["part"]["tail"]
-            kept = ends[:-1] if manifest["part"]["open"] and path != parts[-1][0] else ends
-            if len(kept):
-                if last is not None:
-                    file.write(last)
-                file.write(kept[:-1].tobytes())
-                last = kept[-1:].tobytes()
-        begin += manifest["tokens"]
-    file.write(np.array([tokens], "<i8").tobytes())
+    def __init__(self, folder: Path, asked: list[Setting], *, overwrite: bool) -> None:
+        """See what is there; change nothing.
 
+        Raises:
+            ConfigError: it is of another run, the first difference of which is named.
+            FormatError: nobody can tell of which.
+        """
+        self.folder, self._about, self._asked = folder, folder / "run.json", asked
+        self._count, self.is_joining = 0, False
+        begin_anew = "expected the same to go on, another name, or --overwrite to begin anew"
+        try:
+            kept = json.loads(self._about.read_bytes())
+            theirs, count = [list(map(str, setting)) for setting in kept["settings"]], int(kept["parts"])
+            is_joining = bool(kept["joining"])
+        except FileNotFoundError:
+            return  # stopped before anything was begun, if at all
+        except OSError as error:
+            raise in_our_words(self._about, error) from None
+        except (ValueError, TypeError, KeyError) as error:
+            if overwrite:
+                return
+            raise FormatError(
+                f"{self._about}: {error!r} in a broken state of an unfinished run; {begin_anew}"
+            ) from None
+        if theirs == asked:
+            self._count, self.is_joining = count, is_joining
+        elif not overwrite:
+            none = ["inputs", "fewer"]
+            at = next(n for n in range(max(len(theirs), len(asked))) if theirs[n : n + 1] != asked[n : n + 1])
+            one, other = (" ".join(those[at] if at < len(those) else none) for those in (theirs, asked))
+            raise ConfigError(f"{folder}: is of an unfinished run with {one}; found {other}; {begin_anew}")
 
-def _sources(manifests: Sequence[dict[str, Any]], files: Sequence[Path]) -> list[dict[str, Any]]:
-    """The inputs, whole; those that were divided are joined."""
-    made: list[dict[str, Any]] = []
-    divided = set()
-    for source in (source for m in manifests for source in m["sources"]):
-        if source.get("offset"):
-            made[-1]["bytes"] += source["bytes"]
-        else:
-            made.append({k: v for k, v in source.items() if k != "offset"})
-        if "offset" in source:
-            divided.add(len(made) - 1)
-    for number in divided:
-        made[number]["checksum"] = _core.payload_checksum(files[number])
-    return made
+    def begin(self, count: int) -> int:
+        """Make the folder, of `count` parts or as many as it has. Returns which."""
+        if not self._count:
+            try:
+                if self.folder.exists():
+                    shutil.rmtree(self.folder)
+                self.folder.mkdir()
+            except OSError as error:
+                raise in_our_words(self.folder, error) from None
+            self._count = count
+            self.note(count, joining=False)
+        return self._count
 
+    def note(self, count: int, *, joining: bool) -> None:
+        """Say how far the run is."""
+        kept = {
+            "format": "bytekiln-parts", "version": 1, "parts": count, "joining": joining, "settings": self._asked
+        }  # fmt: skip
+        write_file(self._about, json.dumps(kept, indent=1).encode() + b"\n", overwrite=True)
 
-def _has_records(files: Sequence[Path]) -> bool:
-    names = (f.with_suffix("") if f.suffix.lower() in (".gz", ".zst", ".xz", ".bz2") else f for f in files)
-    return any(name.suffix.lower() in (".jsonl", ".ndjson", ".parquet") for name in names)
-
-
-def _error(kind: str, said: str) -> BytekilnError:
-    made: BytekilnError = getattr(errors, kind, ConfigError)(said)
-    return made
+    def remove(self) -> None:
+        """The run is over, or what it left is of no use."""
+        shutil.rmtree(self.folder, ignore_errors=True)

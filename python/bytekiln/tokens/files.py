@@ -1,6 +1,7 @@
 """What every writer of token files shares: the `.npy` header, names in manifests, what a killed writer left.
 
-In: paths, types, counts. Out: bytes and answers. Called by `characters_file` and `tokens.convert`. numpy stays out.
+In: paths, types, counts. Out: bytes and answers. Called by `characters_file`, `tokens.convert`, `tokens.join` and
+`encode_ray`. numpy stays out.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+
+from bytekiln.errors import FileError
 
 NPY_HEADER = 128
 """Bytes of the `.npy` header: fixed, so that the count can be filled in at the end."""
@@ -30,6 +33,18 @@ def npy_header(dtype: str, count: int) -> bytes:
 def file_name(path: Path) -> str:
     """A file's name as text, whatever bytes it has on the disk."""
     return os.fsencode(path.name).decode("utf-8", "replace")
+
+
+def refuse_link(path: Path) -> None:
+    """Refuse an output that is a symbolic link, as the core does: neither what it points to nor the link is replaced.
+
+    Raises:
+        FileError: it is one.
+    """
+    if path.is_symlink():
+        raise FileError(
+            f"{path}: is a symbolic link to {os.readlink(path)}; expected a file's own name to write"  # noqa: PTH115
+        )
 
 
 def is_orphan(path: Path) -> bool:
