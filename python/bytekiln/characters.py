@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from bytekiln.atomic import in_our_words, write_file
 from bytekiln.errors import ConfigError, FormatError, TextError
+from bytekiln.known import open_tokenizer
 from bytekiln.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -311,7 +312,7 @@ def load_any(
     """The tokenizer at `path`: one of characters by what the file says, else what `Tokenizer.from_file` reads.
 
     Args:
-        path: a file, or a folder with a `tokenizer.json`.
+        path: a file, a folder with a `tokenizer.json`, or a name as `known_tokenizer` has them.
         special_tokens: as in `Tokenizer.from_file`; a tokenizer of characters takes none.
         pattern: likewise.
 
@@ -324,7 +325,7 @@ def load_any(
             if given:
                 raise ConfigError(f"{name}: found {given!r} for {file}, a tokenizer of characters; expected none")
         return CharTokenizer.from_file(file)
-    return Tokenizer.from_file(path, special_tokens=special_tokens, pattern=pattern)
+    return open_tokenizer(path, special_tokens=special_tokens, pattern=pattern)
 
 
 def _read(path: Path, *, whole: bool = True) -> str:

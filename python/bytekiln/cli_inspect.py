@@ -31,6 +31,7 @@ from bytekiln.console import Parser, notice
 from bytekiln.inputs import Inputs
 from bytekiln.inspect.show import show
 from bytekiln.inspection import measure
+from bytekiln.known import open_tokenizer
 from bytekiln.tokenizer import Tokenizer
 from bytekiln.tokenizer_diff import diff
 
@@ -63,7 +64,13 @@ def inspect(argv: Sequence[str]) -> int:
         ],
     )
     add = parser.add_argument
-    add("tokenizers", nargs="*", type=Path, metavar="TOKENIZER", help="tokenizer.json; several are compared")
+    add(
+        "tokenizers",
+        nargs="*",
+        type=Path,
+        metavar="TOKENIZER",
+        help="tokenizer.json, or a name such as gpt2; several are compared",
+    )
     add("--vocab-path", type=Path, metavar="F", help="vocab.json of one more tokenizer, with --merges-path")
     add("--merges-path", type=Path, metavar="F", help="merges.txt")
     add("--pattern", type=text, metavar="P", help=PATTERN_HELP)
@@ -126,7 +133,7 @@ def inspect(argv: Sequence[str]) -> int:
 
 def _tokenizers(args: Namespace) -> dict[str, Tokenizer]:
     """By the names that they were given; one that is named twice is measured once."""
-    found = {str(path): Tokenizer.from_file(path, pattern=args.pattern) for path in args.tokenizers}
+    found = {str(path): open_tokenizer(path, pattern=args.pattern) for path in args.tokenizers}
     if args.vocab_path:
         found[str(args.vocab_path)] = Tokenizer.from_vocab_and_merges(
             args.vocab_path, args.merges_path, pattern=args.pattern or "gpt2"

@@ -1,7 +1,7 @@
 """Well-known tokenizers from files that are at hand. Nothing is ever downloaded.
 
 In: a name, and a path where the caller has one. Out: a `Tokenizer` with tiktoken's ids of that name. Called by users,
-as `bytekiln.known_tokenizer`.
+as `bytekiln.known_tokenizer`, and by the commands, which take such a name where no file has it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bytekiln.errors import ConfigError, FileError, MismatchError
 
 TYPE_CHECKING = False  # checkers take it for typing's own
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 _EOT = "<|endoftext|>"
 _FOLDER = "https://openaipublic.blob.core.windows.net"
@@ -32,7 +32,8 @@ class _Known:
     def names(self) -> set[str]:
         """Names under which the file lies about: its own, a shorter one, the one in tiktoken's cache."""
         address = f"{_FOLDER}/encodings/{self.file}"
-        return {self.file, self.file.replace("_base", ""), hashlib.sha1(address.encode()).hexdigest()}
+        names = {self.file, self.file.replace("_base", ""), hashlib.sha1(address.encode()).hexdigest()}
+        return names | {"gpt2.tiktoken"} if self.file == "r50k_base.tiktoken" else names
 
 
 # The digests, patterns and special tokens are those that tiktoken publishes (`tiktoken_ext/openai_public.py`).
@@ -73,7 +74,7 @@ def known_tokenizer(name: str, path: str | os.PathLike[str] | None = None) -> To
 
     Without a path the file is looked for where tiktoken keeps those that it has downloaded (`TIKTOKEN_CACHE_DIR`,
     `DATA_GYM_CACHE_DIR`, `data-gym-cache` in the folder for temporary files) and among the files of installed packages
-    (`mbpe` has cl100k's and o200k's). Only a file with the published SHA-256 is taken.
+    (`mbpe` has gpt2's, cl100k's and o200k's). Only a file with the published SHA-256 is taken.
 
     Args:
         name: `gpt2`, `r50k_base`, `p50k_base`, `cl100k_base` or `o200k_base`.
@@ -107,6 +108,29 @@ def known_tokenizer(name: str, path: str | os.PathLike[str] | None = None) -> To
         f"{name}: no file of it at hand, in tiktoken's cache or in an installed package; expected the path of "
         f"{known.file}, or TIKTOKEN_CACHE_DIR with it, as nothing is downloaded"
     )
+
+
+def open_tokenizer(
+    path: str | os.PathLike[str], *, special_tokens: Sequence[str] | None = None, pattern: str | None = None
+) -> Tokenizer:
+    """What a command's TOKENIZER means: a path, or where none is there, one of the well-known names.
+
+    Raises:
+        ConfigError: special tokens or a pattern for a well-known one, which has its own.
+        FileError, FormatError, ConfigError: as `Tokenizer.from_file` and `known_tokenizer`.
+    """
+    name = os.fspath(path)
+    if name not in KNOWN or Path(path).exists():
+        if not Path(path).suffix and os.sep not in name and not Path(path).exists():
+            raise FileError(
+                f"{name}: no such file; expected a tokenizer.json, .tiktoken ranks, a folder, or a well-known name: "
+                f"{', '.join(KNOWN)}"
+            )
+        return Tokenizer.from_file(path, special_tokens=special_tokens, pattern=pattern)
+    for setting, given in (("special_tokens", special_tokens), ("pattern", pattern)):
+        if given:
+            raise ConfigError(f"{setting}: found {given!r} for {name}, which has its own; expected none")
+    return known_tokenizer(name)
 
 
 def _of_ranks(file: Path, known: _Known) -> Tokenizer:

@@ -35,6 +35,7 @@ from bytekiln.config import (
 from bytekiln.convert import load_initial
 from bytekiln.data import train_paths
 from bytekiln.errors import ConfigError, FileError, MismatchError
+from bytekiln.known import KNOWN
 from bytekiln.model import TransformerLM
 from bytekiln.muon import has_fast_bf16
 
@@ -226,6 +227,8 @@ def resolved(config: RunConfig, vocab_size: int, device: torch.device, say: Say)
     for name in PATHS:
         if value := str(config.flat().get(name) or ""):
             parts = train_paths(value) if name == "train_data" else [value]
+            if name == "tokenizer" and value in KNOWN and not Path(value).exists():
+                continue  # a name, which means the same everywhere
             chosen[name] = ",".join(str(Path(part).absolute()) for part in parts)
     if t.precision == "auto":
         chosen["precision"] = "bf16" if _bf16_is_fast(device) else "fp32"

@@ -17,6 +17,7 @@ from bytekiln.bpe_flags import StageProgress, add_text_flags, size
 from bytekiln.console import Parser, table
 from bytekiln.inputs import Inputs
 from bytekiln.inspection import bare_token, measure
+from bytekiln.known import open_tokenizer
 from bytekiln.tokenizer import Tokenizer
 
 
@@ -95,7 +96,7 @@ def diff(argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     if len(args.tokenizers) != 2:
         parser.error(f"found {len(args.tokenizers)} tokenizers; expected two")
-    a, b = (Tokenizer.from_file(path) for path in args.tokenizers)
+    a, b = (open_tokenizer(path) for path in args.tokenizers)
     found: dict[str, Any] = {"tokenizers": {"a": str(args.tokenizers[0]), "b": str(args.tokenizers[1])}}
     found |= compare(a, b, shown=args.shown)
     if args.text:

@@ -17,7 +17,12 @@ from bytekiln.tokenizer import Tokenizer
 def add_tokenizer_flags(parser: Parser) -> None:
     """A `tokenizer.json`, or a vocabulary in other files."""
     add = parser.add_argument
-    add("--tokenizer", type=Path, metavar="T", help="tokenizer.json, or .tiktoken ranks")
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="T",
+        help="tokenizer.json, .tiktoken ranks, or a name such as gpt2 whose file is at hand",
+    )
     add("--vocab-path", type=Path, metavar="F", help="vocab.json, instead of --tokenizer, with --merges-path")
     add("--merges-path", type=Path, metavar="F", help="merges.txt")
     add(
