@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bytekiln import encode_files, train_bpe_from_iterator
+from bytekiln import TokenFile, encode_files, train_bpe_from_iterator
 from bytekiln.config import from_flat
 from bytekiln.data import Batch, Data, Prefetcher, load_tokenizer, open_data, to_device, train_paths
 from bytekiln.errors import BytekilnError, ConfigError, FileError, FormatError, MismatchError
@@ -204,6 +204,35 @@ def test_a_path_with_a_comma_that_exists_is_one_file(tmp_path: Path) -> None:
     assert train_paths(str(strange)) == [str(strange)]
     assert len(opened(tmp_path, train_data=str(strange)).train.files) == 1
     assert train_paths(" ,") == [" ,"]
+
+
+def test_shards_are_opened_by_the_name_that_they_were_given(tmp_path: Path) -> None:
+    tokenizer = train_bpe_from_iterator(
+        ["the kiln is warm " * 9], vocab_size=VOCAB + 200, special_tokens=["<|endoftext|>"]
+    )
+    text = tmp_path / "t.txt"
+    text.write_text("".join(f"the kiln {n} is warm<|endoftext|>" for n in range(400)))
+    whole = encode_files(tokenizer, text, tmp_path / "whole.npy").array
+    shards = encode_files(tokenizer, text, tmp_path / "s.npy", shard_tokens=(len(whole) - 1) // 3)
+    assert isinstance(shards, list) and len(shards[-1]) < 4  # less than a window
+    names = [str(f.path) for f in shards]
+    other = tokens(tmp_path / "other.npy", 500)
+    assert train_paths(str(tmp_path / "s.npy")) == names
+    assert train_paths(f"{other},{tmp_path / 's.npy'}") == [str(other), *names]
+    assert train_paths(str(tmp_path / "none.npy")) == [str(tmp_path / "none.npy")]
+    settings = {"vocab_size": tokenizer.n_vocab, "val_data": ""}
+    data = opened(tmp_path, train_data=str(tmp_path / "s.npy"), **settings)
+    assert [f.path.name for f in data.train.files] == ["s_00000.npy", "s_00001.npy", "s_00002.npy"]
+    assert any(re.search(r"s_00003\.npy: not read, a shard of \d+ tokens", notice) for notice in data.notices)
+    one = encode_files(tokenizer, text, tmp_path / "v.npy", shard_tokens=10**6)
+    assert isinstance(one, list) and len(one) == 1
+    validated = opened(tmp_path, train_data=names[0], **settings | {"val_data": str(tmp_path / "v.npy")}).val
+    assert validated is not None and [f.path for f in validated.files] == [one[0].path]
+    with pytest.raises(FileError, match=r"s\.npy: is in 4 shards, s_00000\.npy and so on; expected one of them"):
+        TokenFile.open(tmp_path / "s.npy")
+    refused(ConfigError, tmp_path, "val_data", "4 shards", train_data=names[0], val_data=str(tmp_path / "s.npy"))
+    Path(names[1]).unlink()
+    refused(FileError, tmp_path, "s_00001.npy: no such file", train_data=str(tmp_path / "s.npy"))
 
 
 def test_every_file_is_checked(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from bytekiln.overlap import LENGTH, overlap
 from bytekiln.packing import document_ends
 from bytekiln.prefetch import Prefetcher
 from bytekiln.sources import EvalSource, TrainSource
-from bytekiln.tokenfile import TokenFile
+from bytekiln.tokenfile import TokenFile, shards_of
 from bytekiln.tokenizer import Tokenizer
 from bytekiln.windows import Mixture, key_of, whole_shares
 
@@ -90,7 +90,7 @@ def open_data(config: RunConfig, tokenizer: AnyTokenizer | None) -> Data:
     if not d.train_data:
         raise ConfigError("train_data: found nothing; expected a token file (--train-data FILE, made by bpe-encode)")
     training = [_open(path, d) for path in train_paths(d.train_data)]
-    validation = _open(d.val_data, d) if d.val_data else None
+    validation = _open_validation(d) if d.val_data else None
     files = [*training, *([validation] if validation else [])]
     notices = [f.notice for f in files if f.notice]
     tokenizer_hash = _one_tokenizer(files, tokenizer, d)
@@ -138,10 +138,14 @@ def open_data(config: RunConfig, tokenizer: AnyTokenizer | None) -> Data:
 
 
 def train_paths(text: str) -> list[str]:
-    """The files that `train_data` names: one that exists under the whole text, else parts between commas."""
+    """The files that `train_data` names: one that exists under the whole text, else parts between commas.
+
+    A part that is no file may be what `bpe-encode --shard-tokens` was told to write: its shards.
+    """
     if os.path.exists(text):  # noqa: PTH110 - Path.exists raises where a list of many files is no possible name
         return [text]
-    return [part.strip() for part in text.split(",") if part.strip()] or [text]
+    parts = [part.strip() for part in text.split(",") if part.strip()] or [text]
+    return [file for part in parts for file in shards_of(part) or [part]]
 
 
 def _open(path: str, config: DataConfig) -> TokenFile:
@@ -151,6 +155,17 @@ def _open(path: str, config: DataConfig) -> TokenFile:
             f"bpe-encode TEXT --tokenizer tokenizer.json --out {path}"
         )
     return TokenFile.open(path, dtype=config.data_dtype or None)
+
+
+def _open_validation(config: DataConfig) -> TokenFile:
+    """The one file of validation data; of shards, one that is alone."""
+    files = [config.val_data] if Path(config.val_data).exists() else shards_of(config.val_data) or [config.val_data]
+    if len(files) > 1:
+        raise ConfigError(
+            f"val_data: found {len(files)} shards of {config.val_data}; expected one file, as bpe-encode writes it "
+            "without --shard-tokens"
+        )
+    return _open(files[0], config)
 
 
 def _one_tokenizer(files: Sequence[TokenFile], tokenizer: AnyTokenizer | None, config: DataConfig) -> str | None:
@@ -229,13 +244,20 @@ def _not_cut_short(
 ) -> list[int]:
     """Which files are read: not those of which `max_tokens` or `num_documents` leave less than a window.
 
-    All of them where nothing would be left, or where a file is too short by itself: then it is refused by name.
+    All of them where nothing would be left, or where a file is too short by itself: then it is refused by name. The
+    last one of several shards is what was left, and may be as short as that.
     """
-    enough = [len(ids) > context or len(ids) == len(f) for f, ids in zip(files, tokens, strict=True)]
+    last = [bool((f.manifest or {}).get("shard", {}).get("number")) for f in files]
+    enough = [
+        len(ids) > context or (len(ids) == len(f) and not of_many)
+        for f, ids, of_many in zip(files, tokens, last, strict=True)
+    ]
     if not any(enough):
         return list(range(len(files)))
     for f, ids, is_read in zip(files, tokens, enough, strict=True):
-        if not is_read:
+        if not is_read and len(ids) == len(f):
+            notices.append(f"{f.path}: not read, a shard of {len(ids):,} tokens, less than a window and one more")
+        elif not is_read:
             notices.append(f"{f.path}: not read, max_tokens or num_documents leave {len(ids):,} tokens of it")
     return [i for i, is_read in enumerate(enough) if is_read]
 

@@ -8,6 +8,7 @@ never by its suffix; a raw file's type comes from its manifest, else from the ca
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -85,6 +86,11 @@ class TokenFile:
             MismatchError: the manifest describes another file.
         """
         path = Path(path)
+        if names := shards_of(path):
+            raise FileError(
+                f"{path}: is in {len(names)} shards, {Path(names[0]).name} and so on; expected one of them "
+                "(lm-train --train-data takes all of them by this name)"
+            )
         head = head_of(path)
         if head.startswith(megatron.MAGIC):
             path = path.with_suffix(".bin")
@@ -247,6 +253,19 @@ class TokenFile:
             raise MismatchError(f"{side}: checksum {found}; expected {expected}, as {self.path.name}.json says")
 
 
+def shards_of(path: str | PathLike[str]) -> list[str]:
+    """The shards that `bpe-encode --out PATH --shard-tokens N` has written, in order; of anything else none.
+
+    Raises:
+        FileError, FormatError: the manifest of all of them is broken.
+    """
+    path = Path(path)
+    # Path.exists raises where a text is no possible name.
+    manifest = _read_manifest(path) if path.name and not os.path.exists(path) else None  # noqa: PTH110
+    names = [shard.get("file") for shard in (manifest or {}).get("shards") or [] if isinstance(shard, dict)]
+    return [str(path.with_name(name)) for name in names if isinstance(name, str) and name and "/" not in name]
+
+
 def _read_manifest(path: Path) -> dict[str, Any] | None:
     side = path.with_name(path.name + ".json")
     try:
@@ -264,4 +283,4 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     return manifest
 
 
-__all__ = ["TokenFile"]
+__all__ = ["TokenFile", "shards_of"]

@@ -18,7 +18,7 @@ class DataConfig(Section):
 
     train_data: str = setting(
         "",
-        "token file to train on (from bpe-encode; also llm.c's, Megatron's, nanoGPT's); several: a.npy,b.npy",
+        "token file to train on (from bpe-encode, or its shards; llm.c's, Megatron's, nanoGPT's); several: a.npy,b.npy",
         also=["train_path"],
         main=True,
         math=False,
