@@ -129,6 +129,34 @@ def test_where_documents_end_is_kept_by_an_id_or_beside(tmp_path: Path) -> None:
     assert convert(opened("llmc", tmp_path, ended), tmp_path / "unknown.npy").manifest["documents"] is None
 
 
+def test_white_space_behind_the_last_document_is_none(tmp_path: Path) -> None:
+    """As `bpe-encode` counts: documents stay as many through any format and back."""
+    eot = "<|endoftext|>"
+    kiln = train_bpe_from_iterator(["the kiln is warm"], vocab_size=270, special_tokens=[eot])
+    for name, text, documents in (("a", f"the kiln{eot} is{eot}\n \n", 2), ("b", f"the kiln{eot} is{eot} warm", 3)):
+        (tmp_path / "t.txt").write_text(text)
+        source = encode_files(kiln, tmp_path / "t.txt", tmp_path / f"{name}.npy", append_eot=False)
+        assert source.manifest is not None and source.manifest["documents"] == documents
+        for out in (f"{name}.idx", f"{name}2.bin"):
+            kind = None if out.endswith("idx") else "llmc"
+            assert convert(source, tmp_path / out, to=kind).manifest["documents"] == documents
+        ends = TokenFile.open(tmp_path / f"{name}.idx").document_ends
+        assert ends is not None and len(ends) == documents and ends[-1] == len(source)
+        again = convert(TokenFile.open(tmp_path / f"{name}2.bin"), tmp_path / f"{name}2.npy").manifest
+        assert again["documents"] == documents and again["eot_id"] == kiln.eot_id
+
+
+def test_an_output_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "there.npy").write_text("keep")
+    source = opened("npy", tmp_path)
+    for link, out in (("b.npy", "b.npy"), ("b.idx", "b.idx"), ("c.bin", "c.idx")):
+        (tmp_path / link).symlink_to(tmp_path / "there.npy")
+        with pytest.raises(FileError, match=rf"{link}: is a symbolic link to .*there\.npy; expected a file's own name"):
+            convert(source, tmp_path / out, overwrite=True)
+        assert (tmp_path / link).is_symlink() and (tmp_path / "there.npy").read_text() == "keep"
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_an_end_that_does_not_occur_is_said(tmp_path: Path) -> None:
     about, notices = convert(opened("llmc", tmp_path), tmp_path / "b.npy", eot_id=50_256)
     assert about["documents"] == 1

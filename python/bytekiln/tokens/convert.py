@@ -8,6 +8,7 @@ name; nothing grows with the input. Called by `tokens.command`.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -23,7 +24,7 @@ from bytekiln.characters import AnyTokenizer
 from bytekiln.errors import ConfigError, FileError, FormatError, MismatchError
 from bytekiln.tokenfile import TokenFile
 from bytekiln.tokens import llmc, megatron
-from bytekiln.tokens.files import file_name, is_orphan, npy_header
+from bytekiln.tokens.files import file_name, is_orphan, npy_header, refuse_link
 from bytekiln.tokens.mapping import looks_like
 from bytekiln.tokens.targets import HEADER_BYTES, TYPES, default_type, kind_of, outputs
 
@@ -118,6 +119,9 @@ class _Job:
         self.ids_path, self.ends_path = outputs(out, kind)
         self.overwrite, self.vocab_size, self.eot = overwrite, vocab_size, eot
         self.max_id, self.last_end = -1, 0
+        refuse_link(self.ids_path)
+        if kind == "megatron":
+            refuse_link(self.ends_path)
         if kind == "bin" and megatron.index_of(self.ids_path) is not None:
             raise ConfigError(
                 f"{self.ids_path.with_suffix('.idx')}: is a Megatron index and would be taken for that of "
@@ -191,6 +195,13 @@ class _Job:
                 self.ids.write(data)
                 progress((begin + len(ids)) * size, count * size)
         self.found = candidate if self.tells else None
+        told = (self.source.manifest or {}).get("documents")
+        if kept is None and self.documents > 1 and told == self.documents - 1 and self.source.array[-1] != candidate:
+            # As `bpe-encode` counts them: white space behind the last document is none.
+            self.spool.seek(-16, os.SEEK_END)
+            self.spool.write(np.array([count], "<i8").tobytes())
+            self.spool.truncate()
+            self.documents -= 1
 
     def _ends_in(self, ids: NDArray[Any], begin: int, eot: int | None) -> Ends:
         """What `eot` says of a block: a document ends behind each, and at the end of the file."""
