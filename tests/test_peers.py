@@ -6,19 +6,24 @@ import base64
 import hashlib
 import json
 import random
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import regex
 import tiktoken
+import tiktoken_ext.openai_public
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bytekiln
 from bytekiln import Tokenizer, _core
+from bytekiln.errors import FileError
+from conftest import SHARED
 
 EOT = "<|endoftext|>"
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -103,6 +108,65 @@ def test_ids_equal_hugging_face_on_real_text(
     for name in FILES:
         text = shared_bytes(name, 300_000).decode(errors="ignore")
         assert gpt2.encode(text, allowed_special="all") == theirs.encode(text).ids, name
+
+
+def known_and_theirs(name: str, gpt2: Tokenizer) -> tuple[Tokenizer, tiktoken.Encoding]:
+    """A well-known tokenizer, and tiktoken's with the same ranks and the pattern that it is published with."""
+    pattern = {"gpt2": "r50k", "cl100k_base": "cl100k", "o200k_base": "o200k"}[name]
+    try:
+        ours = gpt2 if name == "gpt2" else bytekiln.known_tokenizer(name)
+    except FileError:
+        pytest.skip(f"no file of {name} is at hand")
+    ranks = {token: i for i, token in ours.vocab.items() if i not in ours.special_tokens.values()}
+    published = getattr(tiktoken_ext.openai_public, f"{pattern}_base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiktoken_ext.openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks)
+        return ours, tiktoken.Encoding(**published())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
+def test_ids_equal_tiktoken_on_every_file_of_the_shared_data(
+    name: str, gpt2: Tokenizer, shared_bytes: Callable[..., bytes]
+) -> None:
+    """Whole files, binary ones too, special tokens recognised and not; tiktoken has them in pieces of megabytes."""
+    ours, theirs = known_and_theirs(name, gpt2)
+    special = {text for text in ours.special_tokens if text in theirs.special_tokens_set}
+    for path in every_file():
+        text = shared_bytes(str(path.relative_to(SHARED))).decode(errors="replace")
+        for allowed in (set[str](), special):
+            ids = ours.encode(text, allowed_special=allowed)
+            how: dict[str, Any] = {"allowed_special": allowed, "disallowed_special": ()}
+            expected = [id for part in in_lines(text, 4_000_000) for id in theirs.encode(part, **how)]
+            assert ids == expected, (path.name, allowed)
+
+
+def every_file() -> list[Path]:
+    files = sorted(path for path in SHARED.rglob("*") if path.is_file())
+    assert not SHARED.exists() or len(files) > 15
+    return files
+
+
+def in_lines(text: str, size: int) -> Iterator[str]:
+    """Pieces that end where every pattern ends a word: behind a letter and a newline, before a letter."""
+    begin = 0
+    while begin < len(text):
+        cut = re.compile(r"[a-z.]\n(?=[A-Za-z])").search(text, begin + size)
+        end = cut.end() if cut else len(text)
+        yield text[begin:end]
+        begin = end
+
+
+@pytest.mark.slow
+def test_ids_equal_hugging_face_on_every_file_of_the_shared_data(
+    gpt2: Tokenizer, shared_bytes: Callable[..., bytes], tmp_path: Path
+) -> None:
+    gpt2.save(tmp_path / "tokenizer.json")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for path in every_file():
+        text = shared_bytes(str(path.relative_to(SHARED))).decode(errors="ignore")
+        expected = [id for part in in_lines(text, 500_000) for id in theirs.encode(part).ids]
+        assert gpt2.encode(text, allowed_special="all") == expected, path.name
 
 
 strings = st.text(st.characters(exclude_categories=["Cs"]), max_size=40) | st.lists(
