@@ -17,7 +17,7 @@ from bytekiln.errors import FileError
 from bytekiln.schedule import Progress, learning_rate
 from bytekiln.sweep.coordinate import run_sweep
 from bytekiln.sweep.ready import checked_data
-from bytekiln.sweep.spec import SweepSpec, Trial, changed, load_spec, sweep_presets, trials_of
+from bytekiln.sweep.spec import SweepSpec, Trial, changed, load_spec, read_spec, sweep_presets, trials_of
 from lm_runs import ONE_THREAD, tokens
 
 STORIES = ("lr-tuning", "batch-size", "ablations", "owt-tinystories")
@@ -183,6 +183,20 @@ def test_missing_data_says_what_makes_it(name: str, way: str, tmp_path: Path, mo
     spec = load_spec(name)
     with pytest.raises(FileError, match=f"no such file; make it with: {way}"):
         checked_data(trials_of(spec), str(spec.base.get("dataset", "")))
+
+
+def test_shards_and_known_tokenizers_are_data_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards go by the name that `bpe-encode` was given; a well-known name stays one in every run."""
+    monkeypatch.chdir(tmp_path)
+    summary = {"format": "bytekiln-tokens", "version": 1, "file": "s.npy", "shards": [{"file": "s_00000.npy"}]}
+    (tmp_path / "s.npy.json").write_text(json.dumps(summary))
+    base = {"vocab_size": 61, "train_data": "s.npy", "tokenizer": "gpt2"}
+    trials = trials_of(read_spec({"base": base, "axes": {"lr": [1e-3]}}, "a.toml", "a", tmp_path))
+    assert [(t.config.data.train_data, t.config.data.tokenizer) for t in trials] == [(str(tmp_path / "s.npy"), "gpt2")]
+    checked_data(trials)
+    (tmp_path / "s.npy.json").unlink()
+    with pytest.raises(FileError, match=r"s\.npy: no such file"):
+        checked_data(trials)
 
 
 # --- really trained -----------------------------------------------------------------------------------------------

@@ -194,6 +194,13 @@ def test_raw_type_comes_from_the_caller_else_uint16_and_is_said(tmp_path: Path) 
         TokenFile.open(path, "float32")
 
 
+def test_a_pipe_or_a_device_is_refused_unopened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.bin")
+    for path in (tmp_path / "pipe.bin", Path(os.devnull), Path("/dev/zero")):
+        with pytest.raises(FileError, match=rf"{path}: is a pipe or a device; expected a token file"):
+            TokenFile.open(path, dtype="uint16")
+
+
 def test_what_is_no_token_file_is_refused_by_name(tmp_path: Path) -> None:
     def save(name: str, array: object) -> Path:
         np.save(tmp_path / name, array, allow_pickle=True)

@@ -135,6 +135,47 @@ os._exit(0)
     assert in_a_process(code) == "good\n"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads as Linux lists them")
+def test_a_small_text_starts_no_thread() -> None:
+    """None stays, and none comes and goes: the system's last number of a process or thread stays what it was."""
+    code = (
+        BEGIN
+        + """
+import threading
+from pathlib import Path
+def quiet(call):
+    def last():
+        return Path("/proc/loadavg").read_text().split()[-1]
+    for _ in range(5000):  # others make processes meanwhile
+        before = last()
+        call()
+        if last() == before:
+            return True
+def a_thread():
+    thread = threading.Thread(target=int)
+    thread.start()
+    thread.join()
+import numpy  # has threads of its own
+before = len(list(Path("/proc/self/task").iterdir()))
+text = "".join(TEXTS)[:300] * 30
+for name, call in {
+    "encode": lambda: k.encode(text),
+    "special": lambda: k.encode(text, allowed_special="all"),
+    "numpy": lambda: k.encode_to_numpy(text),
+    "batch": lambda: k.encode_batch([text[:300]] * 4),
+    "offsets": lambda: k.encode_with_offsets(text),
+    "iter": lambda: list(k.encode_iter([text, text])),
+    "bytes": lambda: k.decode(k.encode_bytes(text.encode())),
+}.items():
+    assert quiet(call), name
+assert len(list(Path("/proc/self/task").iterdir())) == before
+assert not quiet(a_thread), "the check itself"
+print("good")
+"""
+    )
+    assert in_a_process(code) == "good\n"
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_training_before_and_after_a_fork() -> None:
     code = (

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bytekiln.errors import ConfigError, FileError
+from bytekiln.known import KNOWN
 from bytekiln.sweep.spec import Trial
+from bytekiln.tokenfile import shards_of
 
 
 def checked_data(trials: Sequence[Trial], dataset: str = "") -> None:
@@ -29,7 +31,8 @@ def checked_data(trials: Sequence[Trial], dataset: str = "") -> None:
             path = Path(text)
             if text and text not in seen and path.is_file() and not path.stat().st_size:
                 raise FileError(f"{path}: empty file; expected the data of the sweep")
-            if text and text not in seen and not path.exists():
+            named = text in KNOWN if text == d.tokenizer else bool(shards_of(text))
+            if text and text not in seen and not path.exists() and not named:
                 of = dataset if dataset and path.name.startswith(f"{dataset}_") else ""
                 if path.parts[-3:-1] == ("data", "processed"):  # of a dataset that one variant names
                     of = of or path.stem.rpartition("_")[0]

@@ -16,6 +16,7 @@ from typing import Any
 from bytekiln.config import RunConfig, canonical, load_config, presets, read_table, stated_in
 from bytekiln.console import nearest
 from bytekiln.errors import ConfigError, FormatError
+from bytekiln.known import KNOWN
 from bytekiln.section import Value
 from bytekiln.sweep.axes import Axis, exact_name, folder_names, points_of, short
 from bytekiln.sweep.model import FORMAT, VERSION, SweepOutput, SweepSpec, Trial
@@ -278,7 +279,9 @@ def _placed(spec: SweepSpec, config: RunConfig, axis: Mapping[str, Value], varia
     paths["min_lr"] = float(f"{config.optimizer.floor_lr:.12g}")
     flat = config.flat()
     for field in DATA_PATHS:
-        if text := str(flat.get(field) or ""):
+        if (text := str(flat.get(field) or "")) and not (
+            field == "tokenizer" and text in KNOWN and not (begin / text).exists()
+        ):
             parts = text.split(",") if field == "train_data" else [text]
             paths[field] = ",".join(str(begin / p.strip()) for p in parts)
     for field, template in spec.templates():

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bytekiln.bpe_flags import check_output
-from bytekiln.console import Parser, Progress, human_bytes, human_time, notice, table
+from bytekiln.console import Parser, Progress, counted, human_bytes, human_time, notice, table
 from bytekiln.errors import ConfigError
 from bytekiln.tokenfile import TokenFile
 from bytekiln.tokenizer_flags import add_tokenizer_flags, tokenizer_of
@@ -112,7 +112,7 @@ def _check_type(source: TokenFile, told: str | None) -> None:
 
 def _summary(source: TokenFile, kind: str, done: Converted, seconds: float) -> str:
     about, size = done.manifest, source.array.nbytes
-    documents = f" in {about['documents']:,} documents" if about["documents"] else ", documents unknown"
+    documents = f" in {counted(about['documents'], 'document')}" if about["documents"] else ", documents unknown"
     rows = [
         ("tokens", f"{about['tokens']:,}{documents}, greatest id {about['max_id']:,}"),
         ("format", f"{NAMES[source.kind]} {source.dtype.name} to {NAMES[kind]} {about['dtype']}"),

@@ -34,7 +34,7 @@ def read_parts(paths: Sequence[Path]) -> list[Part]:
     Raises:
         FileError: a file or its manifest is missing.
         FormatError: a manifest that is none, or of no part.
-        MismatchError: a part is missing, there twice, damaged, or of other text, another tokenizer, other flags.
+        MismatchError: a part is missing, there twice, damaged, or of other text, another tokenizer, split or type.
     """
     parts = sorted(((path, manifest_of(path)) for path in paths), key=lambda part: part[1]["part"]["number"])
     (first, about) = parts[0]

@@ -22,8 +22,8 @@ def command(argv: Sequence[str]) -> int:
         "bpe-encode join",
         usage="bpe-encode join PART… --out OUT [--input INPUT…] [--overwrite]",
         description="Join the token files that bpe-encode --part 1/N … N/N have written into the one that a single "
-        "process writes. Parts are put in order and checked first: all there, once each, of the same inputs, tokenizer "
-        "and flags, unchanged since they were written.",
+        "process writes. Parts are put in order and checked first: all there, once each, of the same inputs and "
+        "tokenizer, unchanged since they were written.",
         examples=[
             "bpe-encode join part*.bin --out train.npy",
             "bpe-encode join part*.npy --out train.npy --input data/   # and checksums of the whole inputs",

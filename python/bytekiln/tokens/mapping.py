@@ -24,8 +24,13 @@ SCAN_IDS = 1 << 22
 def head_of(path: Path) -> bytes:
     """As many of the first bytes as any magic has, and what llm.c's header says behind its own."""
     try:
+        # Before it is opened, which a pipe that nobody writes to would never be.
+        if not path.is_file() and not path.is_dir() and path.exists():
+            raise FileError(f"{path}: is a pipe or a device; expected a token file")
         with path.open("rb") as file:
             return file.read(12)
+    except FileError:
+        raise
     except OSError as error:
         raise FileError(f"{path}: {reason(error)}; expected a token file") from None
 
