@@ -24,6 +24,7 @@ from bytekiln import TokenFile, Tokenizer, _core, cli, encode_ray, train_bpe_fro
 from bytekiln.atomic import AtomicFile
 from bytekiln.errors import BytekilnError, ConfigError, FileError, FormatError, MismatchError, OutputExistsError
 from bytekiln.inputs import Inputs
+from bytekiln.tokens import join as join_module
 from bytekiln.tokens.join import join, read_parts
 from encode_faults import EOT, WORDS, files_of, write_corpus, write_texts
 
@@ -56,6 +57,7 @@ def encode(inputs: Any, out: Path, **options: Any) -> tuple[list[tuple[Path, dic
     st.sampled_from([1, 2, 5]),
     st.sampled_from([".npy", ".bin"]),
     st.sampled_from([".npy", ".bin"]),
+    st.sampled_from([1, 3, 1 << 20]),
     st.randoms(use_true_random=False),
 )
 def test_parts_in_order_are_the_whole(
@@ -67,6 +69,7 @@ def test_parts_in_order_are_the_whole(
     count: int,
     from_suffix: str,
     to_suffix: str,
+    block: int,
     dice: random.Random,
 ) -> None:
     folder = tmp_path_factory.mktemp("parts")
@@ -79,7 +82,8 @@ def test_parts_in_order_are_the_whole(
     parts = read_parts(paths)
     assert [path.name for path, _ in parts] == [f"p{n}{from_suffix}" for n in range(count)]
     for name, files in (("j", inputs), ("k", None)):
-        with AtomicFile(folder / (name + to_suffix), overwrite=False) as ids:
+        with AtomicFile(folder / (name + to_suffix), overwrite=False) as ids, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(join_module, "BLOCK", block)
             joined, manifest = join(parts, files, ids, overwrite=False)
         assert joined.read_bytes() == whole.read_bytes()
         ends = [p.with_name(p.name + ".documents.npy") for p in (whole, joined)]

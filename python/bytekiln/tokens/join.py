@@ -18,6 +18,7 @@ from bytekiln.errors import FileError, FormatError, MismatchError
 from bytekiln.tokens.files import NPY_HEADER, NPY_MAGIC, file_name, is_orphan, npy_header
 
 BLOCK = 1 << 20
+"""Bytes of ids, or ends of documents, in memory at a time."""
 BYTES = {"uint16": 2, "uint32": 4}
 SAME = ("dtype", "tokenizer_hash", "vocab_size", "eot_id", "split", "created_by")
 """What all parts of one text have in common."""
@@ -199,15 +200,17 @@ def _write_ends(parts: Sequence[Part], tokens: int, file: AtomicFile) -> None:
     begin, last = 0, None
     for path, manifest in parts:
         if "document_ends" in manifest:
-            ends = np.load(path.with_name(manifest["document_ends"]["file"])).astype("<i8") + begin
-            # What the part ends with is white space before the next document, or not the end of one.
-            ends[-1] -= manifest["part"]["tail"]
-            kept = ends[:-1] if manifest["part"]["open"] and path != parts[-1][0] else ends
-            if len(kept):
+            ends = np.load(path.with_name(manifest["document_ends"]["file"]), mmap_mode="r")
+            # What the part ends with may be no end of a document, or white space before the next one.
+            kept = len(ends) - (manifest["part"]["open"] and path != parts[-1][0])
+            for at in range(0, kept, BLOCK):
+                block = ends[at : min(at + BLOCK, kept)].astype("<i8") + begin
+                if at + len(block) == len(ends):
+                    block[-1] -= manifest["part"]["tail"]
                 if last is not None:
                     file.write(last)
-                file.write(kept[:-1].tobytes())
-                last = kept[-1:].tobytes()
+                file.write(block[:-1].tobytes())
+                last = block[-1:].tobytes()
         begin += manifest["tokens"]
     file.write(np.array([tokens], "<i8").tobytes())
 
