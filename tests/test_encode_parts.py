@@ -334,9 +334,18 @@ def test_on_a_cluster_what_cannot_be(
     # Another way of running is another run.
     line = ["bpe-encode", *inputs, "--tokenizer", "t.json", "--out", "x.npy"]
     assert "is of an unfinished run with --ray" in command(*line, status=2).stderr and state.exists()
-    state.write_text("{")
-    with pytest.raises(FormatError, match=r"run\.json: .* in a broken state of an unfinished run; .*--overwrite"):
-        on(inputs, out, OneProcess())
+    told = state.read_text()
+    for broken in (
+        "{",
+        "[]",
+        "3",
+        told.replace('"parts": 8', '"parts": 9'),
+        told.replace('"version": 1', '"version": 2'),
+    ):
+        assert broken != told
+        state.write_text(broken)
+        with pytest.raises(FormatError, match=r"run\.json: is a broken state of an unfinished run .*--overwrite"):
+            on(inputs, out, OneProcess())
     command(*line, "--overwrite")
     assert not state.parent.exists()
     with pytest.raises(OutputExistsError, match="exists already"):

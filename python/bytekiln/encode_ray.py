@@ -6,6 +6,7 @@ In: inputs in a folder that the cluster's machines share. Out: the token files t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -26,6 +27,8 @@ LEAST_PART = 1 << 20
 """Bytes of input below which no task is worth while."""
 HELD_S = 30.0
 """How long a task waits for one of a killed command that still writes the same part."""
+VERSION = 1
+"""Of `run.json`, which says of which run the parts are."""
 Setting = list[str]
 """Name and value, as JSON has it."""
 
@@ -142,6 +145,10 @@ def _settings(
     ]
 
 
+def _checksum(kept: dict[str, object]) -> str:
+    return f"sha256:{hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()}"
+
+
 class _Run:
     """The folder of parts, of an unfinished run of the same kind or of a new one."""
 
@@ -157,17 +164,20 @@ class _Run:
         begin_anew = "expected the same to go on, another name, or --overwrite to begin anew"
         try:
             kept = json.loads(self._about.read_bytes())
+            if kept.pop("checksum", None) != _checksum(kept) or kept["version"] != VERSION:
+                raise ValueError("another version or other bytes")
             theirs, count = [list(map(str, setting)) for setting in kept["settings"]], int(kept["parts"])
             is_joining = bool(kept["joining"])
         except FileNotFoundError:
             return  # stopped before anything was begun, if at all
         except OSError as error:
             raise in_our_words(self._about, error) from None
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             if overwrite:
                 return
             raise FormatError(
-                f"{self._about}: {error!r} in a broken state of an unfinished run; {begin_anew}"
+                f"{self._about}: is a broken state of an unfinished run ({error}); expected a whole one, another name, "
+                "or --overwrite to begin anew"
             ) from None
         if theirs == asked:
             self._count, self.is_joining = count, is_joining
@@ -192,9 +202,10 @@ class _Run:
 
     def note(self, count: int, *, joining: bool) -> None:
         """Say how far the run is."""
-        kept = {
-            "format": "bytekiln-parts", "version": 1, "parts": count, "joining": joining, "settings": self._asked
+        kept: dict[str, object] = {
+            "format": "bytekiln-parts", "version": VERSION, "parts": count, "joining": joining, "settings": self._asked
         }  # fmt: skip
+        kept["checksum"] = _checksum(kept)
         write_file(self._about, json.dumps(kept, indent=1).encode() + b"\n", overwrite=True)
 
     def remove(self) -> None:
