@@ -150,6 +150,11 @@ def moved(manifest: dict[str, Any]) -> None:
         (lambda p: p[2].with_name("p3.npy.documents.npy").unlink(), FileError, "p3.npy.documents.npy: no such file"),
         (lambda p: edit(p[2], lambda m: m.pop("part")), FormatError, "p3.npy.json: is no part of an encoding"),
         (lambda p: edit(p[2], lambda m: m.update(part=3)), FormatError, "p3.npy.json: found part 3; expected"),
+        (lambda p: edit(p[2], lambda m: m.pop("sources")), FormatError, "p3.npy.json: found part .*; expected the man"),
+        (lambda p: edit(p[2], lambda m: m.update(sources=[3])), FormatError, "p3.npy.json: found part .* as bpe"),
+        (lambda p: edit(p[2], lambda m: m.pop("checksum")), FormatError, "p3.npy.json: found part .* as bpe"),
+        (lambda p: edit(p[2], lambda m: m.update(document_ends=1)), FormatError, "p3.npy.json: found part .* as bpe"),
+        (lambda p: edit(p[2], lambda m: m.update(dtype="int8")), FormatError, "p3.npy.json: found part .* as bpe"),
         (lambda p: edit(p[2], lambda m: m.update(shard={})), FormatError, "p3.npy: is in shards"),
         (lambda p: edit(p[2], lambda m: m["part"].update(of=4)), MismatchError, "found parts 4; expected 3"),
         (

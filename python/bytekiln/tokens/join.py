@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +86,28 @@ def manifest_of(path: Path) -> dict[str, Any]:
         raise FormatError(f"{path}: is in shards, which need no joining; expected parts made without --shard-tokens")
     if "part" not in manifest:
         raise FormatError(f"{side}: is no part of an encoding; expected token files made by: bpe-encode --part I/N")
-    with suppress(KeyError, TypeError):
-        part, known = manifest["part"], BYTES[manifest["dtype"]]
-        numbers = (part["number"], part["of"], part["tail"], manifest["tokens"], manifest["documents"])
-        if known and all(isinstance(n, int) and n >= 0 for n in numbers) and 1 <= part["number"] <= part["of"]:
-            return manifest
-    raise FormatError(f"{side}: found part {manifest['part']!r}; expected the manifest as bpe-encode wrote it")
+    if not _is_whole(manifest):
+        raise FormatError(f"{side}: found part {manifest['part']!r}; expected the manifest as bpe-encode wrote it")
+    return manifest
+
+
+def _is_whole(manifest: dict[str, Any]) -> bool:
+    """Whether it has all that is read of it here, of the types that `bpe-encode` writes."""
+    try:
+        part, ends, sources = manifest["part"], manifest.get("document_ends"), manifest["sources"]
+        numbers = [part["number"], part["of"], part["tail"], part["open"], manifest["tokens"], manifest["documents"]]
+        numbers += [manifest["text_bytes"], manifest["max_id"] or 0]
+        numbers += [n for source in sources for n in (source["bytes"], source.get("offset") or 0)]
+        texts = [manifest["checksum"], manifest["created_by"], *(source["name"] for source in sources)]
+        texts += [ends["file"], ends["checksum"]] if ends is not None else []
+        return (
+            manifest["dtype"] in BYTES
+            and all(isinstance(n, int) and n >= 0 for n in numbers)
+            and all(isinstance(text, str) for text in texts)
+            and 1 <= part["number"] <= part["of"]
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def verify(path: Path, manifest: dict[str, Any]) -> None:
