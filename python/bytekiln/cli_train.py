@@ -36,6 +36,7 @@ from bytekiln.bpe_flags import (
 from bytekiln.console import Parser, human_bytes, human_time, notice, table
 from bytekiln.errors import ConfigError
 from bytekiln.inspection import show_token
+from bytekiln.known import open_tokenizer
 from bytekiln.tokenizer import Tokenizer
 
 EOT = "<|endoftext|>"
@@ -249,7 +250,7 @@ def train(argv: Sequence[str]) -> int:
 
 
 def _learn(args: Namespace) -> tuple[list[Tokenizer], dict[str, Any]]:
-    extend = Tokenizer.from_file(args.extend) if args.extend else None
+    extend = open_tokenizer(args.extend) if args.extend else None
     with ExitStack() as bars:
         options: dict[str, Any] = {
             "vocab_size": [s.tokens for s in args.vocab_size],
