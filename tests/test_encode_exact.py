@@ -126,6 +126,7 @@ strings = st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=60)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # some minutes of one core, which may be shared
 @settings(max_examples=100_000, deadline=None)
 @given(strings)
 def test_a_hundred_thousand_strings(gpt2: Tokenizer, theirs: tiktoken.Encoding, text: str) -> None:
