@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import json
 import os
 import pickle
@@ -232,8 +233,12 @@ def test_bad_text_is_named(tmp_path: Path) -> None:
     assert (b"\xef", b"\xbf") in replaced.merges or (b"\xbf", b"\xbd") in replaced.merges
     path = tmp_path / "bad.txt"
     path.write_bytes(b"x" * 3_000_000 + b" \xe2\x82 tail")
-    with pytest.raises(TextError, match=r"bad\.txt: byte offset 3000001"):
+    with pytest.raises(TextError, match=r"bad\.txt: byte offset 3000001: invalid UTF-8 \(byte 0xe2\) in line 1;"):
         bytekiln.train_bpe(path, vocab_size=300)
+    packed = tmp_path / "bad.txt.gz"
+    packed.write_bytes(gzip.compress(b"x\n" * 3_000_000 + b"\xe2\x82 tail"))
+    with pytest.raises(TextError, match=r"bad\.txt\.gz: byte offset 6000000: .* in line 3000001;"):
+        bytekiln.train_bpe(packed, vocab_size=300)
 
 
 @pytest.mark.parametrize("format", ["tokenizer.json", "vocab+merges", "tiktoken"])

@@ -112,7 +112,7 @@ fn invalid_text_is_named_by_file_and_offset_and_nothing_is_left() {
         let inputs = inputs(folder.path(), &[b"fine", b"good text\n\xff\xfe more"]);
         let options = EncodeOptions { chunk_bytes, ..options() };
         let error = encode_files(&encoder, &inputs, &out, &options, &Progress::default()).unwrap_err().to_string();
-        assert!(error.contains("1.txt: byte offset 10: invalid UTF-8 (byte 0xff)"), "{error}");
+        assert!(error.contains("1.txt: byte offset 10: invalid UTF-8 (byte 0xff) in line 2; expected"), "{error}");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "only the inputs");
     }
 }

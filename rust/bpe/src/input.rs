@@ -206,16 +206,39 @@ impl Inputs {
             return Error::Text(match first_invalid(text) {
                 Some(at) => {
                     let offset = place(at).at + (at - place(at).start) as u64;
-                    format!("{path}: byte offset {offset}: {}", describe_invalid(text, at))
+                    let line = self.line_of(chunk.file, offset);
+                    format!("{path}: byte offset {offset}: {}", describe_invalid(text, at, line))
                 }
                 None => format!("{path}: {what}"),
             });
         }
         let (number, unit) = (place(start).at, if file.kind == Kind::Parquet { "row" } else { "line" });
         Error::Text(match first_invalid(text) {
-            Some(at) => format!("{path}: {unit} {number}: byte {at} of the text: {}", describe_invalid(text, at)),
+            Some(at) => {
+                format!("{path}: {unit} {number}: byte {at} of the text: {}", describe_invalid(text, at, None))
+            }
             None => format!("{path}: {unit} {number}: {what}"),
         })
+    }
+
+    /// The line, from 1, of a byte of a file's text: read once more. None where that cannot be.
+    fn line_of(&self, file: usize, offset: u64) -> Option<u64> {
+        let found = &self.files[file];
+        if found.stdin {
+            return None;
+        }
+        let mut stream = Stream::open(found, None).ok()?;
+        let (mut bytes, mut left, mut line) = (Vec::new(), offset, 1);
+        while left > 0 {
+            bytes.clear();
+            stream.read_to(&mut bytes, left.min(1 << 20) as usize).ok()?;
+            if bytes.is_empty() {
+                return None;
+            }
+            left -= bytes.len() as u64;
+            line += memchr::memchr_iter(b'\n', &bytes).count() as u64;
+        }
+        Some(line)
     }
 
     fn records(&self, file: usize) -> Records<'_> {

@@ -47,14 +47,15 @@ pub fn first_invalid(bytes: &[u8]) -> Option<usize> {
 pub fn valid_text(bytes: &[u8]) -> Result<&str> {
     simdutf8::basic::from_utf8(bytes).map_err(|_| {
         let at = first_invalid(bytes).unwrap_or(0);
-        Error::Text(format!("byte offset {at}: {}", describe_invalid(bytes, at)))
+        Error::Text(format!("byte offset {at}: {}", describe_invalid(bytes, at, None)))
     })
 }
 
 /// What stands at an invalid place, and the ways out.
-pub fn describe_invalid(bytes: &[u8], at: usize) -> String {
+pub fn describe_invalid(bytes: &[u8], at: usize, line: Option<u64>) -> String {
+    let line = line.map_or(String::new(), |line| format!(" in line {line}"));
     format!(
-        "invalid UTF-8 (byte 0x{:02x}); expected UTF-8 text, or choose errors=\"replace\" or \"bytes\" (--errors)",
+        "invalid UTF-8 (byte 0x{:02x}){line}; expected UTF-8 text, or choose errors=\"replace\" or \"bytes\" (--errors)",
         bytes[at]
     )
 }

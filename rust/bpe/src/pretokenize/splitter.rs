@@ -152,7 +152,7 @@ impl Splitter {
         match policy {
             TextPolicy::Error => {
                 let at = first_invalid(bytes).unwrap_or(0);
-                Err(Error::Text(format!("byte offset {at}: {}", describe_invalid(bytes, at))))
+                Err(Error::Text(format!("byte offset {at}: {}", describe_invalid(bytes, at, None))))
             }
             TextPolicy::Replace => self.split(&String::from_utf8_lossy(bytes), f),
             TextPolicy::Bytes => {
