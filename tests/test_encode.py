@@ -192,6 +192,7 @@ def test_killed_at_some_moments(kiln: Tokenizer, large: list[Path], tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # minutes on a shared machine
 @pytest.mark.parametrize("more", [{}, MORE])
 def test_killed_at_a_hundred_moments(kiln: Tokenizer, large: list[Path], tmp_path: Path, more: dict[str, Any]) -> None:
     assert killed(large, tmp_path, 100, 12, more) > 10
@@ -451,6 +452,7 @@ def grown_by(folder: Path, **arguments: Any) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # minutes on a shared machine
 @pytest.mark.parametrize("more", [{}, {"shard_tokens": 10_000_000, "index": True, "split": {"val": 0.01}}])
 def test_two_gigabytes_within_a_hundred_megabytes(kiln: Tokenizer, tmp_path: Path, more: dict[str, Any]) -> None:
     dice = random.Random(1)
@@ -464,6 +466,7 @@ def test_two_gigabytes_within_a_hundred_megabytes(kiln: Tokenizer, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # minutes on a shared machine
 def test_a_single_line_of_a_gigabyte(kiln: Tokenizer, tmp_path: Path) -> None:
     """Text has borders inside of a line; a record is held as a whole: line, text and ids."""
     dice = random.Random(1)
