@@ -1,4 +1,4 @@
-//! Criterion bench of encoding, with bytes a second. The phases of training: `phases.rs`. The text is made here, so that
+//! Criterion bench of encoding and decoding, with bytes a second. The phases of training: `phases.rs`. The text is made here, so that
 //! the bench runs in a bare clone; `benches/peers.py` uses real text.
 
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test ends where something fails")]
@@ -60,6 +60,19 @@ fn benches(c: &mut Criterion) {
             (encoder, ids)
         };
         b.iter_batched(make, encode, BatchSize::PerIteration);
+    });
+    group.finish();
+    let mut ids = Vec::<u32>::new();
+    encoder.encode(&text, Allowed::None, &mut ids).unwrap();
+    let mut group = c.benchmark_group("decode");
+    group.throughput(Throughput::Bytes(text.len() as u64));
+    group.bench_function("prose", |b| {
+        let mut bytes = Vec::new();
+        b.iter(|| {
+            bytes.clear();
+            encoder.decode(&ids, false, &mut bytes).unwrap();
+            black_box(bytes.len())
+        });
     });
     group.finish();
 }

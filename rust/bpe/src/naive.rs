@@ -103,3 +103,15 @@ pub fn encode(vocab: &Vocab, word: &[u8]) -> Vec<TokenId> {
         ids.splice(at..at + 2, [id]);
     }
 }
+
+/// Decodes: the tokens' bytes joined, special ones left out if asked for; or the place of the first id that no token has.
+pub fn decode(vocab: &Vocab, ids: &[TokenId], skip_special: bool) -> Result<Vec<u8>, usize> {
+    let mut out = Vec::new();
+    for (place, &id) in ids.iter().enumerate() {
+        let token = vocab.token(id).ok_or(place)?;
+        if !(skip_special && vocab.is_special(id)) {
+            out.extend_from_slice(token);
+        }
+    }
+    Ok(out)
+}

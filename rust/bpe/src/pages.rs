@@ -4,6 +4,8 @@
 //! all over, asks for more translations of addresses than the processor keeps. Linux gives pages of 2 MB to memory that
 //! asks for them before it is touched, wherever a whole one fits in.
 
+use std::mem::MaybeUninit;
+
 /// Size of a large page; an array that is smaller gains nothing.
 #[cfg(target_os = "linux")]
 const PAGE: usize = 1 << 21;
@@ -12,17 +14,24 @@ const PAGE: usize = 1 << 21;
 /// nothing happens.
 #[allow(clippy::ptr_arg, reason = "its room is what matters")]
 pub(crate) fn large<T>(vector: &Vec<T>) {
+    advise(vector.as_ptr() as usize, vector.capacity() * size_of::<T>());
+}
+
+/// The same for room that nobody has written to.
+pub(crate) fn large_room(room: &mut [MaybeUninit<u8>]) {
+    advise(room.as_ptr() as usize, room.len());
+}
+
+fn advise(start: usize, bytes: usize) {
     #[cfg(target_os = "linux")]
     {
-        let bytes = vector.capacity() * size_of::<T>();
         if bytes < PAGE {
             return;
         }
-        let start = vector.as_ptr() as usize;
         let page = start & !4095;
-        // SAFETY: advice changes no contents; and the pages from the vector's first byte to its last are mapped.
+        // SAFETY: advice changes no contents; and the pages from the room's first byte to its last are mapped.
         unsafe { libc::madvise(page as *mut libc::c_void, start + bytes - page, libc::MADV_HUGEPAGE) };
     }
     #[cfg(not(target_os = "linux"))]
-    let _ = vector;
+    let _ = (start, bytes);
 }

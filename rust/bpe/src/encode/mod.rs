@@ -5,8 +5,9 @@
 //!
 //! Rooms: `ids` (how wide an id is, where ids go) < `simd`, `pairs` (which pairs merge) < `merge`, `window`, `lockstep` (a word's bytes →
 //! its ids), `table` (words met before) < `words` < here. A word met before is one look-up; a new one is merged in time that
-//! grows as its length does.
+//! grows as its length does. `decode` is the way back.
 
+mod decode;
 mod ids;
 mod lockstep;
 mod merge;
@@ -22,6 +23,8 @@ use std::thread;
 
 use bytekiln_simd::Level;
 
+use self::decode::SlotsMade;
+pub use self::decode::{Decoding, Ids, NO_ID, room_for};
 use self::ids::Id;
 use self::ids::no_memory;
 pub use self::ids::{Out, Packed};
@@ -112,6 +115,7 @@ pub struct Encoder {
     /// In the order of the splitter's special tokens.
     special_ids: Arc<[TokenId]>,
     hash: OnceLock<String>,
+    slots: SlotsMade,
 }
 
 impl Encoder {
@@ -130,6 +134,7 @@ impl Encoder {
             ordinary: Arc::new(Splitter::new(pattern, &[])?),
             special_ids: vocab.specials().iter().map(|special| special.1).collect(),
             hash: OnceLock::new(),
+            slots: SlotsMade::default(),
             vocab,
         })
     }
@@ -359,25 +364,6 @@ impl Encoder {
             }
         })?;
         Ok(pieces)
-    }
-
-    /// Appends the bytes of `ids`.
-    ///
-    /// # Errors
-    /// [`Error::Config`] for an id that is not in the vocabulary, with its place.
-    pub fn decode(&self, ids: &[TokenId], skip_special: bool, out: &mut Vec<u8>) -> Result<()> {
-        for (place, &id) in ids.iter().enumerate() {
-            let Some(bytes) = self.vocab.token(id) else {
-                return Err(Error::Config(format!(
-                    "ids[{place}]: found {id}; expected ids below the vocabulary's size {}",
-                    self.vocab.len()
-                )));
-            };
-            if !(skip_special && self.vocab.is_special(id)) {
-                out.extend_from_slice(bytes);
-            }
-        }
-        Ok(())
     }
 }
 
