@@ -7,10 +7,8 @@ use bytekiln_bpe::Error;
 use bytekiln_bpe::encode::Allowed;
 use bytekiln_bpe::formats::SpecialNames;
 use bytekiln_bpe::train::TokenId;
-use pyo3::buffer::{Element, PyBuffer};
-use pyo3::exceptions::PyOverflowError;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict, PyIterator, PyList, PyMemoryView, PyString};
+use pyo3::types::{PyBytes, PyDict, PyIterator, PyMemoryView, PyString};
 
 use crate::error::to_python;
 
@@ -108,35 +106,6 @@ pub fn text_of<'a>(text: &'a Bound<'_, PyString>) -> PyResult<&'a str> {
         let what = format!("text: {}; expected a string without lone surrogates", e.value(text.py()));
         to_python(text.py(), &Error::Text(what))
     })
-}
-
-/// Ids from a sequence of integers or any buffer of them.
-pub fn ids_of(ids: &Bound<'_, PyAny>) -> PyResult<Vec<TokenId>> {
-    fn buffer<T: Element + Copy + Into<i64>>(ids: &Bound<'_, PyAny>) -> Option<Vec<i64>> {
-        let buffer = PyBuffer::<T>::get(ids).ok()?;
-        // Other shapes and byte orders go the way of sequences, which refuses or reads them.
-        if buffer.dimensions() != 1 || buffer.format().to_bytes().starts_with(b">") {
-            return None;
-        }
-        let values = buffer.to_vec(ids.py()).ok()?;
-        Some(values.into_iter().map(Into::into).collect())
-    }
-    let values = if ids.cast::<PyList>().is_ok() { None } else { buffer::<u16>(ids) };
-    let values = values.or_else(|| buffer::<u32>(ids)).or_else(|| buffer::<i64>(ids)).or_else(|| buffer::<i32>(ids));
-    let values = values.map_or_else(|| ids.extract::<Vec<i64>>(), Ok).map_err(|error| {
-        if !error.is_instance_of::<PyOverflowError>(ids.py()) {
-            return error;
-        }
-        let what = "ids: found a number beyond 64 bits; expected ids below the vocabulary's size".into();
-        to_python(ids.py(), &Error::Config(what))
-    })?;
-    let narrow = |(place, id): (usize, i64)| {
-        TokenId::try_from(id).map_err(|_| {
-            let what = format!("ids[{place}]: found {id}; expected ids from 0 up to the vocabulary's size");
-            to_python(ids.py(), &Error::Config(what))
-        })
-    };
-    values.into_iter().enumerate().map(narrow).collect()
 }
 
 /// Ids as a list of Python's.

@@ -6,7 +6,9 @@
 
 mod arguments;
 mod counts;
+mod decode;
 mod error;
+mod ids;
 mod inputs;
 mod kernels;
 mod stream;

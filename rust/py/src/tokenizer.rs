@@ -18,10 +18,9 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyBytes, PyDict, PyString, PyTuple};
 
-use crate::arguments::{
-    IdList, MergesArgument, SpecialArgument, SpecialSet, TextArgument, VocabArgument, ids_of, text_of,
-};
-use crate::error::{OrRaise, to_python};
+use crate::arguments::{IdList, MergesArgument, SpecialArgument, SpecialSet, TextArgument, VocabArgument, text_of};
+use crate::decode::{bytes_of, text_of_ids};
+use crate::error::OrRaise;
 use crate::stream::TokenIterator;
 use crate::threads_or_default;
 
@@ -385,44 +384,29 @@ impl Tokenizer {
         self.encoder.pretokenize(text).or_raise(py)
     }
 
-    /// Text of `ids` (a sequence, or an array of integers).
+    /// Text of `ids`.
     ///
     /// Args:
-    ///     ids: token ids.
+    ///     ids: a sequence of integers, or an array or a buffer of them, which is read where it lies; a tensor.
     ///     errors: bytes that are not UTF-8: "replace" by U+FFFD, "ignore", or "strict" (TextError).
     ///     skip_special_tokens: leave special tokens out.
     ///
     /// Raises:
     ///     ConfigError: an id that is not in the vocabulary, with its place.
     #[pyo3(signature = (ids, *, errors="replace", skip_special_tokens=false))]
-    fn decode(
+    fn decode<'py>(
         &self,
-        py: Python<'_>,
-        ids: &Bound<'_, PyAny>,
+        ids: &Bound<'py, PyAny>,
         errors: &str,
         skip_special_tokens: bool,
-    ) -> PyResult<String> {
-        let bytes = self.bytes_of(ids, skip_special_tokens)?;
-        match errors {
-            "replace" => Ok(String::from_utf8_lossy(&bytes).into_owned()),
-            "ignore" => Ok(bytes.utf8_chunks().map(|chunk| chunk.valid()).collect()),
-            "strict" => String::from_utf8(bytes).map_err(|e| {
-                let at = e.utf8_error().valid_up_to();
-                let what =
-                    format!("decoded byte {at}: invalid UTF-8; expected text, or decode_bytes or errors=\"replace\"");
-                to_python(py, &Error::Text(what))
-            }),
-            _ => {
-                let what = format!("errors: found {errors:?}; expected strict, replace or ignore");
-                Err(to_python(py, &Error::Config(what)))
-            }
-        }
+    ) -> PyResult<Bound<'py, PyString>> {
+        text_of_ids(&self.encoder, ids, errors, skip_special_tokens)
     }
 
     /// Bytes of `ids`; `decode_bytes(encode(text)) == text.encode()`.
     #[pyo3(signature = (ids, *, skip_special_tokens=false))]
     fn decode_bytes<'py>(&self, ids: &Bound<'py, PyAny>, skip_special_tokens: bool) -> PyResult<Bound<'py, PyBytes>> {
-        Ok(PyBytes::new(ids.py(), &self.bytes_of(ids, skip_special_tokens)?))
+        bytes_of(&self.encoder, ids, skip_special_tokens)
     }
 
     /// Id of a token by its bytes or text, a special token by its text; None if there is none.
@@ -499,13 +483,5 @@ impl Tokenizer {
             dict.set_item(PyBytes::new(py, vocab.token(id).unwrap_or_default()), id)?;
         }
         Ok(dict)
-    }
-
-    fn bytes_of(&self, ids: &Bound<'_, PyAny>, skip_special: bool) -> PyResult<Vec<u8>> {
-        let py = ids.py();
-        let ids = ids_of(ids)?;
-        let mut bytes = Vec::with_capacity(ids.len() * 4);
-        self.encoder.decode(&ids, skip_special, &mut bytes).or_raise(py)?;
-        Ok(bytes)
     }
 }
