@@ -368,7 +368,7 @@ def main(contest: str, name: str, text: str, threads: str, out: str, cache: str)
 
 
 DIGESTS: dict[str, Callable[[Any], str]] = {}
-OTHERS = ("encode-cl100k", "encode-own", "piece", "load", "short", "decode")
+OTHERS = ("encode-cl100k", "encode-own", "piece", "load", "short", "decode", "decode-text")
 if __name__ != "__main__" or sys.argv[1] in OTHERS:
     import contestants_encode
 

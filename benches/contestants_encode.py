@@ -2,7 +2,7 @@
 
 `encode-cl100k`: as `encode`, with the ranks of the package mbpe. `encode-own`: with a tokenizer of 10,000 tokens that
 `peers.py` has trained on the text. `piece`: one pre-token of 10 MB. `load`: from disk to the ids of "hello".
-`short`: texts of 20 to 200 bytes, a call each. `decode`: 100 million ids.
+`short`: texts of 20 to 200 bytes, a call each. `decode`, `decode-text`: 100 million ids to bytes, to a string.
 """
 
 from __future__ import annotations
@@ -202,9 +202,15 @@ def enter(contestant: Enter, timed: Callable[..., Any], digests: dict[str, Calla
 
         return hashlib.blake2b(text if isinstance(text, bytes) else text.encode(), digest_size=4).hexdigest()
 
-    digests["decode"] = size
+    digests["decode"] = digests["decode-text"] = size
 
     @contestant("decode", "bytekiln")
+    def _(job: Job) -> Any:
+        t, ids = ours(job), ids_of(job)
+        numbers = ids.tolist()
+        return timed(lambda: t.decode_bytes(numbers))
+
+    @contestant("decode", "bytekiln, an array", "bytekiln")
     def _(job: Job) -> Any:
         t, ids = ours(job), ids_of(job)
         return timed(lambda: t.decode_bytes(ids))
@@ -213,6 +219,24 @@ def enter(contestant: Enter, timed: Callable[..., Any], digests: dict[str, Calla
     def _(job: Job) -> Any:
         from contestants import tiktoken_gpt2
 
+        # It has no way of its own for arrays: number by number they take longer than a list.
         t, ids = tiktoken_gpt2(job), ids_of(job)
         numbers = ids.tolist()
         return timed(lambda: t.decode_bytes(numbers))
+
+    def text_contest(call: Callable[..., Any], numbers: Any) -> Any:
+        return timed(lambda: call(numbers))
+
+    @contestant("decode-text", "bytekiln")
+    def _(job: Job) -> Any:
+        return text_contest(ours(job).decode, ids_of(job).tolist())
+
+    @contestant("decode-text", "bytekiln, an array", "bytekiln")
+    def _(job: Job) -> Any:
+        return text_contest(ours(job).decode, ids_of(job))
+
+    @contestant("decode-text", "tiktoken")
+    def _(job: Job) -> Any:
+        from contestants import tiktoken_gpt2
+
+        return text_contest(tiktoken_gpt2(job).decode, ids_of(job).tolist())

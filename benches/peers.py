@@ -1,6 +1,6 @@
 """bytekiln beside its peers: training, encoding, file to token file; a language model's step (`peers_lm`).
 
-    peers.py train|encode|file|encode-cl100k|encode-own|piece|load|short|decode|all
+    peers.py train|encode|file|encode-cl100k|encode-own|piece|load|short|decode|decode-text|all
              [--quick] [--threads 1] [--rounds 5] [--only NAME…] [--text FILE] [--vocab-size N]
     peers.py lm [--help]
 
@@ -37,7 +37,7 @@ SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bytekiln" / "bench"
 QUICK_BYTES = 8_000_000
 PIECE_BYTES = 10_000_000
-ALONE = ("piece", "load", "short", "decode")
+ALONE = ("piece", "load", "short", "decode", "decode-text")
 """Contests that have no use for threads."""
 
 
