@@ -116,7 +116,9 @@ def test_every_document_is_in_one_part(
         ends = file.document_ends
         return [] if ends is None else [tuple(d) for d in np.split(file.array, ends[:-1])]
 
-    if KILN.eot_id in (read(folder / "c.npy")[-1],) and end is True and not records:
+    # White space alone is no document and goes with the next one, which may fall elsewhere.
+    plain = all(text.strip() for text in texts) and not records
+    if KILN.eot_id in (read(folder / "c.npy")[-1],) and end is True and plain:
         assert sorted(documents(made[0][0]) + documents(made[1][0])) == sorted(documents(folder / "c.npy"))
 
 
