@@ -78,6 +78,7 @@ FLOORS = [
     ],
     [
         "attention",
+        "positions",
         "muon",
         "averaging",
         "loss",

@@ -56,7 +56,7 @@ EVERYTHING: list[dict[str, object]] = [
     {"ffn": "moe", "num_experts": 4, "expert_ffn": "relu2", "load_balancing": "bias"},
     {"ffn": "moe", "num_experts": 4, "load_balancing": "loss", "router_noise": 0.1},
     {"z_loss": 1e-4, "logit_softcap": 15.0, "loss_chunk": 5, "value_embeddings": True, "residual_lambdas": True},
-    {"windows": "stream", "sliding_window": 4, "qk_norm": True, "num_kv_heads": 1},
+    {"windows": "stream", "sliding_window": 4, "qk_norm": True, "num_kv_heads": 1, "token_shift": 2},
 ]
 
 

@@ -30,6 +30,7 @@ VARIANTS = [
         "embedding_norm": True,
         "pad_vocab": True,
     },
+    {"token_shift": 2, "embedding_norm": True, "tie_embeddings": True, "position": "learned"},
     {"ffn": "moe", "num_experts": 4, "num_shared_experts": 1, "num_kv_heads": 1, "d_ff": 24, "sliding_window": 3},
     {"ffn": "moe", "expert_ffn": "relu2", "expert_top_k": 1, "d_ff": 24, "load_balancing": "bias"},
 ]
@@ -181,12 +182,49 @@ def test_cache_gives_the_logits_of_the_whole(values: dict[str, object]) -> None:
 
 
 def test_cache_one_token_at_a_time_with_documents() -> None:
-    model = shaken(build(sliding_window=4, num_kv_heads=2, value_embeddings=True))
+    model = shaken(build(sliding_window=4, num_kv_heads=2, value_embeddings=True, token_shift=3))
     tokens, cache = ids(2, 12), KVCache(3)
     documents = torch.tensor([[0] * 7 + [1] * 5, [0] * 2 + [1] * 10], dtype=torch.int32)
     with torch.no_grad():
         parts = [model(tokens[:, t : t + 1], cache, documents[:, t : t + 1]) for t in range(12)]
         torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens, None, documents), rtol=1e-5, atol=1e-5)
+
+
+def test_a_token_shift_begins_as_nothing_and_looks_back_only() -> None:
+    plain, shifted = build(), build(token_shift=2)
+    shifted.load_state_dict(plain.state_dict(), strict=False)
+    tokens = ids(2, 12)
+    assert torch.equal(shifted.shift_lambdas, torch.zeros(2, 32))
+    assert torch.equal(plain(tokens), shifted(tokens))
+    shaken(shifted)
+    other = tokens.clone()
+    other[:, 7] = (other[:, 7] + 1) % 50
+    with torch.no_grad():
+        assert torch.equal(shifted(tokens)[:, :7], shifted(other)[:, :7])
+        # One layer of nothing but feed-forwards: what token 7 is reaches positions 7, 8 and 9.
+        bare = shaken(build(token_shift=2, num_layers=1, zero_init_projections=True))
+        bare.layers[0].attn.output_proj.weight.zero_()
+        changed = (bare(tokens) != bare(other)).any(-1).any(0)
+    assert changed.tolist() == [7 <= t <= 9 for t in range(12)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "products"])
+def test_the_residual_stream_has_the_type_that_was_asked_for(precision: str) -> None:
+    """bf16 products over fp32 weights either way; the stream is fp32, or bf16 from the embedding on."""
+    model = shaken(build(residual_precision=precision, residual_lambdas=True, token_shift=2, embedding_norm=True,
+                         value_embeddings=True, qk_norm=True))  # fmt: skip
+    seen: list[torch.dtype] = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda _m, _a, out: seen.append(out.dtype))
+    exact = model(ids(2, 12)).detach()
+    assert set(seen) == {torch.float32}
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(ids(2, 12))
+        low.float().square().sum().backward()
+    assert set(seen) == {torch.bfloat16 if precision == "products" else torch.float32}
+    assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    assert float((low.detach().float() - exact).norm() / exact.norm()) < 0.05
 
 
 def test_features_are_all_but_the_head() -> None:
@@ -303,6 +341,11 @@ def plain_forward(
         return out + feed_forward(x, f"{name}.shared", c.expert_ffn) if c.num_shared_experts else out
 
     x = w["token_embeddings.weight"][tokens]
+    if c.token_shift:
+        alone, x = x, x.clone()
+        for b, t, j in itertools.product(*map(range, tokens.shape), range(1, c.token_shift + 1)):
+            if t >= j and (documents is None or documents[b, t - j] == documents[b, t]):
+                x[b, t] += w["shift_lambdas"][j - 1] * alone[b, t - j]
     if c.embedding_norm:
         x = norm(x, "ln_embedding")
     if c.position == "learned":

@@ -35,6 +35,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "dropout": (0.0, 0.1),
     "logit_softcap": (0.0, 5.0),
     "embedding_norm": (False, True),
+    "token_shift": (0, 2),
     "value_embeddings": (False, True),
     "residual_lambdas": (False, True),
     "zero_init_projections": (False, True),
@@ -51,8 +52,9 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "router_noise": (0.0, 0.3),
     "load_balancing": ("loss", "bias", "none"),
 }
-"""The default first. What has no part in it: sizes, `dense_twin`, which rewrites the others, and
-`load_balancing_weight`, which the model itself does not use but for `move_router_bias`."""
+"""The default first. What has no part in it: sizes, `dense_twin`, which rewrites the others, `residual_precision`,
+which changes nothing in fp32, and `load_balancing_weight`, which the model itself does not use but for
+`move_router_bias`."""
 OF_EXPERTS = list(CHOICES)[list(CHOICES).index("expert_ffn") :]
 SIZES = {"vocab_size": 50, "d_model": 16, "num_layers": 2, "num_heads": 4, "context_length": 12}
 Pair = frozenset[tuple[str, object]]
@@ -218,6 +220,7 @@ BASE: dict[str, dict[str, object]] = {
         ("plain", "logit_softcap", 1.0, 0),
         ("plain", "sliding_window", 3, 0),
         ("plain", "embedding_norm", True, 16),
+        ("plain", "token_shift", 3, 3 * 16),
         ("plain", "value_embeddings", True, 50 * 16 + 4 * 16),
         ("plain", "residual_lambdas", True, 2 * 2),
         ("plain", "d_ff", 32, 2 * 3 * 16 * 8),

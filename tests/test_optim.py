@@ -126,9 +126,10 @@ def test_a_hundred_steps_by_hand(rule: str, cautious: bool, eps: float) -> None:
 
 
 def torchs(model: nn.Module, c: OptimizerConfig) -> torch.optim.Optimizer:
+    scalars = [p for n, p in model.named_parameters() if p.ndim < 2 or n == "shift_lambdas"]
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": c.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if all(p is not s for s in scalars)], "weight_decay": c.weight_decay},
+        {"params": scalars, "weight_decay": 0.0},
     ]
     if c.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
@@ -187,6 +188,7 @@ def everything_on() -> TransformerLM:
         ModelConfig(
             vocab_size=20, d_model=16, num_layers=2, num_heads=2, context_length=8, ffn="moe", num_experts=3,
             num_shared_experts=1, value_embeddings=True, residual_lambdas=True, embedding_norm=True, bias=True,
+            token_shift=2,
             norm="layer", position="learned",
         )
     )  # fmt: skip
@@ -207,6 +209,21 @@ def test_the_models_own_names_fall_into_these_groups() -> None:
             *(f"ffn.shared.w{i}" for i in (1, 2, 3)),
         },
     }
+
+
+@every
+def test_an_update_that_is_tried_out_moves_nothing(values: dict[str, object]) -> None:
+    m = everything_on()
+    optimizer = make_optimizer(m, config(**values))
+    fill_gradients(m, 0)
+    before = bits(m.state_dict())
+    optimizer.try_out()
+    assert bits(m.state_dict()) == before and optimizer.state_tensors() == {}
+    optimizer.step(1e-2)
+    fill_gradients(m, 1)
+    stood = bits({**m.state_dict(), **optimizer.state_tensors()})
+    optimizer.try_out()
+    assert bits({**m.state_dict(), **optimizer.state_tensors()}) == stood
 
 
 @every

@@ -97,8 +97,10 @@ def assert_same(stacked: RunConfig, single: RunConfig, *, exact: bool = False) -
         {"optimizer": "muon", "norm_position": "post", "averaging": "ema"},
         {"norm": "none", "ffn": "relu2", "position": "none", "sampling": "random", "token_corruption": 0.1},
         {"attention": "sdpa", "optimizer": "lion", "skip_spikes": True},
+        # Gradients of the shift are added up in another order; AdamW would make steps of what is left of a small one.
+        {"token_shift": 2, "optimizer": "sgd", "residual_lambdas": True},
     ],
-    ids=["rope-swiglu-gqa", "shakespeare-like", "odd", "muon", "ablated", "lion"],
+    ids=["rope-swiglu-gqa", "shakespeare-like", "odd", "muon", "ablated", "lion", "shift"],
 )
 def test_stacked_runs_are_the_single_ones(tmp_path: Path, values: dict[str, object]) -> None:
     common = {"max_steps": 30, "eval_interval": 10, "checkpoint_interval": 0, "grad_clip": 0.5, **values}

@@ -60,6 +60,7 @@ def parameters_by_part(config: ModelConfig) -> dict[str, int]:
     parts = {
         "embedding": Vp * D,
         "positions": config.max_seq_len * D if config.position == "learned" else 0,
+        "token_shift": config.token_shift * D,
         "attention": L * projections,
         "value_embeddings": _layers_with_values(config) * (Vp * config.kv_width + _gate(config)),
         "feed_forward": L * feed_forward,

@@ -255,6 +255,8 @@ class KVCache:
         self.keys_BxGxSxK: list[Tensor | None] = [None] * num_layers
         self.values_BxGxSxK: list[Tensor | None] = [None] * num_layers
         self.documents_BxS: Tensor | None = None
+        self.inputs_BxJxD: Tensor | None = None
+        """Embeddings of the last tokens, as many as the model looks back for."""
 
     def __len__(self) -> int:
         """Tokens read so far."""
@@ -281,3 +283,9 @@ class KVCache:
             documents_BxT = torch.cat([self.documents_BxS, documents_BxT], dim=-1)
         self.documents_BxS = documents_BxT
         return documents_BxT
+
+    def extend_inputs(self, x_BxTxD: Tensor, back: int) -> Tensor:
+        """The new tokens' embeddings behind those of up to `back` tokens before them; the last `back` are kept."""
+        x_BxSxD = x_BxTxD if self.inputs_BxJxD is None else torch.cat([self.inputs_BxJxD, x_BxTxD], dim=1)
+        self.inputs_BxJxD = x_BxSxD[:, -back:]
+        return x_BxSxD

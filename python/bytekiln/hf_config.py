@@ -215,6 +215,7 @@ def _refuse_what_they_lack(config: ModelConfig, *, gpt2: bool) -> None:
         "qk_norm": (False,),
         "logit_softcap": (0,),
         "sliding_window": (0,),
+        "token_shift": (0,),
         "embedding_norm": (False,),
         "value_embeddings": (False,),
         "residual_lambdas": (False,),

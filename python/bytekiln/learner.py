@@ -99,8 +99,8 @@ class Learner:
         self.objective = Objective(self.model, config)
         self.parallel = shared(self.objective, self.model, ranks, t.parallel)
         self.loss: Callable[..., Any] = self.parallel
-        on_gpu = t.compile is True and device.type == "cuda"
-        self.optimizer = make_optimizer(self.model, config.optimizer, compiled=on_gpu)
+        self._on_gpu = t.compile is True and device.type == "cuda"
+        self.optimizer = make_optimizer(self.model, config.optimizer, compiled=self._on_gpu)
         self.averaging = make_averaging(self.model, config.optimizer)
         self.guard = Guard(device, spike_sigma=t.spike_sigma if t.skip_spikes else None, scaled=t.precision == "fp16")
         self._graphs: int | None = None
@@ -108,10 +108,15 @@ class Learner:
     def compile(self, batch: Batch, notice: Say) -> None:
         """Compile the training loss, tried on a micro-batch of the run: its shapes and strides are the ones to come.
 
+        `batch_stages` takes more micro-batches of the same shape, so that no stage compiles anything. On a GPU the
+        optimizer's graph is made now, too, by an update that is left out: no step of the run is slower than another.
+
         Evaluation stays eager: its other shapes and modes would be compiled anew.
         """
         self.model.train()
         self.loss = compiled(self.parallel, to_device(batch, self.device), notice)
+        if self.loss is not self.parallel and self._on_gpu:
+            self.optimizer.try_out()
         self.optimizer.zero_grad()
         if self.loss is not self.parallel:
             self._graphs = graphs_compiled()

@@ -8,6 +8,7 @@ values:
 
     token_embeddings.weight                      V × D
     position_embeddings.weight                   P × D     (learned positions)
+    shift_lambdas                                J × D     (token_shift)
     ln_embedding.weight                          D         (embedding_norm)
     residual_lambdas, x0_lambdas                 L         (residual_lambdas)
     layers.{i}.ln1.weight, layers.{i}.ln2.weight D         (nothing without norm)
@@ -28,8 +29,8 @@ values:
 With `bias` every projection but the head, the router, the gates and the experts has one, and every LayerNorm.
 
 Shapes are suffixes of names: B batch, T time (window position), D model width, H heads, G heads of keys and values,
-K head width, F feed-forward width, V vocabulary, S keys in sight (T plus what a cache holds), P positions, L layers;
-for experts: N tokens (B·T), E experts, M = N·top_k pieces of work.
+K head width, F feed-forward width, V vocabulary, S keys in sight (T plus what a cache holds), P positions, L layers,
+J tokens back; for experts: N tokens (B·T), E experts, M = N·top_k pieces of work.
 """
 
 from __future__ import annotations
@@ -46,44 +47,12 @@ from bytekiln import kernels
 from bytekiln.attention import Attend, KVCache, Sight, look, native_attention
 from bytekiln.config import ModelConfig
 from bytekiln.errors import ConfigError
+from bytekiln.positions import RotaryEmbedding, add_previous
 
-__all__ = ["Features", "KVCache", "TransformerLM"]
+__all__ = ["Features", "KVCache", "RotaryEmbedding", "TransformerLM"]
 
 GATE_WIDTH = 32
 """Places of a layer's input that the gates of its value embeddings read."""
-
-
-class RotaryEmbedding(nn.Module):
-    """Rotary positions (Su et al. 2021) on interleaved pairs: (x0, x1), (x2, x3) … are turned by t·θ^(-2i/K).
-
-    The product of a turned query and a turned key depends on their distance alone. Hugging Face's Llama pairs
-    x_i with x_{i+K/2}: exporting permutes the rows of q_proj and k_proj.
-    """
-
-    cos_PxK2: Tensor
-    sin_PxK2: Tensor
-
-    def __init__(self, head_width: int, positions: int, theta: float) -> None:
-        """Tables for `positions` positions; not part of the state dict."""
-        super().__init__()
-        angle_K2 = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
-        turn_PxK2 = torch.arange(positions, dtype=torch.float64)[:, None] * angle_K2
-        self.register_buffer("cos_PxK2", turn_PxK2.cos().float(), persistent=False)
-        self.register_buffer("sin_PxK2", turn_PxK2.sin().float(), persistent=False)
-
-    def forward(self, x_BxHxTxK: Tensor, start: int = 0) -> Tensor:
-        """Turn the vectors at positions start … start+T-1."""
-        T = x_BxHxTxK.shape[-2]
-        cos_TxK2, sin_TxK2 = self.cos_PxK2[start : start + T], self.sin_PxK2[start : start + T]
-        pairs = x_BxHxTxK.float().reshape(*x_BxHxTxK.shape[:-1], -1, 2)
-        if x_BxHxTxK.is_cpu and not torch.compiler.is_compiling():
-            # The same as a complex product: one pass over memory, forward and backward 0.26 ms for 0.93 (12 × 64 × 128,
-            # one core). The compiler has no code for complex numbers, and fuses the formula below by itself.
-            turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos_TxK2, sin_TxK2))
-        else:
-            even, odd = pairs.unbind(-1)
-            turned = torch.stack((even * cos_TxK2 - odd * sin_TxK2, even * sin_TxK2 + odd * cos_TxK2), dim=-1)
-        return turned.flatten(-2).type_as(x_BxHxTxK)
 
 
 class RMSNorm(nn.Module):
@@ -97,7 +66,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_BxTxD: Tensor) -> Tensor:
         """Normalise the last axis."""
-        return F.rms_norm(x_BxTxD, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x_BxTxD, self.weight.shape, _as(x_BxTxD, self.weight), self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -112,7 +81,13 @@ class LayerNorm(nn.Module):
 
     def forward(self, x_BxTxD: Tensor) -> Tensor:
         """Normalise the last axis."""
-        return F.layer_norm(x_BxTxD, self.weight.shape, self.weight, self.bias, self.eps)
+        bias = None if self.bias is None else _as(x_BxTxD, self.bias)
+        return F.layer_norm(x_BxTxD, self.weight.shape, _as(x_BxTxD, self.weight), bias, self.eps)
+
+
+def _as(x: Tensor, weight: Tensor) -> Tensor:
+    """The weight in the type of a residual stream in bf16: torch's fused norms on a CPU take one type only."""
+    return weight if weight.dtype == x.dtype else weight.to(x.dtype)
 
 
 def _norm(config: ModelConfig) -> nn.Module:
@@ -398,6 +373,7 @@ class TransformerLM(nn.Module):
         self.rotary = rotary
         self.token_embeddings = nn.Embedding(V, D)
         self.position_embeddings = nn.Embedding(config.max_seq_len, D) if config.position == "learned" else None
+        self.shift_lambdas = nn.Parameter(torch.empty(config.token_shift, D)) if config.token_shift else None
         self.ln_embedding = _norm(config) if config.embedding_norm else None
         self.residual_lambdas = nn.Parameter(torch.empty(L)) if config.residual_lambdas else None
         self.x0_lambdas = nn.Parameter(torch.empty(L)) if config.residual_lambdas else None
@@ -414,15 +390,15 @@ class TransformerLM(nn.Module):
         course: Linear from a normal of variance 2/(in+out) cut at three deviations, embeddings from N(0, 1) cut
         at ±3 (CS336, assignment 1). gpt2: all from N(0, 0.02²), the projections that end on the residual stream
         from N(0, 0.02²/(2·layers)) (Radford et al. 2019, nanoGPT). Norm weights and residual lambdas are 1; biases,
-        x0 lambdas and the gates of value embeddings 0, where a gate opens by 1. `zero_init_projections` and
+        x0 and shift lambdas and the gates of value embeddings 0, where a gate opens by 1. `zero_init_projections` and
         `head_init` come before either.
         """
         c = self.config
         for name, weight in self.named_parameters():
             ends_on_residual = name.endswith(("output_proj.weight", "w2.weight", "experts_w2"))
             fans = sum(weight.shape[-2:])  # of one expert where they are stacked
-            if weight.ndim < 2:
-                weight.fill_(0.0 if name.endswith("bias") or name == "x0_lambdas" else 1.0)
+            if weight.ndim < 2 or name == "shift_lambdas":
+                weight.fill_(0.0 if name.endswith(("bias", "x0_lambdas", "shift_lambdas")) else 1.0)
             elif name.endswith("value_gate.weight") or (ends_on_residual and c.zero_init_projections):
                 weight.zero_()
             elif name == "lm_head.weight" and c.head_init != "default":
@@ -466,10 +442,15 @@ class TransformerLM(nn.Module):
         sight = look(self.attend, sight, T, start + T, ids_BxT.device)
         this = Pass(ids_BxT, sight, cache, start)
         x_BxTxD = self.token_embeddings(ids_BxT)
+        if self.shift_lambdas is not None:
+            x_BxSxD = x_BxTxD if cache is None else cache.extend_inputs(x_BxTxD, c.token_shift)
+            x_BxTxD = add_previous(x_BxSxD, T, self.shift_lambdas, documents_BxT)
         if self.ln_embedding is not None:
             x_BxTxD = self.ln_embedding(x_BxTxD)
         if self.position_embeddings is not None:
             x_BxTxD = x_BxTxD + self.position_embeddings.weight[start : start + T]
+        if c.residual_precision == "products" and torch.is_autocast_enabled(x_BxTxD.device.type):
+            x_BxTxD = x_BxTxD.to(torch.get_autocast_dtype(x_BxTxD.device.type))
         x0_BxTxD = x_BxTxD = self.drop(x_BxTxD)
         for i, layer in enumerate(self.layers):
             if self.residual_lambdas is not None and self.x0_lambdas is not None:

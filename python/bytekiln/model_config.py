@@ -58,6 +58,9 @@ class ModelConfig(Section):
     logit_softcap: Float = setting(0.0, "c: logits become c·tanh(logits/c); 0: off", ge=0)
     sliding_window: Int = setting(0, "tokens that a position sees, itself included; 0: all before it", ge=0)
     embedding_norm: bool = setting(False, "normalise the token embeddings before the first block")
+    token_shift: Int = setting(
+        0, "add the embeddings of so many previous tokens, each times a learned vector that starts at zero", ge=0
+    )
     value_embeddings: bool = setting(
         False, "every second layer adds an embedding of the token, gated by head, to its attention values"
     )
@@ -66,6 +69,9 @@ class ModelConfig(Section):
     )
     zero_init_projections: bool = setting(
         False, "start the matrices that end on the residual stream at zero: each block begins as the identity"
+    )
+    residual_precision: Literal["fp32", "products"] = setting(
+        "fp32", "type of the residual stream: fp32, or that of the matrix products, which in bf16 is half to move"
     )
     head_init: Literal["default", "small", "zero"] = setting(
         "default", "output head at the start: as the other matrices, from N(0, 0.001²), or zero"
@@ -179,6 +185,11 @@ class ModelConfig(Section):
                 self.sliding_window >= self.max_seq_len,
                 f"sliding_window: found {self.sliding_window}; expected less than max_seq_len, "
                 f"{self.max_seq_len}: such a window hides nothing",
+            ),
+            (
+                self.token_shift >= self.context_length,
+                f"token_shift: found {self.token_shift}; expected less than context_length, {self.context_length}: "
+                "no token has so many before it",
             ),
             (
                 self.position != "rope" and self.rope_theta != type(self).model_fields["rope_theta"].default,

@@ -33,7 +33,7 @@ def kind_of(name: str, p: Tensor) -> str:
     Routers and gates are matrices of a few rows that choose rather than transform: no rule for matrices fits them,
     so they are never Muon's and go at the rate of the scalars.
     """
-    if p.ndim < 2:
+    if p.ndim < 2 or name.endswith("lambdas"):
         return "scalar"
     if name.endswith("embeddings.weight"):
         return "embedding"
@@ -233,6 +233,13 @@ class Optimizer:
         for rule in self.rules:
             rule.step(lr, take)
         self._stepped = True
+
+    @torch.no_grad()
+    def try_out(self) -> None:
+        """Take an update that is left out: what is compiled on the first one is compiled, and nothing has moved."""
+        take = torch.zeros((), dtype=torch.bool, device=self.parameters[0].device)
+        for rule in self.rules:
+            rule.step(0.0, take)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

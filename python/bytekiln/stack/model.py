@@ -167,17 +167,24 @@ class StackedPositions(nn.Module):
 
 
 class StackedScalars(nn.Module):
-    """A number a layer and run (`residual_lambdas`). The model reads `[i]` and multiplies K·B × T × D by it."""
+    """A number or a vector a row and run (`residual_lambdas`, `shift_lambdas`).
 
-    def __init__(self, table_KxL: nn.Parameter) -> None:
-        """The numbers of all runs."""
+    The model reads row `[i]` and multiplies K·B × T × D by it.
+    """
+
+    def __init__(self, table: nn.Parameter) -> None:
+        """The numbers of all runs, K × rows, or K × rows × D."""
         super().__init__()
-        self.table = table_KxL
+        self.table = table
         self.windows = 0
 
-    def __getitem__(self, layer: int) -> Tensor:
-        """Layer `layer`'s number of each window's run, K·B × 1 × 1."""
-        return self.table[:, layer].repeat_interleave(self.windows)[:, None, None]
+    def __len__(self) -> int:
+        """Rows."""
+        return self.table.shape[1]
+
+    def __getitem__(self, row: int) -> Tensor:
+        """Row `row` of each window's run, K·B × 1 × 1 or K·B × 1 × D."""
+        return self.table[:, row].repeat_interleave(self.windows, dim=0).view(len(self.table) * self.windows, 1, -1)
 
 
 class StackedLoss(NamedTuple):
@@ -273,7 +280,7 @@ def _exchange(module: nn.Module, path: str, stacked: dict[str, nn.Parameter], ta
         taken.add(name)
         return stacked[name]
 
-    for name in ("residual_lambdas", "x0_lambdas"):
+    for name in ("residual_lambdas", "x0_lambdas", "shift_lambdas"):
         if path + name in stacked:
             delattr(module, name)
             setattr(module, name, StackedScalars(take(path + name)))
