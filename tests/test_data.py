@@ -496,6 +496,32 @@ def test_the_whole_file_has_every_target_once(
     assert all((b.documents_BxT is not None) == mask for b in batches)
 
 
+def test_evaluation_has_its_own_context(tmp_path: Path) -> None:
+    """Windows of 20 where training has 8: the same targets once each, as many tokens in a batch, and longer files."""
+    ids = np.arange(100, dtype=np.uint16)
+    file = written(tmp_path / "v.npy", ids, vocab_size=100)
+    train = written(tmp_path / "t.npy", ids, vocab_size=100)
+    paths = {"train_data": str(train), "val_data": str(file), "vocab_size": 0}
+    data = opened(tmp_path, **paths, eval_context_length=20, max_seq_len=20, batch_size=5)
+    assert data.val is not None
+    config = tiny(tmp_path, **paths, eval_context_length=20, max_seq_len=20, batch_size=5)
+    assert (config.eval_context, config.eval_batch_size, tiny(tmp_path, batch_size=5).eval_batch_size) == (20, 2, 5)
+    for source in (data.val, data.train_eval):
+        batches = list(source.batches(2, 0))
+        assert {b.inputs_BxT.shape[1] for b in batches} == {20}
+        targets = torch.cat([b.targets_BxT for b in batches])
+        assert sorted(targets[targets != IGNORED].tolist()) == list(range(1, 100))
+        assert source.windows(2, 0) == len(targets) == 5
+        assert source.windows(2, 1) == 2 == len(next(source.batches(2, 1)).inputs_BxT)
+    assert data.train.batch(0, 0, 0, 3).inputs_BxT.shape == (3, 8)
+    short = written(tmp_path / "s.npy", ids[:20], vocab_size=100)
+    refused(FormatError, tmp_path, "s.npy: found 20 tokens; expected at least 21", "eval_context_length",
+            **{**paths, "val_data": str(short)}, eval_context_length=20, max_seq_len=20)  # fmt: skip
+    assert opened(tmp_path, **{**paths, "val_data": str(short)}, eval_context_length=4).val is not None
+    refused(ConfigError, tmp_path, "eval_context_length: found 20; expected at most max_seq_len, 8",
+            eval_context_length=20, max_seq_len=8)  # fmt: skip
+
+
 def test_evaluation_spreads_over_the_file_and_never_changes(tmp_path: Path) -> None:
     ids = np.arange(600, dtype=np.uint16)
     file = written(tmp_path / "v.npy", ids, vocab_size=600)

@@ -54,14 +54,16 @@ def test_the_schedule_never_runs_backwards(clock: list[float]) -> None:
     assert "100 s are over" in horizon.over[1]
 
 
-def test_the_clock_goes_on_after_a_resume(clock: list[float]) -> None:
+@pytest.mark.parametrize(("spent_s", "before"), [(0.0, 60.0), (66.0, 66.0)])
+def test_the_clock_goes_on_after_a_resume(clock: list[float], spent_s: float, before: float) -> None:
+    """Ten seconds went to this process's start; rows behind the checkpoint tell of six more of the killed one's."""
     clock[0] = 5000.0
-    horizon = Horizon(CONFIG, Ranks(), 4000.0)
-    horizon.resume(State(step=7, windows=70, tokens=700, elapsed_s=60.0))
+    horizon = Horizon(CONFIG, Ranks(), 4990.0)
+    horizon.resume(State(step=7, windows=70, tokens=700, elapsed_s=60.0), spent_s)
     clock[0] += 3.0
-    assert horizon.elapsed_s() == pytest.approx(63.0)
+    assert horizon.elapsed_s() == pytest.approx(before + 13.0)
     assert (horizon.step, horizon.windows, horizon.tokens) == (7, 70, 700)
-    assert horizon.place(State()).seconds == pytest.approx(63.0)
+    assert horizon.place(State()).seconds == pytest.approx(before + 13.0)
     assert not horizon.is_late()
     clock[0] += 40.0
     assert horizon.is_late()

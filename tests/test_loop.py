@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -21,8 +21,10 @@ import torch
 from bytekiln import loop, record, train_bpe_from_iterator
 from bytekiln.checkpoint import load_checkpoint
 from bytekiln.config import UNLIMITED_STEPS, load_config
-from bytekiln.data import Prefetcher
+from bytekiln.data import Batch, Prefetcher
 from bytekiln.errors import ConfigError, DivergedError, FileError, FormatError, MismatchError
+from bytekiln.evaluate import Scores
+from bytekiln.learner import Learner
 from bytekiln.metrics import Row, read_metrics
 from bytekiln.model import TransformerLM
 from bytekiln.objective import Objective
@@ -73,8 +75,8 @@ def test_small_gains_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     falling = iter(6.0 - 0.02 * i for i in range(40))
     real = Validation.of
 
-    def of(self: Validation, row: Row, state: State) -> Row:
-        row = real(self, row, state)
+    def of(self: Validation, row: Row, state: State, *, last: bool = False) -> Row:
+        row = real(self, row, state, last=last)
         return dataclasses.replace(row, val_loss=next(falling))
 
     monkeypatch.setattr(Validation, "of", of)
@@ -401,6 +403,39 @@ def test_training_is_evaluated_on_as_many_windows(tmp_path: Path) -> None:
             if r.val_loss is not None:
                 # of a whole set validation reads the last tokens too, training only windows that do not overlap
                 assert r.val_loss == pytest.approx(r.train_eval_loss, rel=5e-3 if batches == 0 else 1e-12)
+
+
+def test_the_last_evaluation_reads_the_whole_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two windows on the way, all at the end; the training data is left alone; the last loss is the run's best."""
+    counted: list[int] = []
+    real = Learner.evaluate
+
+    def evaluate(self: Learner, batches: Iterable[Batch]) -> Scores:
+        scores = real(self, batches)
+        counted.append(scores.tokens)
+        return scores
+
+    monkeypatch.setattr(Learner, "evaluate", evaluate)
+    measured: list[float] = []
+    monkeypatch.setattr(Validation, "_growth", growing(Validation._growth, measured))
+    values = {"final_eval": "whole", "eval_train_data": False, "num_eval_batches": 1, "batch_size": 2}
+    result = train(tiny(tmp_path, **values))
+    assert counted == [16, 16, 199], "200 tokens have 199 targets"
+    assert measured == [25 / 2 - 1, 25 / 2 - 1, 0.0], "what the last one takes longer than these"
+    assert result.best_step == result.steps == 6
+    assert result.best_val_loss == result.final_val_loss == rows(tmp_path)[-1].val_loss
+    assert [r.train_eval_loss for r in rows(tmp_path)] == [None] * 7
+    assert result.initial_loss == rows(tmp_path)[0].val_loss
+    with pytest.raises(ConfigError, match="final_eval: found whole with early_stopping_patience"):
+        tiny(tmp_path, final_eval="whole", early_stopping_patience=2)
+
+
+def growing(real: Callable[..., float], measured: list[float]) -> Callable[..., float]:
+    def growth(self: Validation, whole: bool) -> float:
+        measured.append(real(self, whole))
+        return measured[-1]
+
+    return growth
 
 
 def test_masked_tokens_have_no_bits_per_byte(tmp_path: Path) -> None:

@@ -111,12 +111,15 @@ def open_data(config: RunConfig, tokenizer: AnyTokenizer | None) -> Data:
     training, tokens = [training[i] for i in kept], [tokens[i] for i in kept]
     shares = [shares[i] for i in kept] if shares is not None else None
     files = [*training, *([validation] if validation else [])]
+    least, field = max((context, "context_length"), (config.eval_context, "eval_context_length"), key=lambda x: x[0])
     for f, ids in zip(files, [*tokens, *([validation.array] if validation else [])], strict=True):
-        if len(ids) < context + 1:
+        if f is validation:
+            least, field = config.eval_context, "context_length" if config.eval_context == context else field
+        if len(ids) < least + 1:
             rest = "" if len(ids) == len(f) else " left by max_tokens or num_documents"
             raise FormatError(
-                f"{f.path}: found {len(ids)} tokens{rest}; expected at least {context + 1}, "
-                "a window of context_length and one target"
+                f"{f.path}: found {len(ids)} tokens{rest}; expected at least {least + 1}, "
+                f"a window of {field} and one target"
             )
     corruption = masks = None
     if mask_id is not None:

@@ -76,6 +76,16 @@ class RunConfig(Section):
         return self.optimizer.decay_steps or self.training.max_steps
 
     @property
+    def eval_context(self) -> int:
+        """Tokens in a window of evaluations."""
+        return self.training.eval_context_length or self.model.context_length
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Windows in a batch of evaluations: as many tokens as a micro-step has, or nearly so."""
+        return max(1, self.training.batch_size * self.model.context_length // self.eval_context)
+
+    @property
     def progress(self) -> str:
         """What the schedule counts: steps, tokens or seconds."""
         if self.optimizer.progress != "auto":
@@ -106,6 +116,15 @@ class RunConfig(Section):
             raise ConfigError(
                 f"sampling: found random with windows {d.windows}; expected shuffled or sequential: "
                 "a document starts where it starts"
+            )
+        if t.eval_context_length > m.max_seq_len:
+            raise ConfigError(
+                f"eval_context_length: found {t.eval_context_length}; expected at most max_seq_len, {m.max_seq_len}"
+            )
+        if t.final_eval == "whole" and t.early_stopping_patience:
+            raise ConfigError(
+                "final_eval: found whole with early_stopping_patience; expected same: nobody knows of an evaluation "
+                "that it is the last one before it is made"
             )
         needs = {"seconds": ("max_time", t.max_time), "tokens": ("token_budget", t.token_budget)}
         name, budget = needs.get(self.progress, ("", 1))

@@ -39,10 +39,15 @@ class Horizon:
         """Whether the run has come to the step at which it pauses."""
         return 0 < self.pause_at <= self.step
 
-    def resume(self, state: State) -> None:
-        """Go on from where `state` stands; the time in between does not count."""
+    def resume(self, state: State, spent_s: float = 0.0) -> None:
+        """Go on from where `state` stands; this process's own start counts, the time between the two does not.
+
+        Args:
+            state: of the checkpoint.
+            spent_s: time that the run had spent when it was killed, if that was after the checkpoint.
+        """
         self.step, self.windows, self.tokens = state.step, state.windows, state.tokens
-        self.began, self.elapsed_before = time.perf_counter(), state.elapsed_s
+        self.elapsed_before = max(state.elapsed_s, spent_s)
 
     def launched(self, windows: int, tokens: int) -> None:
         """One step more is under way; it reads up to window `windows`."""

@@ -29,7 +29,7 @@ from bytekiln.hardware import describe, mfu, peak_flops, versions
 from bytekiln.horizon import Horizon, limits
 from bytekiln.layer_stats import LayerStats, bars, gradient_norms
 from bytekiln.learner import Learner, Numbers, Taken, read
-from bytekiln.metrics import Row
+from bytekiln.metrics import Row, read_metrics
 from bytekiln.prepare import (
     Say,
 )
@@ -233,7 +233,10 @@ class Run:
         t, row = self.config.training, self.s.owed
         due = self._evaluation_due()
         if due:
-            row = self.validation.of(row, self.s)
+            last = self.horizon.over is not None
+            row = self.validation.of(row, self.s, last=last)
+            if last and t.final_eval == "whole" and t.num_eval_batches:
+                self.s.best_val_loss = None  # of a part of the validation set: it does not compare
         with self.signals.hold():
             self._write(row)
             if row.val_loss is not None and row.step > 0:
@@ -347,7 +350,7 @@ class Run:
 
     def evaluate_only(self) -> Result:
         """Evaluate the weights as they are; nothing is written."""
-        row = self.validation.of(Row(self.s.step, self.s.tokens, 0.0), self.s)
+        row = self.validation.of(Row(self.s.step, self.s.tokens, 0.0), self.s, last=True)
         for line in lines_of(row, logged=False):
             self.say(line)
         whose = f"step {self.s.step}" if self.s.step else self.config.training.init_from or "step 0"
@@ -394,24 +397,36 @@ class Run:
         if self.config.model.load_balancing != checkpoint.config.model.load_balancing:
             anew.append("load_balancing")
         self.learner.load(checkpoint.model, checkpoint.training, where, anew)
-        self.horizon.resume(self.s)
         self.limits = limits(checkpoint.config)
         self.earlier_rows = rows_to_keep(checkpoint, self.config.output, self.s, self.notice)
+        ours = lies_in(checkpoint, self.config.output)
+        self.horizon.resume(self.s, self._spent_s() if ours else 0.0)
         other = self._other_measure(checkpoint)
         if other:
             self.notice(f"{other}; what was best and patience begin anew")
-        if other or not lies_in(checkpoint, self.config.output):  # the new folder has no checkpoint_best yet
+        if other or not ours:  # the new folder has no checkpoint_best yet
             self.s.best_val_loss = self.s.best_step = self.s.mark = None
             self.s.waiting = 0
         self.say(f"Resuming from step {self.s.step}")
+
+    def _spent_s(self) -> float:
+        """Time spent behind the checkpoint before the run was killed, as its rows tell: a budget of time is over once.
+
+        The steps themselves are taken again."""
+        if not self.config.training.max_time or self.earlier_rows is None or not self.earlier_rows.exists():
+            return 0.0
+        return max((r.elapsed_s for r in read_metrics(self.earlier_rows) if r.step > self.s.step), default=0.0)
 
     def _other_measure(self, checkpoint: Checkpoint) -> str:
         """Why the validation losses from here on do not compare with the earlier ones; empty: they do."""
         before, now = checkpoint.state["data"].get("val"), self._data()["val"]
         if before != now:
             return f"val_data: evaluated so far on {before or 'nothing'}, from here on on {now or 'nothing'}"
-        batches, was = self.config.training.num_eval_batches, checkpoint.config.training.num_eval_batches
-        return "" if batches == was else f"num_eval_batches: {was} so far, {batches} from here on"
+        for name in ("num_eval_batches", "eval_context_length"):
+            was, now = (getattr(c.training, name) for c in (checkpoint.config, self.config))
+            if was != now:
+                return f"{name}: {was} so far, {now} from here on"
+        return ""
 
     def _data(self) -> dict[str, Any]:
         train, val = self.data.train, self.data.val

@@ -46,7 +46,7 @@ class State:
     """Validation loss at the last improvement that counted."""
     evaluation_s: float = 0.0
     saving_s: float = 0.5
-    """How long the last evaluation and the last checkpoint took: what has to be left of `max_time` at the end."""
+    """How long the next evaluation and the next checkpoint may take: what has to be left of `max_time` at the end."""
 
     @property
     def last_row_kept(self) -> int:

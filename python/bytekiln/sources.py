@@ -192,7 +192,7 @@ class EvalSource:
     ) -> None:  # fmt: skip
         """Take the files, the part of their ids that is read, and how windows are shared out among them."""
         self.files, self._tokens, self._mixture, self._corruption = list(files), list(tokens), mixture, corruption
-        self._context, self._shifted = config.model.context_length, config.training.objective != "mlm"
+        self._context, self._shifted = config.eval_context, config.training.objective != "mlm"
         eot = eot if config.data.document_mask else None
         self._readers = [Stream(ids, self._context, shifted=self._shifted, eot=eot) for ids in tokens]
 
@@ -215,6 +215,10 @@ class EvalSource:
             parts = [(f, r.read(start_B[file_B == f])) for f, r in enumerate(self._readers) if f in file_B]
             rows = parts[0][1] if len(self.files) == 1 else _joined(parts, file_B)
             yield _batch(rows, start_B + (file_B << 48), self._corruption, seen_B)
+
+    def windows(self, batch_size: int, num_batches: int) -> int:
+        """Windows that `batches` gives."""
+        return len(self._windows(batch_size * num_batches)[0])
 
     def _windows(self, count: int) -> tuple[Numbers, Numbers, Numbers]:
         """File, start and number of leading positions that count elsewhere, of each window; count 0: of all."""

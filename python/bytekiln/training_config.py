@@ -193,6 +193,15 @@ class TrainingConfig(Section):
         math=False,
         ge=0,
     )
+    eval_context_length: Int = setting(
+        0, "tokens in a window of evaluations, on which their loss depends; 0: context_length", math=False, ge=0
+    )
+    final_eval: Literal["same", "whole"] = setting(
+        "same", "the last evaluation: as the others, or on the whole validation set", math=False
+    )
+    eval_train_data: bool = setting(
+        True, "evaluate as much of the training data beside the validation data", math=False
+    )
     early_stopping_patience: Int = setting(
         0,
         "end after so many evaluations without a better validation loss; 0: never",

@@ -66,9 +66,9 @@ class BareRun:
         """Validation loss in nats a token, of the windows that `lm-train` evaluates; of training data without any."""
         t = self.config.training
         if self.data.val is None:
-            batches = self.data.train_eval.batches(t.batch_size, t.num_eval_batches)
+            batches = self.data.train_eval.batches(self.config.eval_batch_size, t.num_eval_batches)
             return self.learner.evaluate(itertools.islice(batches, t.num_eval_batches or 100)).loss
-        return self.learner.evaluate(self.data.val.batches(t.batch_size, t.num_eval_batches)).loss
+        return self.learner.evaluate(self.data.val.batches(self.config.eval_batch_size, t.num_eval_batches)).loss
 
     def close(self) -> None:
         """End the thread that makes batches."""

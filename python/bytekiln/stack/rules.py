@@ -17,6 +17,7 @@ MAY_DIFFER = frozenset(name for name in FIELDS if SECTION_OF[name] in ("optimize
     "spike_sigma",
     "eval_interval",
     "num_eval_batches",
+    "eval_train_data",
     "early_stopping_patience",
     "early_stopping_min_delta",
     "log_interval",
