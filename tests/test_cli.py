@@ -244,3 +244,17 @@ def test_a_command_leaves_the_callers_handler(argv: list[str]) -> None:
         assert signal.getsignal(signal.SIGTERM) is mine
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_commands_clock_begins_with_its_process() -> None:
+    """A second before our first import counts where the process is a command's, not where it is somebody's Python."""
+    code = (
+        "import time; time.sleep(1); from bytekiln import console; {}; print(time.perf_counter() - console.started())"
+    )
+    told = [
+        float(
+            subprocess.run([sys.executable, "-c", code.format(call)], capture_output=True, text=True, check=True).stdout
+        )
+        for call in ("console.note_start()", "pass")
+    ]
+    assert told[0] > 1.0 and told[1] < 1.0

@@ -39,7 +39,15 @@ PUBLISHED = {
     "grad_clip=1.0 eval_interval=250 num_eval_batches=200 position=learned norm=layer ffn=gelu tie_embeddings=True "
     "init=gpt2 warmup_rule=nanogpt d_ff=1536",
     "shakespeare-char-cpu": "num_layers=4 d_model=128 num_heads=4 context_length=64 batch_size=12 dropout=0.0 "
-    "max_steps=2000 decay_steps=2000 num_eval_batches=20",
+    "max_steps=2000 decay_steps=2000 num_eval_batches=20 lr=0.001 min_lr=0.0001 warmup_steps=100 warmup_rule=nanogpt "
+    "beta1=0.9 beta2=0.99 weight_decay=0.1 grad_clip=1.0 eval_interval=250 position=learned norm=layer ffn=gelu "
+    "tie_embeddings=True init=gpt2 optimizer=adamw schedule=cosine sampling=random",
+    "leaderboard-h100": "num_layers=16 d_model=1024 num_heads=8 ffn=relu2 d_ff=4096 qk_norm=True logit_softcap=15.0 "
+    "zero_init_projections=True value_embeddings=True residual_lambdas=True optimizer=muon normuon=True "
+    "schedule=trapezoid progress=seconds max_time=5400.0 max_time_counts=all eval_context_length=512 final_eval=whole "
+    "windows=packed sampling=shuffled precision=bf16 vocab_size=32000 context_length=512 batch_size=64 "
+    "grad_accum_steps=4 batch_stages=0.33:2 record=True",
+    "leaderboard-b200": "max_time=2700.0 batch_size=128 grad_accum_steps=2 batch_stages=0.33:2 eval_context_length=512",
 }
 
 

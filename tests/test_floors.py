@@ -59,6 +59,7 @@ FLOORS = [
         "inspect.tables",
         "hardware",
         "accounting",
+        "yardstick",
         "schedule",
         "ranks",
         "guard",
@@ -130,6 +131,7 @@ FLOORS = [
         "report.model",
         "stack.model",
         "sweep.ledger",
+        "entry",
     ],
     [
         "evaluate",

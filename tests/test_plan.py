@@ -407,6 +407,15 @@ def test_the_time_of_a_run_is_steps_and_evaluations(tmp_path: Path) -> None:
         assert plan.time.evaluation_s == pytest.approx(forward_s * batches * sets)
         # evaluations at 0, 10, 20, 30, 40 and 45
         assert plan.time.run_s == pytest.approx(45 * 6 * forward_s + 6 * plan.time.evaluation_s)
+    lastly = {"num_eval_batches": 7, "val_data": str(val), "final_eval": "whole", "eval_train_data": False}
+    plan = make_plan(from_flat({**base, **lastly}), small, "H100")
+    assert plan.time.evaluation_s == pytest.approx(forward_s * 7)
+    assert plan.time.last_evaluation_s == pytest.approx(forward_s * 21)
+    assert plan.time.run_s == pytest.approx((45 * 6 + 5 * 7 + 21) * forward_s)
+    half = make_plan(
+        from_flat({**base, "eval_context_length": 4, "num_eval_batches": 7, "val_data": str(val)}), small, "H100"
+    )
+    assert half.time.evaluation_s == pytest.approx(2 * 7 * forward_s), "twice the windows in a batch, half as long"
     unknown = make_plan(from_flat({**base, "num_eval_batches": 0, "val_data": "none.npy"}), small, "H100")
     assert unknown.evaluation_batches is None and unknown.as_json()["evaluation_batches"] is None
     assert unknown.time.run_s == pytest.approx(45 * 6 * forward_s)

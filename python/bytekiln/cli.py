@@ -17,7 +17,7 @@ from importlib import import_module
 from types import FrameType
 from typing import NoReturn
 
-from bytekiln.console import error_console_line, nearest
+from bytekiln.console import error_console_line, nearest, note_start
 from bytekiln.errors import BytekilnError, ConfigError, DivergedError
 
 COMMANDS = {
@@ -71,6 +71,8 @@ def run(command: str, argv: list[str] | None = None) -> int:
     With BYTEKILN_DEBUG=1 every error is raised instead, with its traceback.
     """
     module, function = UNLISTED.get(command) or COMMANDS[command][:2]
+    if argv is None:
+        note_start()
     args = sys.argv[1:] if argv is None else argv
     if command.startswith("lm-"):
         # Before torch loads OpenMP: its threads otherwise spin while they wait, and on a machine that has other
@@ -178,6 +180,8 @@ def lm_report() -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """`python -m bytekiln.cli COMMAND …`."""
+    if argv is None:
+        note_start()
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))

@@ -7,13 +7,12 @@ Called by `cli`, which turns errors into one line. torch is imported once there 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from bytekiln.config import SECTION_OF, RunConfig, load_config, presets, stated_in
-from bytekiln.console import Parser, notice
+from bytekiln.console import Parser, notice, started
 from bytekiln.errors import ConfigError, FileError
 from bytekiln.result import Result
 from bytekiln.run_flags import add_run_flags, given_fields, spell_switches, take_shape_of_weights
@@ -30,7 +29,7 @@ STATUS = {"completed": 0, "early_stopped": 0, "evaluated": 0, "diverged": 3}
 
 def train(argv: list[str]) -> int:
     """`lm-train`: 0 completed, 3 diverged, 130 and 143 interrupted after a checkpoint."""
-    began = time.perf_counter()
+    began = started()
     parser = _train_parser(everything="--help-all" in argv)
     options = parser.parse_args(spell_switches(argv))
     given = given_fields(options)

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 from bytekiln.config import FIELDS, RunConfig, load_config, presets
 from bytekiln.console import Parser, human_bytes, human_count, human_time, notice, table
 from bytekiln.errors import ConfigError
+from bytekiln.hardware import percentage
 from bytekiln.run_flags import add_run_flags, given_fields, spell_switches, take_shape_of_weights
 
 if TYPE_CHECKING:
     from bytekiln.plan import Plan
     from bytekiln.tokenfile import TokenFile
+    from bytekiln.yardstick import Prospect
 
 PLAN_EXAMPLES = (
     "lm-plan tinystories --batch-size 64",
@@ -49,7 +51,8 @@ def plan(argv: list[str]) -> int:
 
     from bytekiln.plan import make_plan
 
-    made = make_plan(config, memory, options.gpu)
+    gpu = options.gpu or (None if "device" in given else config.training.target_gpu or None)
+    made = make_plan(config, memory, gpu)
     print(json.dumps(made.as_json(), indent=1) if options.json else show(made))
     return 0
 
@@ -171,8 +174,28 @@ def show(made: Plan) -> str:
                 ],
                 indent="",
             ),
+            *([_prospect(made, made.prospect)] if made.prospect is not None else []),
         ]
     )
+
+
+def _prospect(made: Plan, expects: Prospect) -> str:
+    """Operations, utilisation, and the loss that may be expected of them."""
+    flops = made.flops_per_token * made.length.tokens
+    rows = [
+        ("tokens", human_count(made.length.tokens)),
+        ("training FLOPs", f"{flops:.2e}"),
+        ("assumed MFU", percentage(expects.mfu)),
+        ("expected loss", f"{expects.expected.loss:.3f} ± {expects.expected.plus_minus:.3f}, an estimate"),
+    ]
+    for b in expects.break_even:
+        needs = f"MFU {percentage(b.mfu)}" if b.mfu is not None else f"{b.flops:.2e} FLOPs"
+        rows.append((f"{b.published.loss:.4f}", f"{b.published.name}: expected from {needs} on"))
+    t = made.config.training
+    rows.append(("source", expects.yardstick.source))
+    unknown = t.final_eval == "whole" and not made.config.data.val_data
+    rows.append(("left out", "start, compiling" + (", the whole validation set (--val-data)" * unknown)))
+    return f"{expects.yardstick.title}\n{table(rows)}"
 
 
 def _largest(made: Plan) -> str:
@@ -231,7 +254,9 @@ def _parser(*, everything: bool) -> Parser:
         "--memory", metavar="SIZE", help="memory that the run may take, as 24G; default: what the device has"
     )
     parser.add_argument(
-        "--gpu", metavar="NAME", help="plan for this GPU, which need not be here: H100, A100, RTX 4090 …; with --memory"
+        "--gpu",
+        metavar="NAME",
+        help="plan for this GPU, which need not be here: H100, A100, RTX 4090 …; with --memory where it comes in sizes",
     )
     add_run_flags(parser, everything=everything)
     for action in parser._actions if not everything else ():

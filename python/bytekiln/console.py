@@ -14,6 +14,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -26,6 +27,31 @@ QUIET_S = 2.0
 """A job that ends sooner shows no progress at all."""
 PLAIN_INTERVAL_S = 5.0
 """Without a terminal: at most one progress line in this time, so that a log stays readable."""
+
+
+_process_began: list[float] = []
+"""`time.perf_counter()` at the start of the process, where a command is all that it is there for."""
+
+
+def note_start() -> None:
+    """Say that this process runs one command: whatever has passed since its start belongs to that.
+
+    On Linux the kernel knows when that was; elsewhere it is now, behind some imports.
+    """
+    if _process_began:
+        return
+    age_s = 0.0
+    try:
+        ticks = int(Path("/proc/self/stat").read_text("utf-8").rpartition(")")[2].split()[19])
+        age_s = float(Path("/proc/uptime").read_text("utf-8").split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        pass
+    _process_began.append(time.perf_counter() - max(age_s, 0.0))
+
+
+def started() -> float:
+    """`time.perf_counter()` at which the command began: with its process, or, called from Python, now."""
+    return _process_began[0] if _process_began else time.perf_counter()
 
 
 def colour(stream: TextIO) -> bool:

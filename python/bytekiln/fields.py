@@ -38,6 +38,9 @@ class OutputConfig(Section):
     )
     wandb_project: str = setting("bytekiln", "project there", math=False)
     wandb_mode: Literal["online", "offline"] = setting("online", "offline: write for a later `wandb sync`", math=False)
+    record: bool = setting(
+        False, "write record.json at the end: config, hardware, time, loss, curve, revision of the code", math=False
+    )
     preset: str = setting("", "preset that the run was made from")
 
     @property

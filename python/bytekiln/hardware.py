@@ -61,6 +61,33 @@ PEAKS: dict[str, Peak] = {
 and a slice of an A100 (MIG) has a part of its peak."""
 
 
+MEMORY: dict[str, float] = {
+    r"H100( 80GB HBM3)?|H100 PCIe|H800|A100.*80GB": 80e9,
+    r"H200( \d+GB HBM3e?)?|H200 NVL": 141e9,
+    r"B200": 180e9,
+    r"A100.*40GB": 40e9,
+    r"L40S?": 48e9,
+    r"RTX (3090|4090)|L4|A10G?|A30": 24e9,
+    r"RTX 5090": 32e9,
+}
+"""Bytes, by the data sheets of `PEAKS`; a name that stands for several sizes has none."""
+
+
+def gpu_memory(name: str) -> int | None:
+    """Memory of a GPU by its name, as `peak_flops` reads it.
+
+    >>> gpu_memory("NVIDIA H100 80GB HBM3"), gpu_memory("A100")
+    (80000000000, None)
+    """
+    short = _short(name)
+    return next((int(size) for pattern, size in MEMORY.items() if re.fullmatch(pattern, short)), None)
+
+
+def _short(device_name: str) -> str:
+    """The name without its maker's."""
+    return re.sub(r"^(NVIDIA |Tesla |Quadro |GeForce )+", "", device_name.strip())
+
+
 def peak_flops(device_name: str, precision: str) -> float | None:
     """Dense peak of a device in operations a second, None for a device that is not known.
 
@@ -73,7 +100,7 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     >>> peak_flops("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16") is None
     True
     """
-    name = re.sub(r"^(NVIDIA |Tesla |Quadro |GeForce )+", "", device_name.strip())
+    name = _short(device_name)
     if "MIG" in name:
         return None
     for pattern, peak in PEAKS.items():

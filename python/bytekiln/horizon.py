@@ -19,6 +19,10 @@ SAVES_AT_THE_END = 3
 """Checkpoints that may follow the last step: the best, a numbered and the final one."""
 
 
+EXIT_S = 0.3
+"""What a process takes to write its result and end (measured on a busy machine: torch's share alone is 0.2)."""
+
+
 class Horizon:
     """The end of a run, as it is seen from where the run stands."""
 
@@ -70,7 +74,7 @@ class Horizon:
         """What `max_time` leaves for steps: the last evaluation and checkpoints must end inside it too."""
         t = self.config.training
         last_saves = SAVES_AT_THE_END * state.saving_s
-        reserve = 0.0 if t.max_time_counts == "steps" else 1.1 * (state.evaluation_s + last_saves)
+        reserve = 0.0 if t.max_time_counts == "steps" else 1.1 * (state.evaluation_s + last_saves) + EXIT_S
         return self.ranks.firsts(t.max_time - reserve - self.step_s)
 
     def place(self, state: State) -> Progress:
@@ -80,7 +84,10 @@ class Horizon:
             return Progress(self.step, t.max_steps, self.tokens, t.token_budget, 0.0, 0.0)
         limit = max(self.limit_s(state), 1e-3)
         # The first evaluation is the slowest, so the limit rises again; the schedule must not run backwards with it.
-        self.share_of_time = max(self.share_of_time, self.counted_s(state) / limit)
+        counted = self.counted_s(state)
+        # Behind this step no other will fit: it is the schedule's end, however much of the run a step takes.
+        share = 1.0 if counted + self.ranks.firsts(self.step_s) > limit else counted / limit
+        self.share_of_time = max(self.share_of_time, share)
         return Progress(self.step, t.max_steps, self.tokens, t.token_budget, self.share_of_time * limit, limit)
 
     def near(self, state: State) -> bool:
@@ -99,7 +106,7 @@ class Horizon:
             return "completed", "all steps done"
         if t.token_budget and self.tokens >= t.token_budget:
             return "completed", f"{t.token_budget:,} tokens read"
-        if t.max_time and self.counted_s(state) > self.limit_s(state):
+        if t.max_time and self._time_is_over(state):
             if not self.step:
                 return (
                     "completed",
@@ -107,6 +114,15 @@ class Horizon:
                 )
             return "completed", f"the {t.max_time:g} s are over"
         return None
+
+    def _time_is_over(self, state: State) -> bool:
+        """Behind the step that was the schedule's end.
+
+        One that took longer than any before it may have used up the time before that: there is room for one more.
+        """
+        if self.share_of_time >= 1:
+            return True
+        return self.counted_s(state) > self.limit_s(state) + self.ranks.firsts(self.step_s)
 
     def _where_it_went(self, state: State) -> str:
         limit = self.config.training.max_time - self.limit_s(state)

@@ -448,7 +448,7 @@ class Run:
         """Write `result.json` and return what it says."""
         result = self.result(status, why)
         if self.record is not None:
-            self.record.finish(result)
+            self.record.finish(result, self._data())
         return result
 
     def result(self, status: str, why: str) -> Result:

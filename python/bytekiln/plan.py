@@ -24,10 +24,11 @@ from bytekiln.batch_search import largest_batch
 from bytekiln.config import RunConfig, stages_of
 from bytekiln.errors import BytekilnError, ConfigError
 from bytekiln.footprint import Footprint, Simulation
-from bytekiln.hardware import device_name, measure, memory_bytes, peak_flops
+from bytekiln.hardware import device_name, gpu_memory, measure, memory_bytes, peak_flops
 from bytekiln.loss import CHUNK_BYTES
 from bytekiln.prepare import attention_of, find_device, resolved
 from bytekiln.tokenfile import TokenFile
+from bytekiln.yardstick import Prospect, load_yardstick, prospect
 
 RESERVE = {"cpu": 700_000_000, "cuda": 1_000_000_000}
 """Memory of the process beside the step: torch's libraries (on the CPU measured: a run of next to nothing peaks at
@@ -59,6 +60,8 @@ class Estimate(NamedTuple):
     """Of a step before any of `batch_stages`."""
     evaluation_s: float
     """Of one evaluation; 0 where nothing tells how much it reads."""
+    last_evaluation_s: float
+    """Of the last one, which may read more."""
     run_s: float
     basis: str
 
@@ -99,6 +102,8 @@ class Plan:
     """One checkpoint."""
     checkpoints: int
     """How many are kept."""
+    prospect: Prospect | None
+    """What loss is to be expected, where the run names a yardstick."""
 
     @property
     def flops_per_token(self) -> int:
@@ -132,10 +137,12 @@ class Plan:
             "evaluation_batches": self.evaluation_batches,
             "step_time_s": self.time.step_s,
             "evaluation_time_s": self.time.evaluation_s,
+            "last_evaluation_time_s": self.time.last_evaluation_s,
             "run_time_s": self.time.run_s,
             "time_basis": self.time.basis,
             "checkpoint_bytes": self.checkpoint_bytes,
             "checkpoints": self.checkpoints,
+            "prospect": None if self.prospect is None else self.prospect.as_json(),
         }
 
 
@@ -153,6 +160,7 @@ def make_plan(config: RunConfig, memory: int | None = None, gpu: str | None = No
         ConfigError: the device is not there or not known, or the config makes no sense.
     """
     if gpu is not None:
+        memory = gpu_memory(gpu) if memory is None else memory
         config = _for_gpu(config, gpu, memory)
     device = find_device(config.training.device)
     config = resolved(config, config.model.vocab_size, device, lambda _: None)
@@ -162,11 +170,20 @@ def make_plan(config: RunConfig, memory: int | None = None, gpu: str | None = No
     limit = memory if memory is not None else memory_bytes(device)
     kind, name = ("cuda", gpu) if gpu is not None else (device.type, device_name(device))
     batches = evaluation_batches(config)
-    micro_s, basis = micro_step_time(config, device, peak_flops(name, t.precision), footprint)
-    evaluation_s = micro_s * (2 if config.data.val_data else 1) * (batches or 0) / TRAINING_OVER_FORWARD
-    length = length_of(config, micro_s, evaluation_s)
+    peak = peak_flops(name, t.precision)
+    micro_s, basis = micro_step_time(config, device, peak, footprint)
+    sets = 1 + bool(config.data.val_data and t.eval_train_data)
+    evaluation_s = last_s = micro_s * sets * (batches or 0) / TRAINING_OVER_FORWARD
+    if t.final_eval == "whole" and t.num_eval_batches:
+        whole = evaluation_batches(config.with_(num_eval_batches=0)) if config.data.val_data else None
+        last_s += micro_s * ((whole or batches or 0) - (batches or 0)) / TRAINING_OVER_FORWARD
+    length = length_of(config, micro_s, evaluation_s, last_s)
     run_s = micro_s * length.tokens / (t.batch_size * m.context_length)
-    run_s += evaluation_s * evaluations(config, length.steps)
+    run_s += evaluation_s * (evaluations(config, length.steps) - 1) + last_s
+    flops = length.tokens * TRAINING_OVER_FORWARD * sum(forward_flops_by_part(m).values())
+    expects = None
+    if t.yardstick:
+        expects = prospect(load_yardstick(t.yardstick), flops, None if peak is None else GPU_UTILISATION)
     return Plan(
         config=config,
         device=name,
@@ -191,9 +208,10 @@ def make_plan(config: RunConfig, memory: int | None = None, gpu: str | None = No
         length=length,
         tokens_per_step=t.batch_size * t.grad_accum_steps * m.context_length,
         evaluation_batches=batches,
-        time=Estimate(micro_s * t.grad_accum_steps, evaluation_s, run_s, basis),
+        time=Estimate(micro_s * t.grad_accum_steps, evaluation_s, last_s, run_s, basis),
         checkpoint_bytes=simulation.checkpoint_bytes,
         checkpoints=checkpoints_kept(config, length.steps),
+        prospect=expects,
     )
 
 
@@ -222,13 +240,16 @@ def _for_gpu(config: RunConfig, gpu: str, memory: int | None) -> RunConfig:
     )
 
 
-def length_of(config: RunConfig, micro_step_s: float = 0.0, evaluation_s: float = 0.0) -> Length:
+def length_of(
+    config: RunConfig, micro_step_s: float = 0.0, evaluation_s: float = 0.0, last_s: float | None = None
+) -> Length:
     """How far the run goes until its first limit, batch stages included.
 
     Args:
         config: `max_steps`, `token_budget` and `max_time` end it; `progress` says what the stages are shares of.
         micro_step_s: time of a micro-step, by which `max_time` is spent.
         evaluation_s: time of an evaluation. As in `horizon` the one at the start counts, and the last is kept free.
+        last_s: time of the last one; None: as the others.
 
     >>> length_of(RunConfig().with_(context_length=8, batch_size=2, max_steps=100, batch_stages="0.5:3"))
     Length(steps=100, tokens=3200, ends_by='max_steps')
@@ -241,7 +262,7 @@ def length_of(config: RunConfig, micro_step_s: float = 0.0, evaluation_s: float 
     if t.token_budget:
         limits["token_budget"] = float(t.token_budget)
     if t.max_time:
-        limits["max_time"] = max(t.max_time - counted_s, 0.0)
+        limits["max_time"] = max(t.max_time - (counted_s if last_s is None or not counted_s else last_s), 0.0)
     measure = {"steps": "max_steps", "tokens": "token_budget", "seconds": "max_time"}[config.progress]
     done = {"max_steps": 0.0, "token_budget": 0.0, "max_time": counted_s}
     starts, multiples = zip(*stages_of(t.batch_stages), strict=True)
@@ -317,9 +338,9 @@ def evaluation_batches(config: RunConfig) -> int | None:
         tokens = len(TokenFile.open(d.val_data, dtype=d.data_dtype or None))
     except BytekilnError:
         return t.num_eval_batches or None
-    shifted, context = int(t.objective != "mlm"), config.model.context_length
+    shifted, context = int(t.objective != "mlm"), config.eval_context
     windows = (tokens - 1) // context if t.num_eval_batches else -(-(tokens - shifted) // context)
-    fitting = -(-windows // t.batch_size)
+    fitting = -(-windows // config.eval_batch_size)
     return min(t.num_eval_batches, fitting) if t.num_eval_batches else fitting
 
 

@@ -17,10 +17,12 @@ from torch import Tensor
 from bytekiln.characters import AnyTokenizer
 from bytekiln.checkpoint import Checkpoint, remove_all, remove_old, save_checkpoint
 from bytekiln.config import RunConfig
+from bytekiln.entry import NAME as RECORD
+from bytekiln.entry import write_entry
 from bytekiln.errors import FileError
 from bytekiln.layer_stats import LayerStats
 from bytekiln.learner import Learner, Numbers, Taken
-from bytekiln.metrics import MetricsFile, Row, write_atomically
+from bytekiln.metrics import MetricsFile, Row, read_metrics, write_atomically
 from bytekiln.prepare import Say
 from bytekiln.result import Result
 from bytekiln.run_state import State
@@ -56,7 +58,7 @@ class Record:
         self.config, self.tokenizer, self.tokenizer_json = config, tokenizer, tokenizer_json
         self.say, self.notice = say, notice
         folder, kept = config.output.folder, state.last_row_kept
-        for name in ("result.json", "diverged.json"):
+        for name in ("result.json", "diverged.json", RECORD):
             (folder / name).unlink(missing_ok=True)
         # Newer checkpoints go before the rows that they rely on: a kill in between leaves a run that is whole.
         remove_all(config.output.checkpoints, behind=state.step)
@@ -137,9 +139,11 @@ class Record:
             self.config.output.folder / "diverged.json", json.dumps(about, indent=1, allow_nan=False).encode() + b"\n"
         )
 
-    def finish(self, result: Result) -> None:
-        """Write `result.json`, and tell the trackers."""
+    def finish(self, result: Result, data: Mapping[str, Any]) -> None:
+        """Write `result.json` and, where it is wanted and the run is over, `record.json`; tell the trackers."""
         result.write(self.config.output.folder / "result.json")
+        if self.config.output.record and result.status != "interrupted":
+            self.say(f"Record written to {write_entry(self.config, read_metrics(self.metrics.path), result, data)}")
         final = self.config.output.checkpoints / "checkpoint_final"
         self.trackers.finish(final if final.is_dir() else None, result.status)
 

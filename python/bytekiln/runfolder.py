@@ -26,6 +26,7 @@ OWN_FILES = (
     "layers.csv",
     "result.json",
     "diverged.json",
+    "record.json",
     "tokenizer.json",
     "tracking.json",
 )

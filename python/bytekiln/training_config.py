@@ -253,6 +253,10 @@ class TrainingConfig(Section):
     compile: bool | Literal["auto"] = setting(
         "auto", "torch.compile: true, false, or auto (only where it pays for itself)", main=True, math=False
     )
+    target_gpu: str = setting("", "GPU that the run is meant for, as H100: lm-plan plans for it", math=False)
+    yardstick: str = setting(
+        "", "published losses that lm-plan and record.json compare with: owt-32k, or a TOML file", math=False
+    )
     parallel: Literal["auto", "ddp", "fsdp"] = setting(
         "auto", "several processes (torchrun): a copy of the model in each (ddp), or shards of it (fsdp); auto: ddp",
         math=False,
