@@ -147,7 +147,7 @@ FLOORS = [
     ],
     ["learner", "runfolder", "score.choices", "report.sections", "score.overlap", "score.text"],
     ["record", "plan", "validation", "search.bare_run", "score.harness", "report.html", "score.runs"],
-    ["loop", "search.range_test", "experiments.hellaswag"],
+    ["loop", "profiling", "search.range_test", "experiments.hellaswag"],
     ["train", "report.build", "demo_text", "sampling", "run_flags", "search.picture", "search.runs", "stack.run"],
     [
         "cli_bpe",

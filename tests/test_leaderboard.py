@@ -12,17 +12,27 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bytekiln import cli_lm
 from bytekiln.config import load_config
 from bytekiln.learner import Learner
 from bytekiln.metrics import Row, read_metrics
+from bytekiln.model import TransformerLM
+from bytekiln.muon import Muon
 from bytekiln.plan import make_plan
+from bytekiln.ranks import Ranks
 from bytekiln.yardstick import load_yardstick
+from fake_cuda import CUDA
 from lm_runs import ONE_THREAD, tokens
+from test_learner import born_on_cuda
 
 PRESETS = ("leaderboard-h100", "leaderboard-b200")
 SMALLER: dict[str, object] = {
@@ -155,3 +165,60 @@ def test_the_table_shows_what_is_expected(capsys: pytest.CaptureFixture[str]) ->
     assert "start, compiling, the whole validation set (--val-data)" in out
     assert cli_plan.plan([PRESETS[0], *small, "--eval-context-length=32", "--memory=1", "--device=cpu"]) == 0
     assert "on H100" not in capsys.readouterr().out
+
+
+# --- its graphs, on a GPU that is not there ---
+
+
+def captured(learner: Learner, ids_BxT: torch.Tensor) -> list[torch.fx.GraphModule]:
+    """The graphs of forward and loss, and of the optimizer's matrices; a break would be an error."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(learner.parallel, backend=keep, fullgraph=True)(ids_BxT, ids_BxT, None)
+    muon = learner.optimizer.rules[0]
+    assert isinstance(muon, Muon)
+    for p in learner.model.parameters():
+        p.grad = torch.empty_like(p)
+    gradients = [s.bundle.gradients() for s in muon.stacks]
+    with torch.no_grad():
+        take = torch.ones((), dtype=torch.bool, device=CUDA)
+        torch.compile(muon._move_all, backend=keep, fullgraph=True)(gradients, torch.zeros(()), take)
+    return graphs
+
+
+def calls(graph: torch.fx.GraphModule, name: str) -> Counter[tuple[object, ...]]:
+    """Shapes and type of what the operations with this name make."""
+    made = [n.meta["example_value"] for n in graph.graph.nodes if n.op == "call_function" and name in str(n.target)]
+    return Counter((*x.shape, x.dtype) for x in made)
+
+
+def test_one_graph_for_the_loss_and_one_for_the_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers of the preset at its own width, batch and type: the shapes of its kernels, and not a single break."""
+    config = load_config(PRESETS[0], {"num_layers": 2})
+    monkeypatch.setattr(TransformerLM, "initialise", lambda _: None)
+    monkeypatch.setattr("bytekiln.learner.make_model", born_on_cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    torch._dynamo.reset()
+    counters.clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        learner = Learner(config, CUDA, Ranks())
+        ids_BxT = torch.zeros(64, 512, dtype=torch.int64, device=CUDA)
+        graphs = captured(learner, ids_BxT)
+    assert (len(graphs), dict(counters["graph_break"]), counters["stats"]["unique_graphs"]) == (2, {}, 2)
+    low = torch.bfloat16
+    loss, matrices = graphs
+    assert calls(loss, "scaled_dot_product_attention") == {(64, 8, 512, 128, low): 2}
+    assert calls(loss, "linear")[(64, 512, 4096, low)] == 2, "the feed-forward's first product"
+    assert not [k for k in calls(loss, "linear") if k[-2] == 32_000], "the logits never exist whole"
+    made = calls(matrices, "bmm")
+    # polynomials of five iterations, three products each, on stacks of one shape: rows² and the matrices themselves
+    assert {k[-1] for k in made} == {low}
+    assert made[(8, 1024, 1024, low)] == 15 and made[(2, 1024, 4096, low)] == 2 * 5
+    assert made[(2, 1024, 1024, low)] == 2 * 2 * 5
+    torch._dynamo.reset()

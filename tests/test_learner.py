@@ -194,6 +194,27 @@ ON_CUDA: list[tuple[dict[str, object], str]] = [
     ({"loss_chunk": 100, "logit_softcap": 15.0, "z_loss": 1e-4, "tie_embeddings": True}, "scatter_add_"),
     ({"ffn": "moe", "num_experts": 4, "load_balancing": "loss", "router_noise": 0.1}, "_grouped_mm"),
     ({"ffn": "moe", "num_experts": 4, "load_balancing": "bias", "num_shared_experts": 1}, "_grouped_mm"),
+    (
+        {
+            "optimizer": "muon",
+            "normuon": True,
+            "cautious_weight_decay": True,
+            "decay_embeddings": False,
+            "ffn": "relu2",
+            "qk_norm": True,
+            "embedding_norm": True,
+            "value_embeddings": True,
+            "token_shift": 2,
+            "residual_lambdas": True,
+            "zero_init_projections": True,
+            "head_init": "small",
+            "loss_chunk": 100,
+            "logit_softcap": 15.0,
+            "residual_precision": "products",
+            "attention": "sdpa",
+        },
+        "_scaled_dot_product_flash_attention_backward",
+    ),
     ({"precision": "fp16", "optimizer": "lion", "dropout": 0.1}, "_foreach_mul_"),
 ]
 

@@ -72,6 +72,8 @@ def train(argv: list[str]) -> int:
     changes = [name for names in options.allow_change for name in names.split(",")]
     if changes and resume is None:
         notice("--allow-change: nothing is resumed; every field may have any value")
+    if options.profile:
+        return _profile(config, resume, options.profile)
     if options.show_batch:
         return _show_batch(config, resume, given, changes)
 
@@ -101,7 +103,9 @@ def train(argv: list[str]) -> int:
 
 def _one_thing_to_do(options: argparse.Namespace) -> None:
     """Refuse what would have to be left out."""
-    instead = [f"--{n.replace('_', '-')}" for n in ("eval_only", "show_batch", "generate") if getattr(options, n)]
+    instead = [
+        f"--{n.replace('_', '-')}" for n in ("eval_only", "show_batch", "generate", "profile") if getattr(options, n)
+    ]
     if len(instead) > 1:
         raise ConfigError(f"lm-train: found {' and '.join(instead)}; expected one of them")
     if options.pause_at < 0:
@@ -148,6 +152,18 @@ def _show_batch(config: RunConfig, resume: str | None, given: dict[str, Any], ch
     for line in data.notices:
         notice(line)
     print(show_batch(data.train.batch(at.step, at.windows, 0, config.training.batch_size), tokenizer))
+    return 0
+
+
+def _profile(config: RunConfig, resume: str | None, steps: int) -> int:
+    """Say where the time of a few steps goes, and train nothing."""
+    from bytekiln.profiling import profile_run, show
+
+    if resume:
+        raise ConfigError("--profile: found a run that is resumed; expected its config.toml, or a preset")
+    made, folder = profile_run(config, steps, notice)
+    print(show(made))
+    notice(f"{folder}: profile.txt, profile.json, and trace.json for https://ui.perfetto.dev or chrome://tracing")
     return 0
 
 
@@ -239,6 +255,9 @@ def _train_parser(*, everything: bool) -> Parser:
         "--eval-only", action="store_true", help="no training: evaluate the run, or the weights of --init-from"
     )
     parser.add_argument("--show-batch", action="store_true", help="no training: print the next batch and its targets")
+    parser.add_argument(
+        "--profile", type=int, default=0, metavar="N", help="no training: a table and a trace of where N steps go"
+    )
     parser.add_argument(
         "--generate", action="store_true", help="no training: generate text from the run, flags as lm-sample"
     )

@@ -19,8 +19,8 @@ SAVES_AT_THE_END = 3
 """Checkpoints that may follow the last step: the best, a numbered and the final one."""
 
 
-EXIT_S = 0.3
-"""What a process takes to write its result and end (measured on a busy machine: torch's share alone is 0.2)."""
+EXIT_S, EXIT_SHARE = 1.0, 0.02
+"""What a process may take to write its result and end, on a busy machine; at most this share of `max_time`."""
 
 
 class Horizon:
@@ -74,7 +74,11 @@ class Horizon:
         """What `max_time` leaves for steps: the last evaluation and checkpoints must end inside it too."""
         t = self.config.training
         last_saves = SAVES_AT_THE_END * state.saving_s
-        reserve = 0.0 if t.max_time_counts == "steps" else 1.1 * (state.evaluation_s + last_saves) + EXIT_S
+        reserve = (
+            0.0
+            if t.max_time_counts == "steps"
+            else 1.1 * (state.evaluation_s + last_saves) + min(EXIT_S, EXIT_SHARE * t.max_time)
+        )
         return self.ranks.firsts(t.max_time - reserve - self.step_s)
 
     def place(self, state: State) -> Progress:

@@ -14,16 +14,21 @@ from bytekiln.config import RunConfig
 from bytekiln.data import Prefetcher, load_tokenizer, open_data
 from bytekiln.errors import ConfigError
 from bytekiln.learner import Learner, read
-from bytekiln.prepare import find_device, initial_weights, keep_freed_memory, resolved
+from bytekiln.prepare import Say, find_device, initial_weights, keep_freed_memory, resolved
 from bytekiln.ranks import Ranks
 from bytekiln.schedule import Progress, batch_multiple, fraction, learning_rate
 
 
 class BareRun:
-    """The learner and the data of a run; one process, nothing compiled."""
+    """The learner and the data of a run; one process."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, *, compiled: bool = False, notice: Say = lambda _: None) -> None:
         """Build it; nothing is trained yet.
+
+        Args:
+            config: the run.
+            compiled: compile where the config says so; else nothing is compiled.
+            notice: told where the compiler fails.
 
         Raises:
             BytekilnError: config or data cannot be used.
@@ -32,12 +37,15 @@ class BareRun:
         if device.type == "cpu":
             keep_freed_memory()
         self.data = open_data(config, load_tokenizer(config.data))
-        self.config = resolved(config.with_(compile=False), self.data.vocab_size, device, lambda _: None)
+        config = config if compiled else config.with_(compile=False)
+        self.config = resolved(config, self.data.vocab_size, device, lambda _: None)
         self.learner = Learner(self.config, device, Ranks())
         if config.training.init_from:
             self.learner.load_weights(initial_weights(self.config, lambda _: None), config.training.init_from)
-        self._batches = Prefetcher(self.data.train, self.config.data.prefetch, pin=device.type == "cuda")
+        self.batches = Prefetcher(self.data.train, self.config.data.prefetch, pin=device.type == "cuda")
         self.step = self.windows = self.tokens = 0
+        if self.config.training.compile:
+            self.learner.compile(self.data.train.batch(0, 0, 0, config.training.batch_size), notice)
 
     def take_step(self, lr: float | None = None) -> float:
         """One optimizer step; returns its training loss in nats a token, which is that before the update.
@@ -56,7 +64,7 @@ class BareRun:
         rate = learning_rate(place, self.config) if lr is None else lr
         micro_steps = t.grad_accum_steps * batch_multiple(share, self.config)
         first, behind = self.windows, self.windows + micro_steps * t.batch_size
-        found = self.learner.gradients(self._batches, self.step, first, micro_steps)
+        found = self.learner.gradients(self.batches, self.step, first, micro_steps)
         norm = self.learner.clipped_norm()
         taken = self.learner.update(found, norm, step=self.step, windows=(first, behind), lr=rate, share=share)
         self.step, self.windows, self.tokens = self.step + 1, behind, self.tokens + found.tokens
@@ -72,7 +80,7 @@ class BareRun:
 
     def close(self) -> None:
         """End the thread that makes batches."""
-        self._batches.close()
+        self.batches.close()
 
     def __enter__(self) -> Self:
         return self
