@@ -17,6 +17,7 @@ from bytekiln.attention import (
     Attend,
     KVCache,
     Sight,
+    activate_flash,
     choose,
     flex_attention,
     look,
@@ -352,3 +353,50 @@ def test_masks_are_made_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     made.pop()
     model(torch.zeros(1, 8, dtype=torch.int64), documents_BxT=torch.zeros(1, 8, dtype=torch.int32))
     assert len(made) == 2
+
+
+# --- another FlashAttention, on devices that are not here ---
+
+
+@pytest.mark.parametrize(
+    ("wanted", "capability", "installed", "active"),
+    [
+        ("auto", (9, 0), {"FA3", "FA4"}, "FA3"),
+        ("auto", (9, 0), {"FA4"}, "FA4"),
+        ("auto", (10, 0), {"FA3", "FA4"}, "FA4"),
+        ("auto", (8, 0), {"FA3", "FA4"}, "torch"),
+        ("auto", (9, 0), set(), "torch"),
+        ("FA4", (9, 0), {"FA3", "FA4"}, "FA4"),
+        ("torch", (9, 0), {"FA3"}, "torch"),
+    ],
+)
+def test_another_flash_attention_where_one_is_installed(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, capability: tuple[int, int], installed: set[str], active: str
+) -> None:
+    made: list[str] = []
+
+    def activate(name: str) -> None:
+        if name not in installed:
+            raise ModuleNotFoundError(name)
+        made.append(name)
+
+    monkeypatch.setattr("torch.nn.attention.activate_flash_attention_impl", activate)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    cuda, model = torch.device("cuda", 0), ModelConfig(d_model=64, num_heads=2)
+    assert activate_flash(wanted, model, cuda, "bf16") == active
+    assert made == ([active] if active != "torch" else [])
+
+
+def test_a_flash_attention_that_cannot_be_had_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    cuda, cpu, model = torch.device("cuda", 0), torch.device("cpu"), ModelConfig(d_model=64, num_heads=2)
+    wet = ModelConfig(d_model=64, num_heads=2, dropout=0.1)
+    for device, config, precision, why in (
+        (cpu, model, "bf16", "found FA3 on cpu; it is for CUDA"),
+        (cuda, model, "fp32", "found FA3 in fp32; it computes in bf16"),
+        (cuda, wet, "bf16", "found FA3 with dropout 0.1"),
+        (cuda, model, "bf16", "found FA3 which is not installed"),  # torch's own registry, without the package
+    ):
+        with pytest.raises(ConfigError, match=why):
+            activate_flash("FA3", config, device, precision)
+        assert activate_flash("auto", config, device, precision) == "torch"

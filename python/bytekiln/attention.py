@@ -223,6 +223,51 @@ def choose(name: str, config: ModelConfig, device: torch.device, documents: bool
     return named[name]
 
 
+def activate_flash(wanted: str, config: ModelConfig, device: torch.device, precision: str) -> str:
+    """Have torch's fused attention call another FlashAttention, where one is installed that can train this model.
+
+    FA3 (the package flash_attn_3) is for Hopper, FA4 (flash_attn's CuTe kernels) for Hopper and Blackwell. Newer
+    versions of torch have a registry of them; they are swapped for its own behind the same operator, in all of the
+    process.
+
+    Args:
+        wanted: the field `flash`: torch, auto, FA3 or FA4.
+        config: the model. device: where it is trained. precision: of the run.
+
+    Returns:
+        The one that is active now; "torch" for its own.
+
+    Raises:
+        ConfigError: one was asked for by name and cannot be had here.
+    """
+    if wanted == "torch":
+        return wanted
+    against = _against_other_flash(config, device, precision)
+    if not against:
+        from torch.nn import attention as registry
+
+        major = torch.cuda.get_device_capability(device)[0]
+        for name in {9: ("FA3", "FA4"), 10: ("FA4",)}.get(major, ()):
+            if wanted in ("auto", name):
+                try:
+                    registry.activate_flash_attention_impl(name)
+                except (AttributeError, ImportError, RuntimeError, ValueError):
+                    continue  # an older torch, not installed, or without a kernel for this device
+                return name
+        against = f"which is not installed, or not for devices of compute capability {major}"
+    if wanted == "auto":
+        return "torch"
+    raise ConfigError(f"flash: found {wanted} {against}; expected torch or auto")
+
+
+def _against_other_flash(config: ModelConfig, device: torch.device, precision: str) -> str:
+    if device.type != "cuda":
+        return f"on {device.type}; it is for CUDA"
+    if precision not in ("bf16", "fp16"):
+        return f"in {precision}; it computes in bf16 and fp16"
+    return f"with dropout {config.dropout:g}, which it does not have" if config.dropout else ""
+
+
 def _against_native(config: ModelConfig, device: torch.device, documents: bool, precision: str) -> str:
     if device.type != "cpu":
         return f"on {device.type}; the core computes on the CPU"

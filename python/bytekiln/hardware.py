@@ -6,6 +6,7 @@ print as "unknown". Called by `train` (utilisation) and `plan` (time). torch is 
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import time
@@ -222,14 +223,16 @@ def describe(device: torch.device) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Of what a run's numbers depend on."""
+    """Of what a run's numbers depend on; `flash` where it is not torch's own."""
     import platform
 
     import torch
 
     import bytekiln
 
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "bytekiln": bytekiln.__version__}
+    known = {"python": platform.python_version(), "torch": str(torch.__version__), "bytekiln": bytekiln.__version__}
+    flash = getattr(importlib.import_module("torch.nn.attention"), "current_flash_attention_impl", lambda: None)()
+    return known if flash is None else {**known, "flash": flash}
 
 
 def device_name(device: torch.device) -> str:

@@ -235,6 +235,7 @@ def _for_gpu(config: RunConfig, gpu: str, memory: int | None) -> RunConfig:
     return config.with_(
         device="cpu",
         attention="sdpa" if t.attention == "flex" else t.attention,
+        flash="torch",
         precision=best if t.precision == "auto" else t.precision,
         compile=True if t.compile == "auto" else t.compile,
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bytekiln.accounting import flops_per_token, parameter_count
-from bytekiln.attention import Attend, choose
+from bytekiln.attention import Attend, activate_flash, choose
 from bytekiln.batch import Batch
 from bytekiln.checkpoint import Checkpoint, checkpoints_in, load_checkpoint, newest_whole, resolve
 from bytekiln.config import (
@@ -321,12 +321,13 @@ def make_model(config: ModelConfig, device: torch.device, attend: Attend | None 
 
 
 def attention_of(config: RunConfig, device: torch.device) -> Attend:
-    """The attention kernel of the run.
+    """The attention kernel of the run; what it calls on CUDA is chosen here, too.
 
     Raises:
         ConfigError: it does not work on this device.
     """
     t = config.training
+    activate_flash(t.flash, config.model, device, t.precision)
     return choose(t.attention, config.model, device, config.data.document_mask, t.precision)
 
 

@@ -250,6 +250,9 @@ class TrainingConfig(Section):
         "auto",
         "attention kernel: our own (CPU, fp32), torch's, FlexAttention (CUDA), plain tensors; auto: by device and mask",
     )
+    flash: Literal["torch", "auto", "FA3", "FA4"] = setting(
+        "torch", "FlashAttention on CUDA: torch's own, the newest that is installed (auto), or this one", math=False
+    )
     compile: bool | Literal["auto"] = setting(
         "auto", "torch.compile: true, false, or auto (only where it pays for itself)", main=True, math=False
     )
