@@ -48,6 +48,25 @@ def take(learner: Learner, batches: Prefetcher, step: int, micro_steps: int = 1,
     return learner.update(found, norm, step=step, windows=windows, lr=lr, share=step / 10)
 
 
+RECIPE: dict[str, object] = {
+    "optimizer": "muon",
+    "normuon": True,
+    "cautious_weight_decay": True,
+    "decay_embeddings": False,
+    "ffn": "relu2",
+    "qk_norm": True,
+    "embedding_norm": True,
+    "value_embeddings": True,
+    "token_shift": 2,
+    "residual_lambdas": True,
+    "zero_init_projections": True,
+    "head_init": "small",
+    "loss_chunk": 100,
+    "logit_softcap": 15.0,
+    "residual_precision": "products",
+    "attention": "sdpa",
+}
+"""Every part of the leaderboard's model and optimizer."""
 EVERYTHING: list[dict[str, object]] = [
     {},
     {"optimizer": "muon", "averaging": "ema", "skip_spikes": True, "normuon": True},
@@ -57,6 +76,7 @@ EVERYTHING: list[dict[str, object]] = [
     {"ffn": "moe", "num_experts": 4, "load_balancing": "loss", "router_noise": 0.1},
     {"z_loss": 1e-4, "logit_softcap": 15.0, "loss_chunk": 5, "value_embeddings": True, "residual_lambdas": True},
     {"windows": "stream", "sliding_window": 4, "qk_norm": True, "num_kv_heads": 1, "token_shift": 2},
+    {**RECIPE, "precision": "bf16", "loss_chunk": 5},
 ]
 
 
@@ -194,27 +214,7 @@ ON_CUDA: list[tuple[dict[str, object], str]] = [
     ({"loss_chunk": 100, "logit_softcap": 15.0, "z_loss": 1e-4, "tie_embeddings": True}, "scatter_add_"),
     ({"ffn": "moe", "num_experts": 4, "load_balancing": "loss", "router_noise": 0.1}, "_grouped_mm"),
     ({"ffn": "moe", "num_experts": 4, "load_balancing": "bias", "num_shared_experts": 1}, "_grouped_mm"),
-    (
-        {
-            "optimizer": "muon",
-            "normuon": True,
-            "cautious_weight_decay": True,
-            "decay_embeddings": False,
-            "ffn": "relu2",
-            "qk_norm": True,
-            "embedding_norm": True,
-            "value_embeddings": True,
-            "token_shift": 2,
-            "residual_lambdas": True,
-            "zero_init_projections": True,
-            "head_init": "small",
-            "loss_chunk": 100,
-            "logit_softcap": 15.0,
-            "residual_precision": "products",
-            "attention": "sdpa",
-        },
-        "_scaled_dot_product_flash_attention_backward",
-    ),
+    (RECIPE, "_scaled_dot_product_flash_attention_backward"),
     ({"precision": "fp16", "optimizer": "lion", "dropout": 0.1}, "_foreach_mul_"),
 ]
 

@@ -452,7 +452,7 @@ def test_a_plan_for_a_gpu_that_is_not_here() -> None:
     with pytest.raises(ConfigError, match="--gpu: found Voodoo 2; expected"):
         make_plan(config, memory=10, gpu="Voodoo 2")
     with pytest.raises(ConfigError, match="--memory: found nothing"):
-        make_plan(config, gpu="H100")
+        make_plan(config, gpu="A100")  # which comes with 40 and with 80 GB
 
 
 @pytest.mark.alone
