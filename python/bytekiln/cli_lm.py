@@ -7,6 +7,7 @@ Called by `cli`, which turns errors into one line. torch is imported once there 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,7 @@ def _show_batch(config: RunConfig, resume: str | None, given: dict[str, Any], ch
 
 def _profile(config: RunConfig, resume: str | None, steps: int) -> int:
     """Say where the time of a few steps goes, and train nothing."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch is there: the tracer's own lines are no news of ours
     from bytekiln.profiling import profile_run, show
 
     if resume:
