@@ -92,6 +92,38 @@ def test_activations_of_any_shape(rows: int, columns: int, turned: bool, seed: i
     torch.testing.assert_close(outcome(kernels.swiglu, [a, b], g), [x.float() for x in exact], rtol=2e-6, atol=2e-6)
 
 
+@given(
+    st.integers(0, 40),
+    st.sampled_from([8, 24, 33, 96]),
+    st.sampled_from(["plain", "heads", "turned"]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_norms_are_torchs(rows: int, width: int, layout: str, has_weight: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    shape = (2, 3, rows, width)
+    x, g = torch.randn(shape), torch.randn(shape)
+    if layout == "heads":
+        x = heads_of(2, rows, 3, width)
+    if layout == "turned":
+        x, g = (y.transpose(0, 2).contiguous().transpose(0, 2) for y in (x, g))
+    tensors = [x, torch.randn(width)] if has_weight else [x]
+    ours = outcome(lambda x, *w: kernels.rms_norm(x, *(w or (None,)), 1e-5), tensors, g)
+    exact = outcome(lambda x, *w: F.rms_norm(x, (width,), *(w or (None,)), 1e-5), [y.double() for y in tensors], g)
+    torch.testing.assert_close(ours, [y.float() for y in exact], rtol=1e-5, atol=1e-5)
+    assert torch.equal(kernels.rms_norm(x, *(tensors[1:] or (None,)), 1e-5), ours[0])  # without a gradient
+    if layout != "turned":
+        assert ours[0].stride() == ours[1].stride() == x.stride()
+
+
+def test_a_norm_s_weight_alone_may_want_a_gradient() -> None:
+    x, weight, g = torch.randn(7, 12), torch.randn(12, requires_grad=True), torch.randn(7, 12)
+    (ours,) = torch.autograd.grad(kernels.rms_norm(x, weight, 1e-5), weight, g)
+    torch.testing.assert_close(ours, torch.autograd.grad(F.rms_norm(x, (12,), weight, 1e-5), weight, g)[0])
+    (ours,) = torch.autograd.grad(torch.ops.bytekiln.rms_norm(x, weight, 1e-5)[0], weight, g)
+    torch.testing.assert_close(ours, torch.autograd.grad(F.rms_norm(x, (12,), weight, 1e-5), weight, g)[0])
+
+
 def test_which_activations_are_taken() -> None:
     assert kernels.activates(torch.zeros(3))
     assert not kernels.activates(torch.zeros(3, dtype=torch.bfloat16))
@@ -265,10 +297,16 @@ def test_lengths_and_types_are_checked_before_addresses_are_given_away() -> None
         lambda: kernels.swiglu(x, x[:4]),
         lambda: ops.swiglu_backward(x, x, x[:4]),
         lambda: ops.swiglu_backward(x, x, x.double()),
+        lambda: kernels.rms_norm(x.double(), None, 0.0),
+        lambda: kernels.rms_norm(x, x.double(), 0.0),
+        lambda: ops.rms_norm_backward(x, x, torch.ones(2), None),
+        lambda: ops.rms_norm_backward(x[:4], x, torch.ones(1), None),
     )
     for call in calls:
         with pytest.raises(ValueError, match="expected float32 on the CPU, all of one shape"):
             call()
+    with pytest.raises(ValueError, match="rms_norm: found weight"):
+        kernels.rms_norm(x, x[:4], 0.0)
     q = heads_of(1, 5, 2, 8)
     out, log_sums = ops.scaled_dot_product_attention(q, q, q, True, 0)
     for g, y, logs in ((q[:, :, :4], out, log_sums), (q, out.double(), log_sums), (q, out, log_sums[:, :4])):
@@ -289,6 +327,7 @@ def test_odd_addresses_are_copied() -> None:
 
     x, q = torch.randn(50), torch.randn(1, 2, 5, 8)
     assert torch.equal(kernels.activation(odd(x), "gelu"), kernels.activation(x, "gelu"))
+    assert torch.equal(kernels.rms_norm(odd(x), odd(x), 0.0), kernels.rms_norm(x, x, 0.0))
     assert torch.equal(kernels.attention(*[odd(q)] * 3, True, 0), kernels.attention(q, q, q, True, 0))
 
 
@@ -332,6 +371,7 @@ def test_no_gradient_of_a_gradient() -> None:
         (kernels.attention(q, q, q, True, 0), q),
         (kernels.activation(x, "gelu"), x),
         (kernels.swiglu(x, x), x),
+        (kernels.rms_norm(x, None, 0.0), x),
     ):
         with pytest.raises(RuntimeError, match="kernels: found a backward with create_graph"):
             torch.autograd.grad(out.sum(), of, create_graph=True)
@@ -351,7 +391,7 @@ def test_nothing_is_read_where_nothing_stands() -> None:
     with FakeTensorMode():
         q = torch.randn(2, 9, 4, 16).transpose(1, 2).requires_grad_()
         out = native_attention(q, q, q)
-        x = kernels.swiglu(kernels.activation(out, "gelu"), out)
+        x = kernels.swiglu(kernels.activation(out, "gelu"), kernels.rms_norm(out, None, 1e-5))
         x.sum().backward()
         assert out.transpose(1, 2).is_contiguous() and q.grad is not None and q.grad.shape == q.shape
 

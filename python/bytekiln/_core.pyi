@@ -26,6 +26,8 @@ __all__ = [
     "encode_files",
     "find_inputs",
     "payload_checksum",
+    "rms_norm_backward",
+    "rms_norm_forward",
     "simd_level",
     "swiglu_backward",
     "swiglu_forward",
@@ -310,6 +312,20 @@ def borrow_threads(gomp_parallel: int) -> None:
 def simd_level() -> str:
     """Instructions in use: scalar, avx2 or avx512."""
 
+def rms_norm_forward(
+    threads: int, width: int, rows: int, eps: float, x: int, weight: int, y: int, scales: int
+) -> None: ...
+def rms_norm_backward(
+    threads: int,
+    width: int,
+    rows: int,
+    g: int,
+    x: int,
+    scales: int,
+    weight: int,
+    dx: int,
+    dweight: int,
+) -> None: ...
 def activation_forward(threads: int, kind: str, len: int, x: int, y: int) -> None: ...
 def activation_backward(threads: int, kind: str, len: int, g: int, x: int, dx: int) -> None: ...
 def swiglu_forward(threads: int, len: int, a: int, b: int, y: int) -> None: ...

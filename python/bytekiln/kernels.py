@@ -1,4 +1,4 @@
-"""Attention and activations on the CPU in float32: operators of torch whose work the Rust core does.
+"""Attention, activations and RMSNorm on the CPU in float32: operators of torch whose work the Rust core does.
 
 In: float32 tensors on the CPU. Out: the same function that torch has, sooner: torch's own kernels take two to four
 times the time (`docs/performance.md`). Called by `attention` and `model`, which ask `attends` and `activates` first
@@ -37,6 +37,8 @@ for _schema in (
     "activation_backward(Tensor g, Tensor x, str kind) -> Tensor",
     "swiglu(Tensor a, Tensor b) -> Tensor",
     "swiglu_backward(Tensor g, Tensor a, Tensor b) -> (Tensor, Tensor)",
+    "rms_norm(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)",
+    "rms_norm_backward(Tensor g, Tensor x, Tensor scales, Tensor? weight) -> (Tensor, Tensor)",
     f"scaled_dot_product_attention(Tensor q, Tensor k, Tensor v, {_SIGHT}) -> (Tensor, Tensor)",
     "scaled_dot_product_attention_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums, "
     f"{_SIGHT}) -> (Tensor, Tensor, Tensor)",
@@ -113,6 +115,17 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
         return cast(Tensor, _ops.swiglu(a, b))
 
 
+def rms_norm(x_xD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
+    """x / √(mean x² + eps) · weight over the last axis where `activates`; keeps x and a number a row for the backward.
+
+    What is stored as B×T×H×K and seen as B×H×T×K, as queries and keys are, is not copied.
+    """
+    if torch.is_grad_enabled() and (x_xD.requires_grad or (weight_D is not None and weight_D.requires_grad)):
+        return cast("tuple[Tensor, Tensor]", _RMSNorm.apply(x_xD, weight_D, eps))[0]
+    with torch._C._AutoDispatchBelowAutograd():
+        return cast(Tensor, _ops.rms_norm(x_xD, weight_D, eps)[0])
+
+
 def products(x_xD: Tensor, weights_FxD: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """x wᵀ of several w: torch's own products as one operation, whose gradients by x add up inside the products.
 
@@ -169,6 +182,29 @@ class _SwiGLU(Function):
         return cast("tuple[Tensor, Tensor]", _ops.swiglu_backward(g, *ctx.saved_tensors))
 
 
+class _RMSNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        with torch._C._AutoDispatchBelowAutograd():
+            y, scales = _ops.rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, scales, weight)
+        ctx.mark_non_differentiable(scales)
+        ctx.set_materialize_grads(False)
+        return y, scales
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        _refuse_a_graph()
+        if g is None:
+            return (None,) * 3
+        dx, dweight = _ops.rms_norm_backward(g, *ctx.saved_tensors)
+        return dx, dweight if ctx.needs_input_grad[1] else None, None
+
+
+def _rms_norm_with_gradient(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    return cast("tuple[Tensor, Tensor]", _RMSNorm.apply(x, weight, eps))
+
+
 def _refuse_a_graph() -> None:
     # Autograd would take the slope for a constant and give wrong numbers. Grad mode is on in a backward if and only if
     # it was called with create_graph.
@@ -209,6 +245,48 @@ def _swiglu_backward(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     addresses = (g.data_ptr(), a.data_ptr(), b.data_ptr(), da.data_ptr(), db.data_ptr())
     _core.swiglu_backward(torch.get_num_threads(), a.numel(), *addresses)
     return da, db
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The tensor with its rows one behind the other in memory, in whatever order."""
+    if x.is_contiguous() or (x.dim() == 4 and x.transpose(1, 2).is_contiguous()):
+        return _aligned(x)
+    return x.contiguous()
+
+
+def _checked_weight(x: Tensor, weight: Tensor | None) -> Tensor:
+    """The weight, or an empty one; raises as `_hold`."""
+    if weight is None:
+        return x.new_empty(0)
+    _hold("rms_norm", weight)
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: found weight {tuple(weight.shape)} for {tuple(x.shape)}; expected {x.shape[-1:]}")
+    return _aligned(weight.contiguous())
+
+
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    _hold("rms_norm", x)
+    x, w = _rows(x), _checked_weight(x, weight)
+    y, width = torch.empty_like(x), max(1, x.shape[-1])
+    scales = x.new_empty(x.numel() // width)
+    addresses = (x.data_ptr(), w.data_ptr(), y.data_ptr(), scales.data_ptr())
+    if x.numel():
+        _core.rms_norm_forward(torch.get_num_threads(), width, scales.numel(), eps, *addresses)
+    return y, scales
+
+
+def _rms_norm_backward(g: Tensor, x: Tensor, scales: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    _hold("rms_norm_backward", g, x)
+    x, w = _rows(x), _checked_weight(x, weight)
+    width = max(1, x.shape[-1])
+    _hold("rms_norm_backward", scales, x.new_empty(x.numel() // width))
+    if g.stride() != x.stride() or g.data_ptr() % g.element_size():
+        g = torch.empty_like(x).copy_(g)
+    dx, dw = torch.empty_like(x), torch.zeros_like(w)
+    addresses = (g.data_ptr(), x.data_ptr(), scales.data_ptr(), w.data_ptr(), dx.data_ptr(), dw.data_ptr())
+    if x.numel():
+        _core.rms_norm_backward(torch.get_num_threads(), width, scales.numel(), *addresses)
+    return dx, dw
 
 
 # --- attention -----------------------------------------------------------------------------------------------------
@@ -335,6 +413,16 @@ for _name, _do, _shapes in (
     ("swiglu", _swiglu, lambda a, b: _same(a)),
     ("swiglu_backward", _swiglu_backward, lambda g, a, b: (_same(a), _same(b))),
     (
+        "rms_norm",
+        _rms_norm,
+        lambda x, weight, eps: (torch.empty_like(x), x.new_empty(x.numel() // max(1, x.shape[-1]))),
+    ),
+    (
+        "rms_norm_backward",
+        _rms_norm_backward,
+        lambda g, x, scales, weight: (torch.empty_like(x), x.new_empty(0 if weight is None else weight.shape[0])),
+    ),
+    (
         "scaled_dot_product_attention",
         _forward,
         lambda q, k, v, *_: (_made(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1])),
@@ -350,3 +438,4 @@ for _name, _do, _shapes in (
 _library.impl("scaled_dot_product_attention", _attention_with_gradient, "Autograd")
 _library.impl("activation", activation, "Autograd")
 _library.impl("swiglu", swiglu, "Autograd")
+_library.impl("rms_norm", _rms_norm_with_gradient, "Autograd")

@@ -55,6 +55,13 @@ GATE_WIDTH = 32
 """Places of a layer's input that the gates of its value embeddings read."""
 
 
+def rms_norm(x_xD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
+    """x / √(mean x² + eps) · weight over the last axis, by the core where it can."""
+    if kernels.activates(x_xD) and (weight_D is None or weight_D.dtype == x_xD.dtype):
+        return kernels.rms_norm(x_xD, weight_D, eps)
+    return F.rms_norm(x_xD, x_xD.shape[-1:], None if weight_D is None else _as(x_xD, weight_D), eps)
+
+
 class RMSNorm(nn.Module):
     """x / RMS(x) · weight (Zhang and Sennrich 2019)."""
 
@@ -66,7 +73,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x_BxTxD: Tensor) -> Tensor:
         """Normalise the last axis."""
-        return F.rms_norm(x_BxTxD, self.weight.shape, _as(x_BxTxD, self.weight), self.eps)
+        return rms_norm(x_BxTxD, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -146,7 +153,7 @@ class Attention(nn.Module):
             q, k = rotary(q, this.start), rotary(k, this.start)
         if self.qk_norm:
             # CUDA's autocast computes and returns norms in float32; attention wants one type.
-            q, k = (F.rms_norm(x, x.shape[-1:], None, self.norm_eps).type_as(v) for x in (q, k))
+            q, k = (rms_norm(x, None, self.norm_eps).type_as(v) for x in (q, k))
         if this.cache is not None:
             k, v = this.cache.extend(self.layer, k, v)
         out_BxHxTxK = self.attend(q, k, v, self.dropout if self.training else 0.0, this.sight)

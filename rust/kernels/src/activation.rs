@@ -7,7 +7,7 @@
 //! gelu(-∞) = -0 with slope 0, gelu(∞) = ∞ with slope 1.
 
 use crate::simd::{self, Job, Lanes, Level, MOST_LANES};
-use crate::threads;
+use crate::threads::{self, Pieces};
 
 /// Numbers of one job: 64 KiB, so that x, y and the derivative stay in a core's cache and waking a thread pays.
 const PIECE: usize = 16_384;
@@ -50,7 +50,7 @@ impl Kind {
 /// # Panics
 /// Lengths differ.
 pub fn forward(level: Level, threads: usize, kind: Kind, x: &[f32], y: &mut [f32]) {
-    let y = Pieces::new(y, x.len());
+    let y = pieces(y, x.len());
     threads::share(threads, x.len().div_ceil(PIECE), |index| {
         let range = range_of(index, x.len());
         // SAFETY: every index comes once.
@@ -65,7 +65,7 @@ pub fn forward(level: Level, threads: usize, kind: Kind, x: &[f32], y: &mut [f32
 /// Lengths differ.
 pub fn backward(level: Level, threads: usize, kind: Kind, g: &[f32], x: &[f32], dx: &mut [f32]) {
     assert_eq!(g.len(), x.len());
-    let dx = Pieces::new(dx, x.len());
+    let dx = pieces(dx, x.len());
     threads::share(threads, x.len().div_ceil(PIECE), |index| {
         let range = range_of(index, x.len());
         // SAFETY: every index comes once.
@@ -80,7 +80,7 @@ pub fn backward(level: Level, threads: usize, kind: Kind, g: &[f32], x: &[f32], 
 /// Lengths differ.
 pub fn swiglu(level: Level, threads: usize, a: &[f32], b: &[f32], y: &mut [f32]) {
     assert_eq!(a.len(), b.len());
-    let y = Pieces::new(y, a.len());
+    let y = pieces(y, a.len());
     threads::share(threads, a.len().div_ceil(PIECE), |index| {
         let range = range_of(index, a.len());
         // SAFETY: every index comes once.
@@ -95,7 +95,7 @@ pub fn swiglu(level: Level, threads: usize, a: &[f32], b: &[f32], y: &mut [f32])
 /// Lengths differ.
 pub fn swiglu_backward(level: Level, threads: usize, g: &[f32], a: &[f32], b: &[f32], da: &mut [f32], db: &mut [f32]) {
     assert!(a.len() == b.len() && a.len() == g.len());
-    let (da, db) = (Pieces::new(da, a.len()), Pieces::new(db, a.len()));
+    let (da, db) = (pieces(da, a.len()), pieces(db, a.len()));
     threads::share(threads, a.len().div_ceil(PIECE), |index| {
         let range = range_of(index, a.len());
         // SAFETY: every index comes once.
@@ -104,33 +104,13 @@ pub fn swiglu_backward(level: Level, threads: usize, g: &[f32], a: &[f32], b: &[
     });
 }
 
+fn pieces(out: &mut [f32], len: usize) -> Pieces<'_> {
+    assert_eq!(out.len(), len);
+    Pieces::new(out, PIECE)
+}
+
 fn range_of(index: usize, len: usize) -> std::ops::Range<usize> {
     index * PIECE..len.min((index + 1) * PIECE)
-}
-
-/// An output that jobs write piece by piece.
-struct Pieces {
-    start: *mut f32,
-    len: usize,
-}
-
-// SAFETY: the pieces do not overlap, and each is handed out once.
-unsafe impl Sync for Pieces {}
-
-impl Pieces {
-    fn new(out: &mut [f32], len: usize) -> Self {
-        assert_eq!(out.len(), len);
-        Self { start: out.as_mut_ptr(), len }
-    }
-
-    /// # Safety
-    /// No index twice while the slice that this was made of is borrowed.
-    #[expect(clippy::mut_from_ref, reason = "the pieces are disjoint")]
-    unsafe fn piece(&self, index: usize) -> &mut [f32] {
-        let range = range_of(index, self.len);
-        // SAFETY: inside the slice that `new` was given; disjoint by the caller's word.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
-    }
 }
 
 /// M functions of N numbers.

@@ -1,8 +1,9 @@
-//! Attention and activations of a Transformer on the CPU, in float32: what torch's own kernels take several times the
+//! Attention, activations and norms of a Transformer on the CPU, in float32: what torch's own kernels take several times the
 //! time of their arithmetic for. No Python, no printing.
 //!
 //! - [`attention`]: softmax(q kᵀ / √K) v, causal or not, with or without a window, and its gradients.
 //! - [`activation`]: GELU, SiLU, squared ReLU with their derivatives in one pass; SwiGLU.
+//! - [`norm`]: RMSNorm and its gradients.
 //! - [`naive`]: the same in float64, slow and readable: the specification.
 //!
 //! All arithmetic is written once, over the vectors of [`simd`]; which instructions they are is decided at run time.
@@ -16,6 +17,7 @@
 pub mod activation;
 pub mod attention;
 pub mod naive;
+pub mod norm;
 pub mod simd;
 pub mod threads;
 mod tile;

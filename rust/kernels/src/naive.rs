@@ -44,6 +44,17 @@ pub fn activation(kind: Kind, x: f64) -> (f64, f64) {
     }
 }
 
+/// RMSNorm of a row: y, and the gradients of Σ y · `g` by x and by the weights.
+pub fn rms_norm(x: &[f64], weight: &[f64], eps: f64, g: &[f64]) -> [Vec<f64>; 3] {
+    #[expect(clippy::cast_precision_loss, reason = "widths are small")]
+    let width = x.len() as f64;
+    let scale = 1.0 / (x.iter().map(|x| x * x).sum::<f64>() / width + eps).sqrt();
+    let along = x.iter().zip(weight).zip(g).map(|((x, w), g)| g * w * x).sum::<f64>() / width;
+    let y = x.iter().zip(weight).map(|(x, w)| x * scale * w).collect();
+    let by_x = x.iter().zip(weight).zip(g).map(|((x, w), g)| scale * g * w - x * scale.powi(3) * along).collect();
+    [y, by_x, x.iter().zip(g).map(|(x, g)| g * x * scale).collect()]
+}
+
 /// Gradients of q, k and v.
 pub type Gradients = [Vec<f64>; 3];
 

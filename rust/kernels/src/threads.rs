@@ -13,6 +13,7 @@
 use std::any::Any;
 use std::ffi::{c_uint, c_void};
 use std::hint;
+use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::process;
 use std::ptr;
@@ -24,6 +25,33 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 /// More threads than this share no call.
 pub const MOST: usize = 64;
+
+/// An output that jobs write piece by piece.
+pub(crate) struct Pieces<'a> {
+    start: *mut f32,
+    len: usize,
+    size: usize,
+    of: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: the pieces do not overlap, and each is handed out once.
+unsafe impl Sync for Pieces<'_> {}
+
+impl<'a> Pieces<'a> {
+    pub(crate) fn new(out: &'a mut [f32], size: usize) -> Self {
+        Self { start: out.as_mut_ptr(), len: out.len(), size, of: PhantomData }
+    }
+
+    /// # Safety
+    /// No index twice.
+    #[expect(clippy::mut_from_ref, reason = "the pieces are disjoint")]
+    pub(crate) unsafe fn piece(&self, index: usize) -> &mut [f32] {
+        let from = self.len.min(index * self.size);
+        let to = self.len.min(from + self.size);
+        // SAFETY: inside the slice that `new` was given; disjoint by the caller's word.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(from), to - from) }
+    }
+}
 
 struct Pool {
     process: u32,

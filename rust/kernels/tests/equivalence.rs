@@ -5,6 +5,7 @@
 use bytekiln_kernels::activation::{self, Kind};
 use bytekiln_kernels::attention::{self, Input, Output, Shape, Sight, Strides};
 use bytekiln_kernels::naive;
+use bytekiln_kernels::norm;
 use bytekiln_kernels::simd::Level;
 use proptest::prelude::*;
 
@@ -225,5 +226,56 @@ proptest! {
     ) {
         let shape = Shape { batch, heads: kv_heads * shared, kv_heads, queries, keys: queries + before, width: 8 * width };
         Case::new(shape, seed, 2.0).check(Sight { causal, window });
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn norms_are_their_formulas(
+        rows in 1usize..400,
+        width in 1usize..200,
+        has_weight in any::<bool>(),
+        size in prop::sample::select(vec![1e-3f32, 1.0, 1e3]),
+        seed in any::<u32>(),
+    ) {
+        // Numbers that need no generator: those of a line that wraps round.
+        let numbers = |len: usize, step: u32, size: f32| -> Vec<f32> {
+            (0..len as u32).map(|n| (n.wrapping_mul(step).wrapping_add(seed) as f32 / u32::MAX as f32 - 0.5) * size).collect()
+        };
+        let (x, g) = (numbers(rows * width, 2_654_435_761, size), numbers(rows * width, 2_246_822_519, 1.0));
+        let weight = has_weight.then(|| numbers(width, 3_266_489_917, 2.0));
+        let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+        let (eps, ones) = (1e-5f32, vec![1.0; width]);
+        let mut exact = [vec![], vec![], vec![0.0; width]];
+        for (x, g) in x.chunks(width).zip(g.chunks(width)) {
+            let w = weight.as_deref().map_or(ones.clone(), wide);
+            let [y, by_x, by_weight] = naive::rms_norm(&wide(x), &w, f64::from(eps), &wide(g));
+            exact[0].extend(y);
+            exact[1].extend(by_x);
+            for (sum, part) in exact[2].iter_mut().zip(by_weight) {
+                *sum += part;
+            }
+        }
+        for level in levels() {
+            let made = |threads: usize| {
+                let (mut y, mut dx) = (vec![0.0; x.len()], vec![0.0; x.len()]);
+                let (mut scales, mut dw) = (vec![0.0; rows], vec![7.0; weight.as_ref().map_or(0, Vec::len)]);
+                norm::forward(level, threads, width, eps, &x, weight.as_deref(), &mut y, &mut scales);
+                norm::backward(level, threads, width, &g, &x, &scales, weight.as_deref(), &mut dx, &mut dw);
+                [y, dx, dw]
+            };
+            let one = made(1);
+            prop_assert_eq!(&one, &made(3), "{:?}: threads change nothing", level);
+            // Terms of the size of the greatest cancel in a sum of `width` or of `rows` of them.
+            for (n, (made, exact)) in one.iter().zip(&exact).enumerate() {
+                let greatest = exact.iter().fold(0f64, |most, x| most.max(x.abs()));
+                let bound = greatest.max(1e-3) * 4e-6 * (rows.max(width) as f64).sqrt();
+                for (made, exact) in made.iter().zip(exact) {
+                    prop_assert!((f64::from(*made) - exact).abs() < bound, "{level:?} {n}: {made} for {exact}, within {bound:e}");
+                }
+            }
+        }
     }
 }

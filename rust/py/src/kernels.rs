@@ -3,6 +3,7 @@
 use bytekiln_bpe::Error;
 use bytekiln_kernels::activation::{self, Kind};
 use bytekiln_kernels::attention::{self, Input, Output, Shape, Sight, Strides};
+use bytekiln_kernels::norm;
 use bytekiln_kernels::simd::Level;
 use bytekiln_kernels::threads::{self, Parallel};
 use pyo3::prelude::*;
@@ -222,6 +223,60 @@ pub fn attention_backward(
             let sight = Sight { causal, window };
             attention::backward(level, threads, shape, sight, dout, q, k, v, out, log_sums, &mut dq, &mut dk, &mut dv);
         }
+    });
+    Ok(())
+}
+
+/// RMSNorm of rows of `width`, and a scale for each; `weight` 0: none.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "four tensors")]
+pub fn rms_norm_forward(
+    py: Python<'_>,
+    threads: usize,
+    width: usize,
+    rows: usize,
+    eps: f32,
+    x: Address,
+    weight: Address,
+    y: Address,
+    scales: Address,
+) -> PyResult<()> {
+    let level = level(py)?;
+    py.detach(|| {
+        // SAFETY: as in `activation_forward`.
+        let (x, weight) = unsafe { (read(x, rows * width), (weight != 0).then(|| read(weight, width))) };
+        // SAFETY: as above.
+        let (y, scales) = unsafe { (write(y, rows * width), write(scales, rows)) };
+        norm::forward(level, threads, width, eps, x, weight, y, scales);
+    });
+    Ok(())
+}
+
+/// Gradients of `rms_norm_forward` by x and, unless `weight` is 0, by the weights.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "six tensors")]
+pub fn rms_norm_backward(
+    py: Python<'_>,
+    threads: usize,
+    width: usize,
+    rows: usize,
+    g: Address,
+    x: Address,
+    scales: Address,
+    weight: Address,
+    dx: Address,
+    dweight: Address,
+) -> PyResult<()> {
+    let level = level(py)?;
+    let has_weight = weight != 0;
+    py.detach(|| {
+        // SAFETY: as in `activation_forward`.
+        let (g, x, scales) = unsafe { (read(g, rows * width), read(x, rows * width), read(scales, rows)) };
+        // SAFETY: as above.
+        let weight = has_weight.then(|| unsafe { read(weight, width) });
+        // SAFETY: as above.
+        let (dx, dweight) = unsafe { (write(dx, rows * width), write(dweight, if has_weight { width } else { 0 })) };
+        norm::backward(level, threads, width, g, x, scales, weight, dx, dweight);
     });
     Ok(())
 }

@@ -320,8 +320,8 @@ mod _core {
 
     #[pymodule_export]
     use super::kernels::{
-        activation_backward, activation_forward, attention_backward, attention_forward, borrow_threads, simd_level,
-        swiglu_backward, swiglu_forward,
+        activation_backward, activation_forward, attention_backward, attention_forward, borrow_threads,
+        rms_norm_backward, rms_norm_forward, simd_level, swiglu_backward, swiglu_forward,
     };
 
     #[pymodule_init]
