@@ -204,8 +204,8 @@ def plain_loop(lm: Any, loss_of: Callable[[Any, Any], Any], shape: Shape) -> Ste
 # --- a plain PyTorch GPT-2: what one writes in an afternoon, attention through SDPA ------------------------------
 
 
-@contestant("gpt2", "plain PyTorch", "torch")
-def _(shape: Shape, compiled: bool) -> Step:
+def plain_gpt2(shape: Shape) -> Any:
+    """A model whose forward takes ids and targets (both B × T) and gives the mean loss; initialised as nanoGPT does."""
     import torch
     import torch.nn.functional as F  # noqa: N812 - torch's own convention
     from torch import nn
@@ -241,16 +241,24 @@ def _(shape: Shape, compiled: bool) -> Step:
             self.positions = nn.Embedding(shape.context, shape.width)
             self.layers = nn.Sequential(*(Layer() for _ in range(shape.layers)))
             self.norm = nn.LayerNorm(shape.width, bias=False)
-            for p in self.parameters():
+            for name, p in self.named_parameters():
                 if p.ndim >= 2:
-                    nn.init.normal_(p, 0.0, 0.02)
+                    projects = name.endswith(("out.weight", "down.weight"))
+                    nn.init.normal_(p, 0.0, 0.02 / (2 * shape.layers) ** 0.5 if projects else 0.02)
 
         def forward(self, ids: Any, targets: Any) -> Any:
             x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
             logits = F.linear(self.norm(self.layers(x)), self.tokens.weight)
             return F.cross_entropy(logits.view(-1, shape.vocab), targets.view(-1))
 
-    lm = GPT2()
+    return GPT2()
+
+
+@contestant("gpt2", "plain PyTorch", "torch")
+def _(shape: Shape, compiled: bool) -> Step:
+    import torch
+
+    lm = plain_gpt2(shape)
     return plain_loop(lm, torch.compile(lm) if compiled else lm, shape)
 
 
