@@ -71,7 +71,7 @@ class Yardstick(NamedTuple):
         """The training operations at which `loss` is what is expected.
 
         >>> y = Yardstick("text", "somewhere", 2.93, 3.01, 2e18, (0.09, 0.13), ())
-        >>> y.break_even(3.08) / 1e18
+        >>> round(y.break_even(3.08) / 1e18, 6)
         1.0
         """
         least, most = self.slopes
@@ -105,7 +105,7 @@ def prospect(yardstick: Yardstick, flops: float, mfu: float | None) -> Prospect:
     """What a run of so many operations, in the time that `mfu` makes them take, may come to.
 
     >>> y = Yardstick("text", "somewhere", 2.93, 3.01, 2e18, (0.09, 0.13), (Published("they", 3.08),))
-    >>> prospect(y, 2e18, 0.4).break_even[0].mfu
+    >>> round(prospect(y, 2e18, 0.4).break_even[0].mfu or 0.0, 6)
     0.2
     """
     found = []
