@@ -114,23 +114,24 @@ impl Ids for Changing {
     }
 }
 
+/// Ids that are others after as many looks.
+struct Once(AtomicUsize, [TokenId; 2]);
+impl Ids for Once {
+    fn len(&self) -> usize {
+        100
+    }
+    fn copy(&self, _: usize, room: &mut [TokenId]) {
+        room.fill(self.1[self.0.fetch_add(1, Relaxed).min(1)]);
+    }
+    fn number(&self, _: usize) -> i128 {
+        0
+    }
+}
+
 #[test]
 fn ids_that_change_are_an_error() {
     let tokens: Vec<_> = (0..=255u8).map(|byte| (vec![byte], byte.into())).chain([(vec![b'a'; 200], 256)]).collect();
     let encoder = Encoder::new(Vocab::new(&tokens, vec![], vec![], "gpt2", false).unwrap()).unwrap();
-    /// Ids that are others after as many looks.
-    struct Once(AtomicUsize, [TokenId; 2]);
-    impl Ids for Once {
-        fn len(&self) -> usize {
-            100
-        }
-        fn copy(&self, _: usize, room: &mut [TokenId]) {
-            room.fill(self.1[self.0.fetch_add(1, Relaxed).min(1)]);
-        }
-        fn number(&self, _: usize) -> i128 {
-            0
-        }
-    }
     for (first, then, place) in [(65, 256, 0), (256, 65, 99), (65, 257, 0), (65, NO_ID, 0)] {
         let ids = Once(AtomicUsize::new(0), [first, then]);
         let error = encoder.decoding(&ids, false, 1).unwrap().append(&mut Vec::new()).unwrap_err().to_string();
