@@ -64,7 +64,7 @@ def measure(shape: str, threads: int, runs: int, steps: int, compiled: bool) -> 
             made = []
             for i in range(runs):
                 config = load_config(
-                    "shakespeare-char-cpu",
+                    "nanogpt-cpu",
                     {
                         "vocab_size": VOCAB, "num_layers": 3, "d_model": 96, "num_heads": 3,
                         "batch_size": batch, "context_length": context, "max_seq_len": 64, "lr": 1e-4 * 2**i,
@@ -151,7 +151,7 @@ def commands(shape: str, runs: int, steps: int, rounds: int, jobs: bool) -> dict
             "context-length": context, "max-seq-len": 64, "max-steps": steps, "warmup-steps": 1,
             "num-eval-batches": 1, "sample-tokens": 0, "compile": "false", "train-data": data,
         }  # fmt: skip
-        line = [str(Path(sys.executable).parent / "lm-sweep"), "shakespeare-char-cpu"]
+        line = [str(Path(sys.executable).parent / "lm-sweep"), "nanogpt-cpu"]
         line += ["--lrs", " ".join(f"{1e-4 * 2**i:g}" for i in range(runs))]
         line += [word for field, value in fields.items() for word in (f"--{field}", str(value))]
         for i in range(rounds):

@@ -1,6 +1,6 @@
 """How soon a model of characters is as good as nanoGPT's CPU recipe makes one: our preset beside that recipe.
 
-    time_to_loss.py [--preset shakespeare-char-quick] [--seeds 5] [--target 1.886] [--threads 2] [--whole] [--json]
+    time_to_loss.py [--preset shakespeare-char-cpu] [--seeds 5] [--target 1.886] [--threads 2] [--whole] [--json]
     time_to_loss.py --once [--json]                          # one seed of each
 
 The text is Karpathy's tinyshakespeare (1,003,854 characters to train on, 111,540 to validate), `--text FILE` or the
@@ -155,7 +155,7 @@ def peer_process(folder: Path, threads: int, whole: bool, compiled: bool) -> Non
 def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="shakespeare-char-quick")
+    parser.add_argument("--preset", default="shakespeare-char-cpu")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--target", type=float, default=1.886)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)

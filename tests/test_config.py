@@ -38,7 +38,7 @@ PUBLISHED = {
     "min_lr=0.0001 max_steps=5000 decay_steps=5000 warmup_steps=100 beta1=0.9 beta2=0.99 weight_decay=0.1 "
     "grad_clip=1.0 eval_interval=250 num_eval_batches=200 position=learned norm=layer ffn=gelu tie_embeddings=True "
     "init=gpt2 warmup_rule=nanogpt d_ff=1536",
-    "shakespeare-char-cpu": "num_layers=4 d_model=128 num_heads=4 context_length=64 batch_size=12 dropout=0.0 "
+    "nanogpt-cpu": "num_layers=4 d_model=128 num_heads=4 context_length=64 batch_size=12 dropout=0.0 "
     "max_steps=2000 decay_steps=2000 num_eval_batches=20 lr=0.001 min_lr=0.0001 warmup_steps=100 warmup_rule=nanogpt "
     "beta1=0.9 beta2=0.99 weight_decay=0.1 grad_clip=1.0 eval_interval=250 position=learned norm=layer ffn=gelu "
     "tie_embeddings=True init=gpt2 optimizer=adamw schedule=cosine sampling=random",

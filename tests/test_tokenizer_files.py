@@ -296,17 +296,29 @@ def test_what_is_wrong_in_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.alone
-def test_fifty_thousand_tokens_load_in_twenty_milliseconds(shared_bytes: Callable[..., bytes], tmp_path: Path) -> None:
-    """The best of some attempts counts: the machine may be loaded, but a tree of values never passes (32 ms)."""
+def test_fifty_thousand_tokens_load_sooner_than_json_reads_them(
+    shared_bytes: Callable[..., bytes], tmp_path: Path
+) -> None:
+    """Tables of merges and all, in less time than Python's parser takes for the text alone, on whatever machine.
+
+    Both take turns, and the best of each counts. With a tree of JSON values it never passed.
+    """
     (tmp_path / "vocab.json").write_bytes(shared_bytes("gpt2/encoder.json.xz"))
     (tmp_path / "merges.txt").write_bytes(shared_bytes("gpt2/vocab.bpe.xz"))
-    Tokenizer.from_file(tmp_path).save(tmp_path / "tokenizer.json")
-    took = []
-    for _ in range(20):
+    path = tmp_path / "tokenizer.json"
+    Tokenizer.from_file(tmp_path).save(path)
+
+    def seconds(do: Callable[[], object]) -> float:
         begin = time.perf_counter()
-        Tokenizer.from_file(tmp_path / "tokenizer.json")
-        took.append(time.perf_counter() - begin)
-    assert min(took) < 0.02, took
+        do()
+        return time.perf_counter() - begin
+
+    ours, theirs = zip(
+        *((seconds(lambda: Tokenizer.from_file(path)), seconds(lambda: json.loads(path.read_text("utf-8"))))
+          for _ in range(20)),
+        strict=True,
+    )  # fmt: skip
+    assert min(ours) < min(theirs), (ours, theirs)
 
 
 def test_a_token_of_a_quarter_of_a_megabyte_is_saved_and_loaded(tmp_path: Path) -> None:

@@ -11,14 +11,16 @@ import re
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
-from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from bytekiln import _core
 from bytekiln.console import Parser, Progress
 from bytekiln.errors import ConfigError, FileError, OutputExistsError
 from bytekiln.inputs import Inputs
+
+if TYPE_CHECKING:
+    from fractions import Fraction  # loads decimal
 
 DATA = Path("data")
 
@@ -76,6 +78,8 @@ def byte_size(text: str) -> int:
     >>> byte_size("500MB"), byte_size("2k"), byte_size("1.5GiB"), byte_size("10_000")
     (500000000, 2000, 1610612736, 10000)
     """
+    from fractions import Fraction
+
     found = re.fullmatch(
         r"(\d{1,3}(?:,\d{3})+|\d[\d_]{0,30}|)(\.\d{0,30})?(e\d{1,2})? *([kmgt]i?|)b?", text.strip().lower(), re.ASCII
     )
@@ -166,6 +170,8 @@ def share(text: str) -> Fraction:
     >>> share("0.1")
     Fraction(1, 10)
     """
+    from fractions import Fraction
+
     value = float(text)
     if not 0 <= value < 1:
         raise ArgumentTypeError(f"found {text}; expected at least 0 and below 1, such as 0.1")

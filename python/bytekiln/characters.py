@@ -7,7 +7,6 @@ only where arrays are made.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -169,6 +168,8 @@ class CharTokenizer:
     @cached_property
     def hash(self) -> str:
         """SHA-256 over all that decides ids; token files and checkpoints carry it."""
+        import hashlib
+
         return "sha256:" + hashlib.sha256(b"bytekiln characters\0" + self._characters.encode()).hexdigest()
 
     def encode(self, text: str, *, allowed_special: SpecialSet = (), disallowed_special: SpecialSet = ()) -> list[int]:

@@ -10,11 +10,9 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from bytekiln import characters_file
 from bytekiln.bpe_flags import (
     INPUT_HELP,
     Dataset,
@@ -114,6 +112,8 @@ def encode(argv: Sequence[str]) -> int:
         start = time.perf_counter()
         with ExitStack() as bars:
             if isinstance(tokenizer, CharTokenizer):
+                from bytekiln import characters_file
+
                 why = f"{args.tokenizer}, a tokenizer of characters"
                 _refuse_words(args, parser, why)
                 manifest = characters_file.encode(
@@ -143,6 +143,10 @@ def _encode_characters(args: Namespace, parser: Parser) -> int:
         train = train or in_processed(dataset.tokens("train"))
         val = val or in_processed(dataset.tokens("valid"))
         tokenizer_out = tokenizer_out or in_processed(dataset.tokenizer)
+    from fractions import Fraction
+
+    from bytekiln import characters_file
+
     val_share = Fraction(1, 10) if args.val_share is None else args.val_share
     if not val_share:
         if args.val_out:

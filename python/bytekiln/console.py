@@ -7,11 +7,9 @@ them read alike. Messages go to stderr, results to stdout. rich is imported only
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 import sys
-import textwrap
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -80,6 +78,8 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     >>> nearest("q", ["vocab-size", "threads"])
     """
     by_folded = {k.lower().replace("_", "-"): k for k in known}
+    import difflib
+
     found = difflib.get_close_matches(name.lower().replace("_", "-"), list(by_folded), n=1, cutoff=0.55)
     return by_folded[found[0]] if found else None
 
@@ -273,7 +273,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=prog,
             usage=usage,
-            description=textwrap.fill(description, 100),
+            description=description,
             epilog="examples:\n" + "\n".join(f"  {e}" for e in examples) if examples else None,
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=100),
             allow_abbrev=False,
@@ -288,6 +288,13 @@ class Parser(argparse.ArgumentParser):
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         """As in argparse; flags may be written with hyphens or underscores."""
         return super().add_argument(*(flag(n) for n in names), **options)
+
+    def format_help(self) -> str:
+        """As in argparse, the description filled."""
+        import textwrap
+
+        self.description = textwrap.fill(self.description or "", 100)
+        return super().format_help()
 
     def flags(self) -> list[str]:
         """Every long flag that this command knows."""

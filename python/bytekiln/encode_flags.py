@@ -6,7 +6,6 @@ In: command-line arguments. Out: token files, and a summary of them. Called by `
 from __future__ import annotations
 
 import re
-import shutil
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -130,6 +129,8 @@ def encode_words(
     if (folder := out.with_name(f".{out.name}.parts")).exists():  # as `encode_ray` calls it
         if not args.overwrite:
             raise ConfigError(f"{folder}: is of an unfinished run with --ray; expected {_THE_SAME}")
+        import shutil
+
         shutil.rmtree(folder, ignore_errors=True)
     return _core.encode_files(tokenizer, files, out, **settings, **more, progress=progress)
 

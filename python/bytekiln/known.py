@@ -6,7 +6,6 @@ as `bytekiln.known_tokenizer`, and by the commands, which take such a name where
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -31,6 +30,8 @@ class _Known:
     @property
     def names(self) -> set[str]:
         """Names under which the file lies about: its own, a shorter one, the one in tiktoken's cache."""
+        import hashlib
+
         address = f"{_FOLDER}/encodings/{self.file}"
         names = {self.file, self.file.replace("_base", ""), hashlib.sha1(address.encode()).hexdigest()}
         return names | {"gpt2.tiktoken"} if self.file == "r50k_base.tiktoken" else names
@@ -138,6 +139,8 @@ def _of_ranks(file: Path, known: _Known) -> Tokenizer:
 
 
 def _digest(file: Path) -> str:
+    import hashlib
+
     try:
         with file.open("rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()
@@ -170,6 +173,8 @@ def _candidates(folders: list[Path], names: set[str], *, everywhere: bool) -> It
 
 def _pair(folders: list[Path]) -> tuple[Path, Path] | None:
     """GPT-2's first two files."""
+    import hashlib
+
     found = []
     for name, sha256 in (_GPT2_VOCAB, _GPT2_MERGES):
         address = f"{_FOLDER}/gpt-2/encodings/main/{name}"

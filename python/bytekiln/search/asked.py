@@ -28,7 +28,7 @@ from bytekiln.sweep.spec import DATA_PATHS, SweepOutput, SweepSpec, changed, loa
 from bytekiln.sweep.table import PLACES, to_toml
 
 EXAMPLES = (
-    "lm-sweep search shakespeare-char-cpu --dataset shakespeare-char --jobs 2",
+    "lm-sweep search nanogpt-cpu --dataset shakespeare-char --jobs 2",
     "lm-sweep search tinystories --dataset tinystories --dry-run",
     "lm-sweep search tinystories --until range_test       the range test alone",
     "lm-sweep search tinystories --transfer-to owt        predict the rate of another model, and confirm it there",

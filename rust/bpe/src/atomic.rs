@@ -4,8 +4,13 @@
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::thread::{self, JoinHandle};
 
 use crate::error::{Error, Result};
+
+/// So many bytes go to the disk together, in a thread, while others are made: the sync at the end then has little to wait for
+/// (of 29 MB on a virtual disk 45 ms, a tenth of the whole work of encoding them).
+const SENT_TOGETHER: u64 = 8 << 20;
 
 /// An output that takes its name only in [`commit`](AtomicFile::commit); dropped before, it leaves nothing.
 #[derive(Debug)]
@@ -13,6 +18,10 @@ pub struct AtomicFile {
     path: PathBuf,
     partial: PathBuf,
     file: File,
+    /// Bytes written since the last ones were sent to the disk.
+    waiting: u64,
+    /// Brings what was written before to the disk. Its error is told to nobody else: the system tells it once.
+    sending: Option<JoinHandle<io::Result<()>>>,
     /// What is dropped without its name stays under the other one.
     stays: bool,
 }
@@ -66,7 +75,7 @@ impl AtomicFile {
             }
         };
         let stays = file.metadata().is_ok_and(|found| found.len() > 0);
-        let this = Self { path: path.into(), partial, file, stays };
+        let this = Self { path: path.into(), partial, file, waiting: 0, sending: None, stays };
         // Only now can nobody else finish.
         check_output(path, overwrite)?;
         Ok(Ok(this))
@@ -96,13 +105,29 @@ impl AtomicFile {
     }
 
     /// Another handle of the same open file, and so of its lock.
-    pub fn handle(&self) -> Result<File> {
+    pub fn handle(&mut self) -> Result<File> {
+        self.arrived()?;
         self.file.try_clone().map_err(|e| Error::io(&self.path, &e))
     }
 
     /// Appends bytes.
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.file.write_all(bytes).map_err(|e| Error::io(&self.path, &e))
+        self.file.write_all(bytes).map_err(|e| Error::io(&self.path, &e))?;
+        self.waiting += bytes.len() as u64;
+        if self.waiting >= SENT_TOGETHER && self.sending.as_ref().is_none_or(JoinHandle::is_finished) {
+            self.arrived()?;
+            let file = self.file.try_clone().map_err(|e| Error::io(&self.path, &e))?;
+            // Where there is no thread to be had, the sync at the end does it all.
+            self.sending = thread::Builder::new().spawn(move || file.sync_data()).ok();
+            self.waiting = 0;
+        }
+        Ok(())
+    }
+
+    /// Waits for what is on its way to the disk.
+    fn arrived(&mut self) -> Result<()> {
+        let sent = self.sending.take().map_or(Ok(()), |sending| sending.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())));
+        sent.map_err(|e| Error::io(&self.path, &e))
     }
 
     /// Replaces the bytes at the beginning.
@@ -116,7 +141,8 @@ impl AtomicFile {
     }
 
     /// Brings what was written to the disk.
-    pub fn sync(&self) -> Result<()> {
+    pub fn sync(&mut self) -> Result<()> {
+        self.arrived()?;
         self.file.sync_all().map_err(|e| Error::io(&self.path, &e))
     }
 
@@ -127,6 +153,7 @@ impl AtomicFile {
 
     /// The same; the file stays locked as long as what is returned lives.
     pub fn commit_and_hold(mut self) -> Result<File> {
+        self.arrived()?;
         let renamed = self.file.sync_all().and_then(|()| fs::rename(&self.partial, &self.path));
         renamed.and_then(|()| sync_folder(&self.path)).map_err(|e| Error::io(&self.path, &e))?;
         self.stays = true;
@@ -136,6 +163,8 @@ impl AtomicFile {
 
 impl Drop for AtomicFile {
     fn drop(&mut self) {
+        // It holds the lock, too. Who drops a file without its name has an error of their own.
+        let _ = self.arrived();
         if !self.stays {
             // Nothing more can be done about a failure here; the next writer takes the name over.
             let _ = fs::remove_file(&self.partial);

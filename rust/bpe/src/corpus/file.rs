@@ -153,8 +153,8 @@ impl Writer {
         Ok(self.state.clone())
     }
 
-    pub fn handles(&self) -> Result<Vec<File>> {
-        [Some(&self.file), self.ends.as_ref().map(|ends| &ends.file)]
+    pub fn handles(&mut self) -> Result<Vec<File>> {
+        [Some(&mut self.file), self.ends.as_mut().map(|ends| &mut ends.file)]
             .into_iter()
             .flatten()
             .map(AtomicFile::handle)

@@ -190,7 +190,7 @@ impl Outlet {
     }
 
     fn finish_file(&mut self) -> Result<()> {
-        if let Some(file) = self.file.take() {
+        if let Some(mut file) = self.file.take() {
             if self.layout.shard_tokens.is_none() {
                 self.held = Some(file.file.handle()?);
             }
@@ -209,7 +209,7 @@ impl Outlet {
     pub fn state(&mut self) -> Result<(OutletState, Vec<File>)> {
         let current = self.file.as_mut().map(Writer::state).transpose()?;
         let mut handles = std::mem::take(&mut self.unsynced);
-        if let Some(file) = &self.file {
+        if let Some(file) = &mut self.file {
             handles.extend(file.handles()?);
         }
         Ok((OutletState { done: self.done.clone(), current }, handles))
