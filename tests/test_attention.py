@@ -264,6 +264,7 @@ def test_the_chosen_kernel() -> None:
     assert choose("auto", windowed, CPU, False) is native_attention
     assert choose("auto", windowed, CPU, True) is sdpa_attention
     assert choose("auto", changed(dropout=0.1), CPU, False) is sdpa_attention
+    assert choose("auto", changed(dropout=0.1, attention_dropout=False), CPU, False) is native_attention
     assert choose("auto", WIDE, CPU, False, "bf16") is sdpa_attention
     assert choose("sdpa", WIDE, CPU, False) is sdpa_attention
     assert choose("native", WIDE, CPU, False) is native_attention

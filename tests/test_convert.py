@@ -529,8 +529,9 @@ def test_a_run_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 def test_what_may_differ_in_a_run(tmp_path: Path) -> None:
     models = own_run(tmp_path / "run")
     said: list[str] = []
-    config = ModelConfig(**{**SHAPE, "context_length": 8, "max_seq_len": 2 * T, "dropout": 0.5, "init": "gpt2",
-                            "zero_init_projections": True, "logit_softcap": 15.0, "sliding_window": 4})  # fmt: skip
+    changed = {"context_length": 8, "max_seq_len": 2 * T, "dropout": 0.5, "attention_dropout": False, "init": "gpt2",
+               "zero_init_projections": True, "logit_softcap": 15.0, "sliding_window": 4}  # fmt: skip
+    config = ModelConfig(**{**SHAPE, **changed})
     assert same(convert.load_initial(str(tmp_path / "run"), config, said.append), models["checkpoint_best"])
     assert [line.partition(":")[0] for line in said] == ["logit_softcap", "sliding_window", "max_seq_len"]
 

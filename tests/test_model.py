@@ -423,17 +423,18 @@ def test_dropout_at_embeddings_and_both_residuals(norm_position: str) -> None:
     assert halved_at_random(out - after_attention, seen["ffn"][1])
 
 
-def test_attention_is_told_its_dropout_in_training_only() -> None:
+@pytest.mark.parametrize(("attention", "rate"), [(True, 0.25), (False, 0.0)])
+def test_attention_is_told_its_dropout_in_training_only(attention: bool, rate: float) -> None:
     told: list[float] = []
 
     def listen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float, sight: Sight) -> torch.Tensor:
         told.append(dropout)
         return v
 
-    model = TransformerLM(build(dropout=0.25).config, attend=listen)
+    model = TransformerLM(build(dropout=0.25, attention_dropout=attention).config, attend=listen)
     model.train()(ids(1, 12))
     model.eval()(ids(1, 12))
-    assert told == [0.25] * 3 + [0.0] * 3
+    assert told == [rate] * 3 + [0.0] * 3
 
 
 def test_refusals() -> None:

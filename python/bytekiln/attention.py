@@ -265,7 +265,8 @@ def _against_other_flash(config: ModelConfig, device: torch.device, precision: s
         return f"on {device.type}; it is for CUDA"
     if precision not in ("bf16", "fp16"):
         return f"in {precision}; it computes in bf16 and fp16"
-    return f"with dropout {config.dropout:g}, which it does not have" if config.dropout else ""
+    rate = config.attention_dropout_rate
+    return f"with dropout {rate:g}, which it does not have" if rate else ""
 
 
 def _against_native(config: ModelConfig, device: torch.device, documents: bool, precision: str) -> str:
@@ -273,8 +274,8 @@ def _against_native(config: ModelConfig, device: torch.device, documents: bool, 
         return f"on {device.type}; the core computes on the CPU"
     if precision != "fp32":
         return f"in {precision}; the core computes in fp32"
-    if config.dropout:
-        return f"with dropout {config.dropout:g}, which the core does not have"
+    if config.attention_dropout_rate:
+        return f"with dropout {config.attention_dropout_rate:g}, which the core does not have"
     if documents:
         return "with document_mask, which the core does not have"
     if config.head_width % 8 or config.head_width > kernels.WIDEST_HEAD:
@@ -285,8 +286,8 @@ def _against_native(config: ModelConfig, device: torch.device, documents: bool, 
 def _against_flex(config: ModelConfig, device: torch.device) -> str:
     if device.type != "cuda":
         return f"on {device.type}, where FlexAttention has no backward"
-    if config.dropout:
-        return f"with dropout {config.dropout:g}, which FlexAttention does not have"
+    if config.attention_dropout_rate:
+        return f"with dropout {config.attention_dropout_rate:g}, which FlexAttention does not have"
     if config.head_width < LEAST_FLEX_WIDTH:
         return f"with heads {config.head_width} wide; FlexAttention needs {LEAST_FLEX_WIDTH}"
     return ""

@@ -25,7 +25,7 @@ from bytekiln.section import Value
 Notice = Callable[[str], object]
 
 FREE = {
-    "context_length", "max_seq_len", "dropout", "pad_vocab", "ffn_multiple", "dense_twin",
+    "context_length", "max_seq_len", "dropout", "attention_dropout", "pad_vocab", "ffn_multiple", "dense_twin",
     "init", "head_init", "zero_init_projections",
     "router_noise", "load_balancing", "load_balancing_weight",
 }  # fmt: skip

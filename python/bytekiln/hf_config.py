@@ -182,7 +182,8 @@ def described(config: ModelConfig, eot_id: int | None) -> dict[str, Any]:
             "n_positions": config.max_seq_len,
             "activation_function": next(k for k, v in ACTIVATIONS.items() if v == config.ffn),
             "layer_norm_epsilon": config.norm_eps,
-            **{f"{where}_pdrop": config.dropout for where in ("resid", "embd", "attn")},
+            **{f"{where}_pdrop": config.dropout for where in ("resid", "embd")},
+            "attn_pdrop": config.attention_dropout_rate,
             **both,
         }
     return {

@@ -125,7 +125,7 @@ class Attention(nn.Module):
         """`attend` does the arithmetic; `rotary` is shared by all layers."""
         super().__init__()
         D, self.num_heads, self.num_kv_heads = config.d_model, config.num_heads, config.num_kv_heads
-        self.layer, self.attend, self.dropout = layer, attend, config.dropout
+        self.layer, self.attend, self.dropout = layer, attend, config.attention_dropout_rate
         self.qk_norm, self.norm_eps = config.qk_norm, config.norm_eps
         # Three matrices: laid side by side they gain nothing here (forward and backward of 768 positions on one core:
         # 3.6 ms for 3.7 at D 128, 48 for 49 at D 512; concatenating eats what it saves).

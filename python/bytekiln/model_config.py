@@ -55,6 +55,9 @@ class ModelConfig(Section):
     tie_embeddings: bool = setting(False, "share one matrix between the token embedding and the output head")
     bias: bool = setting(False, "biases in linear layers and in LayerNorm (GPT-2 has them); never in the head")
     dropout: Float = setting(0.0, "share of activations dropped while training", main=True, ge=0, lt=1)
+    attention_dropout: bool = setting(
+        True, "drop attention weights too, as GPT-2 does; false: no attention kernel needs to know of dropout"
+    )
     logit_softcap: Float = setting(0.0, "c: logits become c·tanh(logits/c); 0: off", ge=0)
     sliding_window: Int = setting(0, "tokens that a position sees, itself included; 0: all before it", ge=0)
     embedding_norm: bool = setting(False, "normalise the token embeddings before the first block")
@@ -106,6 +109,11 @@ class ModelConfig(Section):
     def head_width(self) -> int:
         """Width of a head."""
         return self.d_model // self.num_heads
+
+    @property
+    def attention_dropout_rate(self) -> float:
+        """Share of the attention weights dropped while training."""
+        return self.dropout if self.attention_dropout else 0.0
 
     @property
     def kv_width(self) -> int:

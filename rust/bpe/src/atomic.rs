@@ -126,7 +126,10 @@ impl AtomicFile {
 
     /// Waits for what is on its way to the disk.
     fn arrived(&mut self) -> Result<()> {
-        let sent = self.sending.take().map_or(Ok(()), |sending| sending.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())));
+        let sent = self
+            .sending
+            .take()
+            .map_or(Ok(()), |sending| sending.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())));
         sent.map_err(|e| Error::io(&self.path, &e))
     }
 
