@@ -300,6 +300,8 @@ def test_one_long_document_is_read_from_its_beginning(tmp_path: Path) -> None:
 def test_empty_documents_are_none(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text(f"{EOT}a{EOT}{EOT}b")
     assert of(tmp_path / "x.txt").texts == [b"a", b"b"]
+    (tmp_path / "x.txt").write_text(f"a{EOT} \n{EOT}b{EOT}\n")
+    assert of(tmp_path / "x.txt").texts == [b"a", b"b"]
     (tmp_path / "x.jsonl").write_text('{"text": ""}\n')
     assert of(tmp_path / "x.jsonl", text_bytes=0).texts == []
 

@@ -230,6 +230,17 @@ def _shown(token: bytes) -> str:
     return "'" + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:16]) + "'"
 
 
+def output(text: str) -> Path:
+    """The name of a file to write.
+
+    >>> output("a/b.json") == Path("a/b.json")
+    True
+    """
+    if text.endswith(("/", os.sep)):
+        raise ArgumentTypeError(f"found {text}, a folder's name; expected the name of a file to write")
+    return Path(text)
+
+
 def check_output(out: Path, inputs: Sequence[Path], *, overwrite: bool, flag: str = "--out") -> None:
     """Refuse an output that cannot or must not be written, before hours of work go into it.
 

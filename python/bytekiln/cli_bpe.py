@@ -22,6 +22,7 @@ from bytekiln.bpe_flags import (
     check_output,
     files_of,
     in_processed,
+    output,
     plain_files,
     share,
 )
@@ -64,7 +65,7 @@ def encode(argv: Sequence[str]) -> int:
     add("inputs", nargs="*", type=Path, metavar="INPUT", help=INPUT_HELP)
     add("--data-path", action="append", type=Path, default=[], metavar="F", help="another way to name an input")
     add_tokenizer_flags(parser)
-    add("--out", "--output-path", type=Path, metavar="F", help="the token file to write; raw ids if it ends in .bin")
+    add("--out", "--output-path", type=output, metavar="F", help="the token file to write; raw ids if it ends in .bin")
     add("--dtype", choices=("uint16", "uint32"), help="default: uint16 when every id fits")
     add(
         "--append-eot",

@@ -25,6 +25,7 @@ from bytekiln.bpe_flags import (
     check_output,
     files_of,
     inputs_of,
+    output,
     refuse_settings_of_counts,
 )
 from bytekiln.console import Parser, human_bytes, human_time, table
@@ -48,7 +49,7 @@ def count(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("inputs", nargs="*", type=Path, metavar="INPUT", help=INPUT_HELP)
     add("--counts", nargs="+", type=Path, default=[], metavar="PART", help="add up counts files instead")
-    add("--out", type=Path, metavar="F", help="the counts file to write")
+    add("--out", type=output, metavar="F", help="the counts file to write")
     add_word_flags(parser)
     add_input_flags(parser)
     add_text_flags(parser)

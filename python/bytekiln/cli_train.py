@@ -30,6 +30,7 @@ from bytekiln.bpe_flags import (
     files_of,
     in_processed,
     inputs_of,
+    output,
     refuse_settings_of_counts,
     size,
 )
@@ -137,7 +138,7 @@ def make_parser() -> Parser:
     add(
         "--out",
         "--output-path",
-        type=Path,
+        type=output,
         metavar="F",
         help="the tokenizer.json to write; of several sizes tokenizer-8k.json, or where {size} stands in it",
     )

@@ -34,7 +34,7 @@ class Documents:
     """Whole documents, in the order of the text.
 
     Attributes:
-        texts: the documents that have text; UTF-8 unless the policy was `bytes`.
+        texts: the documents that have more than white space; UTF-8 unless the policy was `bytes`.
         share: the share of the documents that was drawn; 1: every one of them.
         how: `all`, `sample`, or `beginning` where documents are so long that too little was drawn.
         seed: which documents were drawn.
@@ -117,4 +117,5 @@ def _split(path: Path) -> list[bytes]:
     ids = np.load(path)
     ends = np.flatnonzero(ids == END).tolist()
     data = ids.astype(np.uint8).tobytes()
-    return [data[a:b] for a, b in zip([0, *(e + 1 for e in ends)], [*ends, len(data)], strict=True) if b > a]
+    parts = (data[a:b] for a, b in zip([0, *(e + 1 for e in ends)], [*ends, len(data)], strict=True))
+    return [part for part in parts if part and not part.isspace()]

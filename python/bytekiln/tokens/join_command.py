@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bytekiln.atomic import AtomicFile
-from bytekiln.bpe_flags import check_output, files_of
+from bytekiln.bpe_flags import check_output, files_of, output
 from bytekiln.console import Parser, Progress, human_bytes, human_time, table
 from bytekiln.tokens.files import refuse_link
 from bytekiln.tokens.join import BYTES, join, read_parts
@@ -35,7 +35,7 @@ def command(argv: Sequence[str]) -> int:
     add(
         "--out",
         "--output-path",
-        type=Path,
+        type=output,
         required=True,
         metavar="F",
         help="the file to write; raw if it ends in .bin",
