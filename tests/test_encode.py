@@ -223,9 +223,9 @@ def killed(inputs: list[Path], folder: Path, moments: int, seed: int, more: dict
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"append_eot": True}, "append_eot None; found append_eot Some"),
+        ({"append_eot": True}, "append_eot none; found append_eot true"),
         ({"dtype": "uint32"}, "dtype Uint16; found dtype Uint32"),
-        ({"shard_tokens": 1_000_000}, "shard_tokens None"),
+        ({"shard_tokens": 1_000_000}, "shard_tokens none"),
         ({"split": {"val": 0.5}}, "split"),
         ({"max_tokens": 10**9}, "max_tokens"),
         ({"index": True}, "index false"),

@@ -163,6 +163,7 @@ def moved(manifest: dict[str, Any]) -> None:
         ),
         (lambda p: edit(p[1], lambda m: m.update(dtype="uint32")), MismatchError, "dtype uint32; expected uint16"),
         (lambda p: edit(p[1], lambda m: m.pop("document_ends")), MismatchError, "p2.npy.json: found no document_ends"),
+        (lambda p: edit(p[1], lambda m: m["part"].update(settings=[])), FormatError, "p2.npy.json: found part .* as bpe"),
         (lambda p: edit(p[1], moved), MismatchError, "p2.npy.json: begins at byte .* of the same inputs"),
     ],
 )  # fmt: skip
@@ -172,6 +173,22 @@ def test_parts_that_do_not_belong_together(
     damage(three)
     with pytest.raises(error, match=said):
         read_parts(three)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"errors": "replace"}, "was made with errors replace; expected error, as .*p1.npy.json has it"),
+        ({"append_eot": True}, "was made with append_eot true; expected none"),
+    ],
+)
+def test_parts_made_with_other_flags(three: list[Path], tmp_path: Path, other: dict[str, Any], said: str) -> None:
+    inputs = [tmp_path / n for n in ("a.txt", "b.txt", "c.jsonl", "d.txt.gz")]
+    encode(inputs, three[1], index=True, part=(2, 3), overwrite=True, **other)
+    with pytest.raises(MismatchError, match=said):
+        read_parts(three)
+    encode(inputs, three[1], index=True, part=(2, 3), overwrite=True)
+    assert [manifest["part"]["number"] for _, manifest in read_parts(three)] == [1, 2, 3]
 
 
 def test_the_command_joins(command: Callable[..., Result], three: list[Path], tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ def read_parts(paths: Sequence[Path]) -> list[Part]:
     Raises:
         FileError: a file or its manifest is missing.
         FormatError: a manifest that is none, or of no part.
-        MismatchError: a part is missing, there twice, damaged, or of other text, another tokenizer, split or type.
+        MismatchError: a part is missing, there twice, damaged, or of other text, another tokenizer, split,
+            type or other settings.
     """
     parts = sorted(((path, manifest_of(path)) for path in paths), key=lambda part: part[1]["part"]["number"])
     (first, about) = parts[0]
@@ -45,6 +46,12 @@ def read_parts(paths: Sequence[Path]) -> list[Part]:
             if found != expected:
                 name = "parts" if field == "of" else field
                 raise MismatchError(f"{path}.json: found {name} {found}; expected {expected}, as {first}.json has it")
+        ours, theirs = (m["part"].get("settings", {}) for m in (manifest, about))
+        if differ := sorted(name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]):
+            raise MismatchError(
+                f"{path}.json: was made with {differ[0]} {ours[differ[0]]}; "
+                f"expected {theirs[differ[0]]}, as {first}.json has it"
+            )
     numbers = [manifest["part"]["number"] for _, manifest in parts]
     for (one, _), (two, _), number, after in zip(parts, parts[1:], numbers, numbers[1:], strict=False):
         if number == after:
@@ -100,6 +107,7 @@ def _is_whole(manifest: dict[str, Any]) -> bool:
         numbers += [n for source in sources for n in (source["bytes"], source.get("offset") or 0)]
         texts = [manifest["checksum"], manifest["created_by"], *(source["name"] for source in sources)]
         texts += [ends["file"], ends["checksum"]] if ends is not None else []
+        texts += [text for setting in part.get("settings", {}).items() for text in setting]
         return (
             manifest["dtype"] in BYTES
             and all(isinstance(n, int) and n >= 0 for n in numbers)

@@ -2,6 +2,7 @@
 //!
 //! In: ids in order. Out: a file that takes its name only when it is complete. Called by `corpus`.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -153,6 +154,9 @@ pub struct PartOf {
     pub open: bool,
     /// Ids of white space behind the last end of a document, which belong to the next one; known with the ends only.
     pub tail: u64,
+    /// What else decides the ids, by name: parts that are to be joined have it alike.
+    #[serde(default)]
+    pub settings: BTreeMap<String, String>,
 }
 
 /// What stands beside a token file, as `<file>.json`.

@@ -2,6 +2,8 @@
 //!
 //! In: a [`Job`]. Out: complete files. Called by `corpus`; `chunks` does the work in between.
 
+use std::collections::BTreeMap;
+use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::Relaxed;
 use std::thread;
@@ -23,6 +25,13 @@ use crate::progress::Progress;
 use crate::tokens::{Manifest, PartOf, SplitOf, checksum_text};
 use crate::turns::Turns;
 
+/// Settings that a part's manifest does not tell otherwise.
+const SHARED_BY_PARTS: [&str; 4] = ["append_eot", "errors", "field", "sample"];
+
+fn shown<T: Debug>(value: Option<&T>) -> String {
+    value.map_or_else(|| "none".into(), |value| format!("{value:?}"))
+}
+
 impl Job<'_> {
     /// All that decides what is written.
     pub(super) fn settings(&self) -> Vec<Setting> {
@@ -33,17 +42,17 @@ impl Job<'_> {
         let mut settings: Vec<_> = [
             ("tokenizer", self.encoder.hash().to_string()),
             ("dtype", format!("{:?}", self.dtype)),
-            ("append_eot", format!("{append_eot:?}")),
+            ("append_eot", shown(append_eot.as_ref())),
             ("errors", policy.name().into()),
-            ("shard_tokens", format!("{shard_tokens:?}")),
-            ("max_tokens", format!("{max_tokens:?}")),
+            ("shard_tokens", shown(shard_tokens.as_ref())),
+            ("max_tokens", shown(max_tokens.as_ref())),
             ("split", format!("{split:?}")),
             ("seed", seed.to_string()),
             ("index", index.to_string()),
             ("part", format!("{part:?}")),
-            ("field", format!("{:?}", spec.field)),
-            ("limit_bytes", format!("{:?}", spec.limit_bytes)),
-            ("sample", format!("{:?} of seed {}", spec.sample, spec.seed)),
+            ("field", shown(spec.field.as_ref())),
+            ("limit_bytes", shown(spec.limit_bytes.as_ref())),
+            ("sample", format!("{} of seed {}", shown(spec.sample.as_ref()), spec.seed)),
             ("chunk_bytes", chunk_bytes.to_string()),
             ("version of bytekiln", env!("CARGO_PKG_VERSION").into()),
         ]
@@ -214,6 +223,8 @@ impl Job<'_> {
             return Err(error);
         }
         let mut made = Vec::new();
+        let shared_by_parts: BTreeMap<_, _> =
+            self.settings().into_iter().filter(|(name, _)| SHARED_BY_PARTS.contains(&name.as_str())).collect();
         for n in 0..outlets.len() {
             let EncodeOptions { split, seed, part, .. } = self.options;
             let split = self.shares.is_split().then(|| SplitOf {
@@ -240,7 +251,10 @@ impl Job<'_> {
                 shards: Vec::new(),
                 shard: None,
                 split: split.clone(),
-                part: part.map(|(number, of)| PartOf { number, of, open: last.open, tail: last.tail }),
+                part: part.map(|(number, of)| {
+                    let settings = shared_by_parts.clone();
+                    PartOf { number, of, open: last.open, tail: last.tail, settings }
+                }),
                 created_by: concat!("bytekiln ", env!("CARGO_PKG_VERSION")).into(),
             };
             match outlets[n].name_files(&describe) {
