@@ -296,12 +296,12 @@ def test_what_is_wrong_in_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.alone
-def test_fifty_thousand_tokens_load_sooner_than_json_reads_them(
+def test_fifty_thousand_tokens_load_in_half_of_what_json_takes(
     shared_bytes: Callable[..., bytes], tmp_path: Path
 ) -> None:
-    """Tables of merges and all, in less time than Python's parser takes for the text alone, on whatever machine.
+    """Tables of merges and all, in half the time that Python's parser takes for the text alone, on whatever machine.
 
-    Both take turns, and the best of each counts. With a tree of JSON values it never passed.
+    Both take turns, and the best of each counts: a third, as a rule.
     """
     (tmp_path / "vocab.json").write_bytes(shared_bytes("gpt2/encoder.json.xz"))
     (tmp_path / "merges.txt").write_bytes(shared_bytes("gpt2/vocab.bpe.xz"))
@@ -318,7 +318,7 @@ def test_fifty_thousand_tokens_load_sooner_than_json_reads_them(
           for _ in range(20)),
         strict=True,
     )  # fmt: skip
-    assert min(ours) < min(theirs), (ours, theirs)
+    assert min(ours) < 0.5 * min(theirs), (ours, theirs)
 
 
 def test_a_token_of_a_quarter_of_a_megabyte_is_saved_and_loaded(tmp_path: Path) -> None:

@@ -265,8 +265,12 @@ def _against_other_flash(config: ModelConfig, device: torch.device, precision: s
         return f"on {device.type}; it is for CUDA"
     if precision not in ("bf16", "fp16"):
         return f"in {precision}; it computes in bf16 and fp16"
+    return _dropped(config, "it")
+
+
+def _dropped(config: ModelConfig, who: str) -> str:
     rate = config.attention_dropout_rate
-    return f"with dropout {rate:g}, which it does not have" if rate else ""
+    return f"with dropout {rate:g}, which {who} does not have; attention_dropout = false leaves it out" if rate else ""
 
 
 def _against_native(config: ModelConfig, device: torch.device, documents: bool, precision: str) -> str:
@@ -275,7 +279,7 @@ def _against_native(config: ModelConfig, device: torch.device, documents: bool, 
     if precision != "fp32":
         return f"in {precision}; the core computes in fp32"
     if config.attention_dropout_rate:
-        return f"with dropout {config.attention_dropout_rate:g}, which the core does not have"
+        return _dropped(config, "the core")
     if documents:
         return "with document_mask, which the core does not have"
     if config.head_width % 8 or config.head_width > kernels.WIDEST_HEAD:
@@ -287,7 +291,7 @@ def _against_flex(config: ModelConfig, device: torch.device) -> str:
     if device.type != "cuda":
         return f"on {device.type}, where FlexAttention has no backward"
     if config.attention_dropout_rate:
-        return f"with dropout {config.attention_dropout_rate:g}, which FlexAttention does not have"
+        return _dropped(config, "FlexAttention")
     if config.head_width < LEAST_FLEX_WIDTH:
         return f"with heads {config.head_width} wide; FlexAttention needs {LEAST_FLEX_WIDTH}"
     return ""

@@ -236,7 +236,7 @@ def output(text: str) -> Path:
     >>> output("a/b.json") == Path("a/b.json")
     True
     """
-    if text.endswith(("/", os.sep)):
+    if text.replace(os.sep, "/").rpartition("/")[2] in ("", ".", ".."):
         raise ArgumentTypeError(f"found {text}, a folder's name; expected the name of a file to write")
     return Path(text)
 

@@ -81,8 +81,8 @@ def encode(argv: Sequence[str]) -> int:
     add("--dataset", metavar="X", help="encode data/X_{train,valid}.txt into data/processed/X_{train,valid}.npy")
     add("--characters", action="store_true", help="every character is a token: make the tokenizer and both parts here")
     add("--val-share", type=share, metavar="S", help="characters: share of the text, at its end, to validate on (0.1)")
-    add("--val-out", type=Path, metavar="F", help="characters: the validation file; --out is the training file")
-    add("--tokenizer-out", type=Path, metavar="F", help="characters: the tokenizer.json to write")
+    add("--val-out", type=output, metavar="F", help="characters: the validation file; --out is the training file")
+    add("--tokenizer-out", type=output, metavar="F", help="characters: the tokenizer.json to write")
     add("--overwrite", action="store_true", help="replace an existing output")
     args = parser.parse_intermixed_args(argv)
 

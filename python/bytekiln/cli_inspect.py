@@ -24,6 +24,7 @@ from bytekiln.bpe_flags import (
     byte_size,
     check_output,
     files_of,
+    output,
     size,
     text,
 )
@@ -92,7 +93,7 @@ def inspect(argv: Sequence[str]) -> int:
     add_input_flags(parser, seed_help="which documents are drawn (default: 0)")
     add_text_flags(parser)
     add("--dataset", metavar="X", help="the tokenizer and validation text of a dataset")
-    add("--html", type=Path, metavar="FILE", help="write a page too: the numbers, and documents with coloured tokens")
+    add("--html", type=output, metavar="FILE", help="write a page too: the numbers, and documents with coloured tokens")
     add("--overwrite", action="store_true", help="replace an existing page")
     add("--json", action="store_true", help="print one JSON object (a list of them for several tokenizers)")
     args = parser.parse_intermixed_args(argv)

@@ -160,7 +160,7 @@ def make_parser() -> Parser:
     add_memory_flag(parser)
     add(
         "--checkpoint",
-        type=Path,
+        type=output,
         metavar="F",
         help="keep the run in F and F.merges, and go on from there after Ctrl-C or a crash; deleted at the end",
     )
@@ -173,7 +173,7 @@ def make_parser() -> Parser:
     add("--dataset", metavar="X", help="train on data/X_train.txt into data/processed/X_tokenizer.json")
     add("--overwrite", action="store_true", help="replace an existing output")
     add("--json", action="store_true", help="print the statistics as one JSON object")
-    add("--stats", type=Path, metavar="F", help="write them into this file")
+    add("--stats", type=output, metavar="F", help="write them into this file")
     return parser
 
 

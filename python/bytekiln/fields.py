@@ -180,6 +180,7 @@ NEEDS: dict[str, tuple[tuple[str, tuple[Value, ...]], ...]] = {
     "muon_scale": (("optimizer", ("muon",)),),
     "normuon": (("optimizer", ("muon",)),),
     "normuon_beta2": (("optimizer", ("muon",)), ("normuon", (True,))),
+    "attention_dropout": (("dropout", ABOVE_0),),
     "decay_embeddings": (("weight_decay", ABOVE_0),),
     "cautious_weight_decay": (("weight_decay", ABOVE_0),),
     "head_lr_scale": (("tie_embeddings", (False,)),),

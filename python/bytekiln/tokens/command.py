@@ -10,7 +10,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
 
-from bytekiln.bpe_flags import check_output
+from bytekiln.bpe_flags import check_output, output
 from bytekiln.console import Parser, Progress, counted, human_bytes, human_time, notice, table
 from bytekiln.errors import ConfigError
 from bytekiln.tokenfile import TokenFile
@@ -49,7 +49,7 @@ def command(argv: Sequence[str]) -> int:
     )
     add = parser.add_argument
     add("source", type=Path, metavar="IN", help="a token file")
-    add("out", type=Path, metavar="OUT", help="the file to write; of Megatron's two files either")
+    add("out", type=output, metavar="OUT", help="the file to write; of Megatron's two files either")
     add("--to", choices=tuple(TYPES), help="format of OUT (default by its suffix: .npy, .bin is headerless, .idx)")
     add("--dtype", choices=ALL_TYPES, help="type of the ids in OUT (default: uint16 when the vocabulary fits, or IN's)")
     add(

@@ -40,18 +40,19 @@ def read_parts(paths: Sequence[Path]) -> list[Part]:
     parts = sorted(((path, manifest_of(path)) for path in paths), key=lambda part: part[1]["part"]["number"])
     (first, about) = parts[0]
     count = about["part"]["of"]
+    said: dict[str, tuple[str, Path]] = {}
     for path, manifest in parts:
         for field in ("of", *SAME):
             found, expected = (m["part"]["of"] if field == "of" else m.get(field) for m in (manifest, about))
             if found != expected:
                 name = "parts" if field == "of" else field
                 raise MismatchError(f"{path}.json: found {name} {found}; expected {expected}, as {first}.json has it")
-        ours, theirs = (m["part"].get("settings", {}) for m in (manifest, about))
-        if differ := sorted(name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]):
-            raise MismatchError(
-                f"{path}.json: was made with {differ[0]} {ours[differ[0]]}; "
-                f"expected {theirs[differ[0]]}, as {first}.json has it"
-            )
+        for name, setting in manifest["part"].get("settings", {}).items():  # older manifests have none
+            expected, who = said.setdefault(name, (setting, path))
+            if setting != expected:
+                raise MismatchError(
+                    f"{path}.json: was made with {name} {setting}; expected {expected}, as {who}.json has it"
+                )
     numbers = [manifest["part"]["number"] for _, manifest in parts]
     for (one, _), (two, _), number, after in zip(parts, parts[1:], numbers, numbers[1:], strict=False):
         if number == after:

@@ -4,6 +4,7 @@
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use crate::error::{Error, Result};
@@ -12,16 +13,49 @@ use crate::error::{Error, Result};
 /// (of 29 MB on a virtual disk 45 ms, a tenth of the whole work of encoding them).
 const SENT_TOGETHER: u64 = 8 << 20;
 
+/// An open file that several threads may bring to the disk.
+///
+/// The system tells an error of writing once, to whoever syncs next. Here all are told, from then on: nobody takes for durable
+/// what another one knows to be lost.
+#[derive(Debug)]
+pub struct OpenFile {
+    file: File,
+    failed: Mutex<Option<(io::ErrorKind, String)>>,
+}
+
+impl OpenFile {
+    fn new(file: File) -> Self {
+        Self { file, failed: Mutex::new(None) }
+    }
+
+    /// Brings what was written to the disk.
+    ///
+    /// # Errors
+    /// What the first one that failed was told.
+    pub fn sync(&self) -> io::Result<()> {
+        self.synced_by(File::sync_data)
+    }
+
+    /// One after the other: who comes later learns how it went.
+    fn synced_by(&self, sync: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
+        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        if failed.is_none() {
+            *failed = sync(&self.file).err().map(|error| (error.kind(), error.to_string()));
+        }
+        failed.as_ref().map_or(Ok(()), |(kind, what)| Err(io::Error::new(*kind, what.clone())))
+    }
+}
+
 /// An output that takes its name only in [`commit`](AtomicFile::commit); dropped before, it leaves nothing.
 #[derive(Debug)]
 pub struct AtomicFile {
     path: PathBuf,
     partial: PathBuf,
-    file: File,
+    file: Arc<OpenFile>,
     /// Bytes written since the last ones were sent to the disk.
     waiting: u64,
-    /// Brings what was written before to the disk. Its error is told to nobody else: the system tells it once.
-    sending: Option<JoinHandle<io::Result<()>>>,
+    /// Brings what was written before to the disk.
+    sending: Option<JoinHandle<()>>,
     /// What is dropped without its name stays under the other one.
     stays: bool,
 }
@@ -75,6 +109,7 @@ impl AtomicFile {
             }
         };
         let stays = file.metadata().is_ok_and(|found| found.len() > 0);
+        let file = Arc::new(OpenFile::new(file));
         let this = Self { path: path.into(), partial, file, waiting: 0, sending: None, stays };
         // Only now can nobody else finish.
         check_output(path, overwrite)?;
@@ -90,7 +125,8 @@ impl AtomicFile {
 
     /// Goes on behind so many bytes; what stands behind them is dropped.
     pub fn cut(&mut self, len: u64) -> Result<()> {
-        let cut = self.file.set_len(len).and_then(|()| self.file.seek(SeekFrom::Start(len)));
+        let mut file = &self.file.file;
+        let cut = file.set_len(len).and_then(|()| file.seek(SeekFrom::Start(len)));
         cut.map(drop).map_err(|e| Error::io(&self.path, &e))
     }
 
@@ -104,49 +140,37 @@ impl AtomicFile {
         &self.partial
     }
 
-    /// Another handle of the same open file, and so of its lock.
-    pub fn handle(&mut self) -> Result<File> {
-        self.arrived()?;
-        self.file.try_clone().map_err(|e| Error::io(&self.path, &e))
+    /// The open file, and so its lock, for others to bring to the disk.
+    pub fn handle(&self) -> Arc<OpenFile> {
+        self.file.clone()
     }
 
     /// Appends bytes.
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.file.write_all(bytes).map_err(|e| Error::io(&self.path, &e))?;
+        (&self.file.file).write_all(bytes).map_err(|e| Error::io(&self.path, &e))?;
         self.waiting += bytes.len() as u64;
         if self.waiting >= SENT_TOGETHER && self.sending.as_ref().is_none_or(JoinHandle::is_finished) {
-            self.arrived()?;
-            let file = self.file.try_clone().map_err(|e| Error::io(&self.path, &e))?;
-            // Where there is no thread to be had, the sync at the end does it all.
-            self.sending = thread::Builder::new().spawn(move || file.sync_data()).ok();
             self.waiting = 0;
+            let file = self.handle();
+            // An error is told to whoever syncs last, and so it is where there is no thread to be had.
+            self.sending = thread::Builder::new().spawn(move || drop(file.sync())).ok();
         }
         Ok(())
     }
 
-    /// Waits for what is on its way to the disk.
-    fn arrived(&mut self) -> Result<()> {
-        let sent = self
-            .sending
-            .take()
-            .map_or(Ok(()), |sending| sending.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())));
-        sent.map_err(|e| Error::io(&self.path, &e))
-    }
-
     /// Replaces the bytes at the beginning.
     pub fn write_head(&mut self, bytes: &[u8]) -> Result<()> {
-        let written = self
-            .file
+        let mut file = &self.file.file;
+        let written = file
             .seek(SeekFrom::Start(0))
-            .and_then(|_| self.file.write_all(bytes))
-            .and_then(|()| self.file.seek(SeekFrom::End(0)));
+            .and_then(|_| file.write_all(bytes))
+            .and_then(|()| file.seek(SeekFrom::End(0)));
         written.map(drop).map_err(|e| Error::io(&self.path, &e))
     }
 
     /// Brings what was written to the disk.
-    pub fn sync(&mut self) -> Result<()> {
-        self.arrived()?;
-        self.file.sync_all().map_err(|e| Error::io(&self.path, &e))
+    pub fn sync(&self) -> Result<()> {
+        self.file.sync().map_err(|e| Error::io(&self.path, &e))
     }
 
     /// Makes it durable under its name.
@@ -156,21 +180,22 @@ impl AtomicFile {
 
     /// The same; the file stays locked as long as what is returned lives.
     pub fn commit_and_hold(mut self) -> Result<File> {
-        self.arrived()?;
-        let renamed = self.file.sync_all().and_then(|()| fs::rename(&self.partial, &self.path));
+        let renamed = self.file.sync().and_then(|()| fs::rename(&self.partial, &self.path));
         renamed.and_then(|()| sync_folder(&self.path)).map_err(|e| Error::io(&self.path, &e))?;
         self.stays = true;
-        self.handle()
+        self.file.file.try_clone().map_err(|e| Error::io(&self.path, &e))
     }
 }
 
 impl Drop for AtomicFile {
     fn drop(&mut self) {
-        // It holds the lock, too. Who drops a file without its name has an error of their own.
-        let _ = self.arrived();
         if !self.stays {
             // Nothing more can be done about a failure here; the next writer takes the name over.
             let _ = fs::remove_file(&self.partial);
+        }
+        // Its thread holds the lock, which the next writer asks for; its error was told to whoever synced.
+        if let Some(sending) = self.sending.take() {
+            let _ = sending.join();
         }
     }
 }
@@ -298,6 +323,44 @@ mod tests {
         held.set_len(3).unwrap();
         assert!(matches!(hold(&path, taken), Err(Error::Interrupted)));
         assert_eq!(fs::read(&path).unwrap(), b"run");
+    }
+
+    #[test]
+    fn an_error_of_the_disk_is_told_to_all() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out");
+        let mut file = AtomicFile::create(&path, false).unwrap();
+        file.write(b"lost").unwrap();
+        let (one, other) = (file.handle(), file.handle());
+        assert!(one.sync().is_ok());
+        let lost = |_: &File| Err(io::Error::from_raw_os_error(5));
+        assert!(one.synced_by(lost).is_err());
+        for told in [one.sync(), other.sync()] {
+            assert!(told.unwrap_err().to_string().contains("os error 5"));
+        }
+        assert!(file.sync().is_err() && file.commit().is_err());
+        assert!(!path.exists() && fs::read_dir(folder.path()).unwrap().next().is_none());
+    }
+
+    #[test]
+    fn what_is_large_is_sent_while_it_is_written_and_is_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out");
+        let block: Vec<u8> = (0..3 << 20).map(|n: u32| n as u8).collect();
+        let mut file = AtomicFile::create(&path, false).unwrap();
+        (0..9).for_each(|_| file.write(&block).unwrap());
+        assert!(file.sending.is_some());
+        file.write_head(b"head").unwrap();
+        file.commit().unwrap();
+        let mut expected = block.repeat(9);
+        expected[..4].copy_from_slice(b"head");
+        assert!(fs::read(&path).unwrap() == expected);
+        // One that is dropped leaves neither a file nor its lock.
+        let mut file = AtomicFile::create(&path, true).unwrap();
+        (0..4).for_each(|_| file.write(&block).unwrap());
+        drop(file);
+        drop(AtomicFile::create(&path, true).unwrap());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 
     #[test]

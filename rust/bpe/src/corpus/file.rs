@@ -3,14 +3,15 @@
 //! In: ids in order. Out: a file that is complete under its temporary name. Called by `outlet`; `resume` keeps the
 //! [`FileState`].
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::lengths::Known;
-use crate::atomic::AtomicFile;
+use crate::atomic::{AtomicFile, OpenFile};
 use crate::error::{Error, Result};
 use crate::tokens::{Dtype, NPY_HEADER, checksum_of_file, checksum_text, hash_of_file, npy_header};
 use crate::train::TokenId;
@@ -153,8 +154,8 @@ impl Writer {
         Ok(self.state.clone())
     }
 
-    pub fn handles(&mut self) -> Result<Vec<File>> {
-        [Some(&mut self.file), self.ends.as_mut().map(|ends| &mut ends.file)]
+    pub fn handles(&self) -> Vec<Arc<OpenFile>> {
+        [Some(&self.file), self.ends.as_ref().map(|ends| &ends.file)]
             .into_iter()
             .flatten()
             .map(AtomicFile::handle)
@@ -162,7 +163,7 @@ impl Writer {
     }
 
     /// Completes the file under its temporary name; it is still to be brought to the disk.
-    pub fn finish(mut self) -> Result<(FileState, Vec<File>)> {
+    pub fn finish(mut self) -> Result<(FileState, Vec<Arc<OpenFile>>)> {
         let open = self.state.open;
         if open {
             self.end_document()?;
@@ -183,7 +184,7 @@ impl Writer {
             ends.file.write_head(&npy_header("<i8", state.documents))?;
             state.ends_checksum = checksum_of_file(ends.file.partial(), 0)?;
         }
-        let handles = self.handles()?;
+        let handles = self.handles();
         self.stay(true);
         Ok((state, handles))
     }

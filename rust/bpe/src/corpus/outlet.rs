@@ -3,16 +3,17 @@
 //! In: ids in order, with what is known of them. Out: complete files, which get their names when all is done. Called by
 //! `chunks` and `run`; `resume` keeps the [`OutletState`].
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::file::{FileState, Layout, Writer, damaged, ends_path, file_name, head_of, with_word};
 use super::lengths::{Known, Lengths};
-use crate::atomic::{AtomicFile, check_output, name_partial, partial_path, write_file};
+use crate::atomic::{AtomicFile, OpenFile, check_output, name_partial, partial_path, write_file};
 use crate::error::{Error, Result};
 use crate::tokens::{
     DocumentEnds, Manifest, Shard, ShardOf, checksum_of_file, is_orphan, manifest_path, read_manifest,
@@ -35,11 +36,11 @@ pub(super) struct Outlet {
     /// Locked under the name of all; holds the ids where they are not divided.
     base: Option<AtomicFile>,
     /// The same lock once the ids are complete.
-    held: Option<File>,
+    held: Option<Arc<OpenFile>>,
     file: Option<Writer>,
     done: Vec<FileState>,
     /// Complete files that may not be on the disk yet.
-    unsynced: Vec<File>,
+    unsynced: Vec<Arc<OpenFile>>,
 }
 
 impl Outlet {
@@ -190,15 +191,15 @@ impl Outlet {
     }
 
     fn finish_file(&mut self) -> Result<()> {
-        if let Some(mut file) = self.file.take() {
+        if let Some(file) = self.file.take() {
             if self.layout.shard_tokens.is_none() {
-                self.held = Some(file.file.handle()?);
+                self.held = Some(file.file.handle());
             }
             let (state, handles) = file.finish()?;
             self.done.push(state);
             self.unsynced.extend(handles);
             if self.unsynced.len() > MOST_UNSYNCED {
-                let synced = self.unsynced.drain(..).try_for_each(|file| file.sync_data());
+                let synced = self.unsynced.drain(..).try_for_each(|file| file.sync());
                 synced.map_err(|e| Error::io(&self.path, &e))?;
             }
         }
@@ -206,11 +207,11 @@ impl Outlet {
     }
 
     /// How far it is, and the files that must be on the disk before anybody relies on that.
-    pub fn state(&mut self) -> Result<(OutletState, Vec<File>)> {
+    pub fn state(&mut self) -> Result<(OutletState, Vec<Arc<OpenFile>>)> {
         let current = self.file.as_mut().map(Writer::state).transpose()?;
         let mut handles = std::mem::take(&mut self.unsynced);
-        if let Some(file) = &mut self.file {
-            handles.extend(file.handles()?);
+        if let Some(file) = &self.file {
+            handles.extend(file.handles());
         }
         Ok((OutletState { done: self.done.clone(), current }, handles))
     }

@@ -5,10 +5,10 @@
 //!
 //! Layout: magic, version, JSON, XXH3 of all that; little-endian.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -16,7 +16,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::file::file_name;
 use super::outlet::OutletState;
-use crate::atomic::write_file;
+use crate::atomic::{OpenFile, write_file};
 use crate::checkpoint::Setting;
 use crate::error::{Error, Result};
 use crate::tokens::Source;
@@ -128,7 +128,7 @@ struct Told {
 }
 
 /// A place, and the files that must be on the disk before it is.
-pub(super) type Snapshot = (Place, Vec<File>);
+pub(super) type Snapshot = (Place, Vec<Arc<OpenFile>>);
 
 impl Saver {
     pub fn new(path: PathBuf, settings: Vec<Setting>, every: Duration, there: bool) -> Self {
@@ -191,7 +191,7 @@ impl Saver {
     pub fn save(&self, (place, files): Snapshot) -> Result<()> {
         let start = Instant::now();
         for file in files {
-            file.sync_data().map_err(|e| Error::io(&self.path, &e))?;
+            file.sync().map_err(|e| Error::io(&self.path, &e))?;
         }
         let kept = Kept { settings: self.settings.clone(), place };
         let json =

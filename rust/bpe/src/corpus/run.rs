@@ -22,6 +22,7 @@ use crate::encode::Packed;
 use crate::error::{Error, Result};
 use crate::input::{Chunk, ChunkReader, Position};
 use crate::progress::Progress;
+use crate::sources::DEFAULT_FIELD;
 use crate::tokens::{Manifest, PartOf, SplitOf, checksum_text};
 use crate::turns::Turns;
 
@@ -50,9 +51,9 @@ impl Job<'_> {
             ("seed", seed.to_string()),
             ("index", index.to_string()),
             ("part", format!("{part:?}")),
-            ("field", shown(spec.field.as_ref())),
+            ("field", spec.field.clone().unwrap_or_else(|| DEFAULT_FIELD.into())),
             ("limit_bytes", shown(spec.limit_bytes.as_ref())),
-            ("sample", format!("{} of seed {}", shown(spec.sample.as_ref()), spec.seed)),
+            ("sample", spec.sample.map_or_else(|| "none".into(), |share| format!("{share} of seed {}", spec.seed))),
             ("chunk_bytes", chunk_bytes.to_string()),
             ("version of bytekiln", env!("CARGO_PKG_VERSION").into()),
         ]
@@ -215,7 +216,7 @@ impl Job<'_> {
             Some(saver) if several || saver.is_there() => saver.save((place.clone(), files)),
             _ => {
                 let path = &outlets[0].path;
-                files.iter().try_for_each(|file| file.sync_data().map_err(|e| Error::io(path, &e)))
+                files.iter().try_for_each(|file| file.sync().map_err(|e| Error::io(path, &e)))
             }
         };
         if let Err(error) = synced {
