@@ -99,6 +99,7 @@ def test_stopped_at_any_moment(texts: Path, undisturbed: tuple[list[bytes], floa
             stopped += 1
 
 
+@pytest.mark.slow
 def test_counting_goes_on_within_a_file_and_merging_within_the_list(texts: Path, tmp_path: Path) -> None:
     """Both kinds of checkpoint are met: a callback stops the run at a given place, again and again."""
     files, kept = [texts / "0.txt", texts / "1.txt"], tmp_path / "run.ck"

@@ -385,6 +385,7 @@ def test_a_file_states_its_values_on_a_resume_too(here: Path) -> None:
         cli_lm.train(["c.toml", "--resume", "auto"])
 
 
+@pytest.mark.slow
 def test_checkpoints_of_their_own_folder_are_found(here: Path, text: Path, command: Callable[..., object]) -> None:
     own = ["--tokenizer", "tokenizer.json", "--checkpoint_dir", "checkpoints", "--out-dir", "r"]
     assert cli_lm.train(["demo", "--train-data", str(text), *own, *SMALL]) == 0

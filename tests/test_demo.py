@@ -177,6 +177,7 @@ def numbers(folder: Path) -> tuple[object, ...]:
     return result["final_val_loss"], result["initial_loss"], rows, (folder / "sample.txt").read_text()
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_ends_with_the_same_numbers(start: Start, tmp_path: Path) -> None:
     said = finish(start("whole"))
     for name in ("bpe-train", "bpe-encode", "bpe-inspect", "lm-train demo", "lm-sample", "lm-report"):

@@ -32,6 +32,7 @@ def weights(run: Path) -> bytes:
     return (run / "checkpoints/checkpoint_final/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_bit_identical_after_kill_at_twenty_moments(tmp_path: Path) -> None:
     driver = Path(__file__).with_name("kill_driver.py")
     ran = subprocess.run(

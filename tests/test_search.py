@@ -889,6 +889,7 @@ def test_a_replaced_search_goes_on_by_its_folder_with_its_own_config(
     assert load_config(tmp_path / "s" / "base.toml").model.d_model == 8
 
 
+@pytest.mark.slow
 def test_without_a_rate_that_stood_every_seed_the_exit_status_is_4(
     in_process: type[InProcess], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -907,6 +908,7 @@ def test_without_a_rate_that_stood_every_seed_the_exit_status_is_4(
     assert about["best_learning_rate"] is None
 
 
+@pytest.mark.slow
 def test_a_transfer_predicts_and_confirms_at_the_other_width(
     in_process: type[InProcess], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
