@@ -204,11 +204,23 @@ def test_max_time_leaves_room_for_slow_saves_and_samples(tmp_path: Path, monkeyp
 @pytest.mark.alone
 @pytest.mark.parametrize("counts", ["all", "steps"])
 def test_max_time_ends_inside_the_limit_with_its_decay_done(tmp_path: Path, counts: str) -> None:
-    limit = 4.0
+    """A machine that stands still for a tenth of a second near the end moves the last rate: three attempts."""
+    found = []
+    for attempt in range(3):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        found.append(ended(folder, counts))
+        if not found[-1]:
+            return
+    pytest.fail(str(found))
+
+
+def ended(folder: Path, counts: str, limit: float = 4.0) -> dict[str, object]:
+    """What of a run for `limit` seconds is not as it should be."""
     config = load_config(
         None,
         {
-            **tiny(tmp_path).flat(),
+            **tiny(folder).flat(),
             "max_time": limit,
             "max_time_counts": counts,
             "max_steps": UNLIMITED_STEPS,
@@ -221,16 +233,17 @@ def test_max_time_ends_inside_the_limit_with_its_decay_done(tmp_path: Path, coun
     spent = time.perf_counter() - began
     assert result.status == "completed"
     assert "s are over" in result.why
-    done = rows(tmp_path)
+    done = rows(folder)
     steps_s = sum(r.step_time_s for r in done if r.step_time_s is not None)
-    if counts == "all":
-        assert 0.5 * limit < spent < limit + 0.5  # half a second for a machine that has other work
-        assert steps_s < limit
-    else:
-        assert 0.9 * limit < steps_s < limit
     rates = [r.lr for r in done if r.lr is not None]
     assert max(rates) == pytest.approx(1e-2, rel=0.02)
-    assert rates[-1] == pytest.approx(1e-3, rel=0.25), "the floor is a tenth"
+    holds = {
+        # Half a second for a machine that has other work.
+        "spent": (spent, 0.5 * limit < spent < limit + 0.5 if counts == "all" else True),
+        "steps": (steps_s, steps_s < limit if counts == "all" else 0.9 * limit < steps_s < limit),
+        "the last rate, whose floor is a tenth": (rates[-1], rates[-1] == pytest.approx(1e-3, rel=0.25)),
+    }
+    return {name: value for name, (value, is_so) in holds.items() if not is_so}
 
 
 def test_batch_stages_grow_the_batch_and_read_on(tmp_path: Path) -> None:
