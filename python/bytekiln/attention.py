@@ -278,8 +278,8 @@ def _against_native(config: ModelConfig, device: torch.device, documents: bool, 
         return f"on {device.type}; the core computes on the CPU"
     if precision != "fp32":
         return f"in {precision}; the core computes in fp32"
-    if config.attention_dropout_rate:
-        return _dropped(config, "the core")
+    if dropped := _dropped(config, "the core"):
+        return dropped
     if documents:
         return "with document_mask, which the core does not have"
     if config.head_width % 8 or config.head_width > kernels.WIDEST_HEAD:
@@ -290,8 +290,8 @@ def _against_native(config: ModelConfig, device: torch.device, documents: bool, 
 def _against_flex(config: ModelConfig, device: torch.device) -> str:
     if device.type != "cuda":
         return f"on {device.type}, where FlexAttention has no backward"
-    if config.attention_dropout_rate:
-        return _dropped(config, "FlexAttention")
+    if dropped := _dropped(config, "FlexAttention"):
+        return dropped
     if config.head_width < LEAST_FLEX_WIDTH:
         return f"with heads {config.head_width} wide; FlexAttention needs {LEAST_FLEX_WIDTH}"
     return ""
