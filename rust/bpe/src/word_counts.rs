@@ -39,7 +39,7 @@ pub struct WordCounts {
     stop: Option<Stop>,
     given_up: bool,
     /// Words whose slots have been asked for.
-    waiting: Box<Keys<BATCH>>,
+    waiting: Box<Keys<BATCH, SLOT>>,
 }
 
 impl Default for WordCounts {
@@ -99,13 +99,12 @@ impl WordCounts {
     }
 
     fn add_packed(&mut self, key: u128, count: u64) {
-        self.add_hashed(key, self.hasher.hash(key), count);
+        self.add_at(key, self.hasher.place(key, self.slots.len()), count);
     }
 
     #[inline]
-    fn add_hashed(&mut self, key: u128, hash: u32, count: u64) {
+    fn add_at(&mut self, key: u128, mut at: usize, count: u64) {
         let mask = self.slots.len() - 1;
-        let mut at = hash as usize & mask;
         loop {
             let slot = &mut self.slots[at];
             if slot.0 == key {
@@ -142,12 +141,12 @@ impl WordCounts {
             let Self { slots, used, waiting, hasher, .. } = self;
             let end = hasher.keys(text, &Ends { start, offsets, ..*ends }, slots, waiting);
             let mask = slots.len() - 1;
-            for (n, (&key, &hash)) in waiting.keys.iter().zip(&waiting.hashes).take(offsets.len()).enumerate() {
+            for (n, (&key, &place)) in waiting.keys.iter().zip(&waiting.places).take(offsets.len()).enumerate() {
                 if key == 0 {
                     long.push(n);
                     continue;
                 }
-                let mut at = hash as usize;
+                let mut at = place as usize;
                 loop {
                     let slot = &mut slots[at & mask];
                     if slot.0 == key {
@@ -204,7 +203,7 @@ impl WordCounts {
                 return;
             }
             for &(key, count) in part.iter().filter(|slot| slot.0 != 0) {
-                let mut at = self.hasher.hash(key) as usize & mask;
+                let mut at = self.hasher.place(key, self.slots.len());
                 while self.slots[at].0 != 0 {
                     at = (at + 1) & mask;
                 }
@@ -226,14 +225,15 @@ impl WordCounts {
         let mut batch = Vec::with_capacity(BATCH);
         loop {
             // As in `add_run`: all slots of a batch are asked for before the first one is looked at.
+            self.make_room(BATCH);
+            let (hasher, size) = (self.hasher, self.slots.len());
             batch.clear();
-            batch.extend(words.by_ref().take(BATCH).map(|(key, count)| (key, self.hasher.hash(key), count)));
-            let mask = self.slots.len() - 1;
-            for &(_, hash, _) in &batch {
-                prefetch(&self.slots, hash as usize & mask);
+            batch.extend(words.by_ref().take(BATCH).map(|(key, count)| (key, hasher.place(key, size), count)));
+            for &(_, place, _) in &batch {
+                prefetch(&self.slots, place);
             }
-            for &(key, hash, count) in &batch {
-                self.add_hashed(key, hash, count);
+            for &(key, place, count) in &batch {
+                self.add_at(key, place, count);
             }
             if batch.is_empty() {
                 break;

@@ -18,7 +18,7 @@ pub enum Level {
     Avx2,
     /// AVX-512 F and BW, and all of the former.
     Avx512,
-    /// AVX-512 VBMI 2, which packs bytes, and all of the former.
+    /// AVX-512 VBMI 2, which packs bytes, VBMI, which permutes them, AES of four at a time, and all of the former.
     Avx512Vbmi2,
 }
 
@@ -56,7 +56,12 @@ impl Level {
                 is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && Self::Avx2.is_here()
             }
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512Vbmi2 => is_x86_feature_detected!("avx512vbmi2") && Self::Avx512.is_here(),
+            Self::Avx512Vbmi2 => {
+                is_x86_feature_detected!("avx512vbmi2")
+                    && is_x86_feature_detected!("avx512vbmi")
+                    && is_x86_feature_detected!("vaes")
+                    && Self::Avx512.is_here()
+            }
             #[cfg(target_arch = "aarch64")]
             Self::Neon => true,
             #[allow(unreachable_patterns, reason = "which levels are left depends on the target")]

@@ -7,6 +7,7 @@ use bytekiln_simd::Level;
 use super::ids::Id;
 use crate::packed::{Hasher, Keys};
 use crate::pages;
+use crate::pretokenize::Ends;
 
 /// Words that are looked up together.
 pub(super) const RUN: usize = 64;
@@ -38,7 +39,6 @@ const FREE: u128 = 1;
 pub(super) struct Place {
     line: u32,
     slot: u32,
-    hash: u32,
 }
 
 /// A word that the quick way did not find.
@@ -68,23 +68,37 @@ impl<I: Id> Table<I> {
         Self { lines, hasher: Hasher::new(level, 0), used: 0, spilled: Vec::new() }
     }
 
-    /// How keys are hashed.
+    /// How many lines there are: what [`Self::keys`] has found holds while there are as many.
     #[inline]
-    pub(super) fn hasher(&self) -> Hasher {
-        self.hasher
+    pub(super) fn size(&self) -> usize {
+        self.lines.len()
     }
 
-    /// Where words are looked for first, by their hashes.
+    /// The keys of at most [`RUN`] words, and in which lines they are looked for first. Returns the end of the last word.
     #[inline]
-    pub(super) fn lines(&self) -> &[Line<I>] {
-        &self.lines
+    pub(super) fn keys(&self, text: &[u8], ends: &Ends<'_>, to: &mut Keys<RUN, 1>) -> usize {
+        self.hasher.keys(text, ends, &self.lines, to)
     }
 
-    /// Where a word is, or the free slot where it belongs. `key` without [`SPILLED`] and [`AWAITED`].
+    /// The lines of the same words, after the table has grown.
+    #[cold]
+    pub(super) fn find_places(&self, words: &mut Keys<RUN, 1>) {
+        for (&key, place) in words.keys.iter().zip(&mut words.places) {
+            *place = (self.place(key) * size_of::<Line<I>>()) as u32;
+        }
+    }
+
+    /// The line in which a key is looked for first.
     #[inline]
-    fn find(&self, key: u128, hash: u32) -> (usize, usize) {
+    fn place(&self, key: u128) -> usize {
+        self.hasher.place(key, self.lines.len())
+    }
+
+    /// Where a word is, or the free slot where it belongs. `key` without [`SPILLED`] and [`AWAITED`]; it is looked for in line
+    /// `at` first.
+    #[inline]
+    fn find(&self, key: u128, mut at: usize) -> (usize, usize) {
         let mask = self.lines.len() - 1;
-        let mut at = hash as usize & mask;
         loop {
             // Both at once: in which of them it is no processor can foretell.
             let is_it = |slot: u128| u32::from(slot & !(SPILLED | AWAITED) == key) | u32::from(slot == FREE);
@@ -103,22 +117,22 @@ impl<I: Id> Table<I> {
     /// A word of another line is moved to the second slot of its first one: words that occur often end up where they are
     /// looked for first. Every line that is passed over is full, and so is the one that what was in its way comes into.
     #[inline]
-    pub(super) fn meet(&mut self, key: u128, hash: u32, miss: usize) -> Met<'_, I> {
-        let (mut line, mut slot) = self.find(key, hash);
+    pub(super) fn meet(&mut self, key: u128, miss: usize) -> Met<'_, I> {
+        let first = self.place(key);
+        let (mut line, mut slot) = self.find(key, first);
         let found = self.lines[line].keys[slot];
         if found == FREE {
             if self.used * 4 >= self.lines.len() * 5 {
                 if self.lines.len() >= MOST_LINES || !self.grow() {
                     self.forget();
                 }
-                (line, slot) = self.find(key, hash);
+                (line, slot) = self.find(key, self.place(key));
             }
             self.lines[line].keys[slot] = key | AWAITED;
             self.lines[line].rows[slot].as_mut()[0] = I::of(miss as u32);
             self.used += 1;
-            return Met::Never(Place { line: line as u32, slot: slot as u32, hash });
+            return Met::Never(Place { line: line as u32, slot: slot as u32 });
         }
-        let first = hash as usize & (self.lines.len() - 1);
         if line != first {
             let there = self.lines[first];
             let here = &mut self.lines[line];
@@ -143,7 +157,7 @@ impl<I: Id> Table<I> {
     pub(super) fn keep(&mut self, key: u128, mut place: Place, ids: &[I]) {
         if self.lines.get(place.line as usize).is_none_or(|line| line.keys[place.slot as usize] != key | AWAITED) {
             // It was moved, or all is forgotten.
-            let (line, slot) = self.find(key, place.hash);
+            let (line, slot) = self.find(key, self.place(key));
             if self.lines[line].keys[slot] == FREE {
                 return;
             }
@@ -190,7 +204,7 @@ impl<I: Id> Table<I> {
         for old in std::mem::replace(&mut self.lines, bigger) {
             for (key, row) in old.keys.into_iter().zip(old.rows).filter(|&(key, _)| key != FREE) {
                 let alone = key & !(SPILLED | AWAITED);
-                let (line, slot) = self.find(alone, self.hasher.hash(alone));
+                let (line, slot) = self.find(alone, self.place(alone));
                 (self.lines[line].keys[slot], self.lines[line].rows[slot]) = (key, row);
             }
         }
@@ -204,14 +218,14 @@ impl<I: Id> Table<I> {
     /// # Panics
     /// Where there is no room for [`Id::ROW`] ids a word.
     #[inline]
-    pub(super) fn known(&self, words: &Keys<RUN>, from: usize, to: usize, ids: &mut [I]) -> (usize, usize) {
+    pub(super) fn known(&self, words: &Keys<RUN, 1>, from: usize, to: usize, ids: &mut [I]) -> (usize, usize) {
         assert!(ids.len() >= to.saturating_sub(from) * I::ROW);
-        let (keys, hashes) = (&words.keys[from..to], &words.hashes[from..to]);
+        let (keys, places) = (&words.keys[from..to], &words.places[from..to]);
         match self.hasher.level() {
             // SAFETY: the level says that the processor has the instructions; there is room for all ids.
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 | Level::Avx512 | Level::Avx512Vbmi2 => unsafe { x86::known(&self.lines, keys, hashes, ids) },
-            _ => known_plainly(&self.lines, keys, hashes, ids),
+            Level::Avx2 | Level::Avx512 | Level::Avx512Vbmi2 => unsafe { x86::known(&self.lines, keys, places, ids) },
+            _ => known_plainly(&self.lines, keys, places, ids),
         }
     }
 
@@ -223,11 +237,10 @@ impl<I: Id> Table<I> {
 }
 
 /// [`Table::known`], for any processor.
-fn known_plainly<I: Id>(lines: &[Line<I>], keys: &[u128], hashes: &[u32], ids: &mut [I]) -> (usize, usize) {
-    let (mask, mut at) = (lines.len() - 1, 0);
-    for (n, (&key, &hash)) in keys.iter().zip(hashes).enumerate() {
-        // The table may have grown since it was asked for: the line is looked for anew.
-        let line = &lines[hash as usize & mask];
+fn known_plainly<I: Id>(lines: &[Line<I>], keys: &[u128], places: &[u32], ids: &mut [I]) -> (usize, usize) {
+    let mut at = 0;
+    for (n, (&key, &place)) in keys.iter().zip(places).enumerate() {
+        let line = &lines[place as usize / size_of::<Line<I>>()];
         let slot = usize::from(line.keys[1] == key);
         if line.keys[slot] != key {
             return (n, at);
@@ -255,17 +268,17 @@ mod x86 {
     pub(super) unsafe fn known<I: Id>(
         lines: &[Line<I>],
         keys: &[u128],
-        hashes: &[u32],
+        places: &[u32],
         ids: &mut [I],
     ) -> (usize, usize) {
-        let (mask, begin) = (lines.len().wrapping_sub(1), ids.as_mut_ptr());
+        let (mask, begin) = (size_of_val(lines).wrapping_sub(size_of::<Line<I>>()), ids.as_mut_ptr());
         let mut to = begin;
-        let number = keys.len().min(hashes.len());
+        let number = keys.len().min(places.len());
         let mut n = 0;
         while n < number {
-            // SAFETY: lines are a power of two; `n` is less than both lengths; a line is aligned, keys first.
+            // SAFETY: lines are a power of two, and so many bytes; `n` is less than both lengths; a line is aligned, keys first.
             let (line, both) = unsafe {
-                let line = lines.as_ptr().add(*hashes.get_unchecked(n) as usize & mask);
+                let line = lines.as_ptr().byte_add(*places.get_unchecked(n) as usize & mask);
                 let key = _mm256_broadcastsi128_si256(_mm_loadu_si128(keys.as_ptr().add(n).cast()));
                 let halves = _mm256_cmpeq_epi64(_mm256_load_si256(line.cast()), key);
                 let halves = _mm256_movemask_pd(_mm256_castsi256_pd(halves)).cast_unsigned();
@@ -279,7 +292,8 @@ mod x86 {
             unsafe {
                 let row = std::ptr::from_ref(&(*line).rows).cast::<u8>().add((both as usize & 0b100) * 4);
                 _mm_storeu_si128(to.cast(), _mm_loadu_si128(row.cast()));
-                to = to.add((*row.cast::<I>().add(I::ROW - 1)).place());
+                // Out of memory: to take a register apart is dearer.
+                to = to.add(row.cast::<I>().add(I::ROW - 1).read_volatile().place());
             }
             n = n.wrapping_add(1);
         }
@@ -292,7 +306,6 @@ mod x86 {
 mod tests {
     use super::*;
     use crate::packed::pack;
-    use crate::pretokenize::Ends;
     use proptest::prelude::*;
     use std::collections::BTreeMap;
 
@@ -309,22 +322,22 @@ mod tests {
                     Some(*end)
                 })
                 .collect();
-            let mut keys = Keys::<RUN>::default();
+            let mut keys = Keys::<RUN, 1>::default();
             let ends = Ends { start: 0, base: 0, offsets: &offsets };
-            table.hasher().keys(text.as_bytes(), &ends, table.lines(), &mut keys);
+            table.keys(text.as_bytes(), &ends, &mut keys);
             let (mut ids, mut plain) = (vec![I::NONE; RUN * I::ROW], vec![I::NONE; RUN * I::ROW]);
             for from in 0..run.len() {
                 let found = table.known(&keys, from, run.len(), &mut ids);
-                let (keys, hashes) = (&keys.keys[from..run.len()], &keys.hashes[from..run.len()]);
-                assert_eq!(found, known_plainly(&table.lines, keys, hashes, &mut plain), "{}", level.name());
+                let (keys, places) = (&keys.keys[from..run.len()], &keys.places[from..run.len()]);
+                assert_eq!(found, known_plainly(&table.lines, keys, places, &mut plain), "{}", level.name());
                 assert_eq!(ids[..found.1], plain[..found.1]);
                 let expected: Vec<I> = run[from..from + found.0].iter().flat_map(|w| kept[w].iter().copied()).collect();
                 assert_eq!(ids[..found.1], expected);
             }
             for (n, word) in run.iter().enumerate() {
-                let (key, hash) = (keys.keys[n], keys.hashes[n]);
+                let key = keys.keys[n];
                 assert_eq!(key, pack(word.as_bytes()).unwrap());
-                let place = match table.meet(key, hash, n) {
+                let place = match table.meet(key, n) {
                     Met::Before(ids) => {
                         assert_eq!(ids, kept[word]);
                         continue;
@@ -332,7 +345,7 @@ mod tests {
                     Met::Awaited(_) => panic!("{word} is kept at once"),
                     Met::Never(place) => place,
                 };
-                assert!(matches!(table.meet(key, hash, 0), Met::Awaited(miss) if miss == n));
+                assert!(matches!(table.meet(key, 0), Met::Awaited(miss) if miss == n));
                 let ids: Vec<I> = word.bytes().map(|byte| I::of(byte.into())).collect();
                 table.keep(key, place, &ids);
                 assert!(kept.insert(word, ids).is_none(), "{word} was forgotten");
@@ -351,7 +364,7 @@ mod tests {
     }
 
     fn keep<I: Id>(table: &mut Table<I>, key: u128, ids: &[I]) {
-        if let Met::Never(place) = table.meet(key, table.hasher.hash(key), 0) {
+        if let Met::Never(place) = table.meet(key, 0) {
             table.keep(key, place, ids);
         }
         table.keep_to_bounds();
@@ -368,7 +381,7 @@ mod tests {
             table.keeps_to_its_bounds();
         }
         let key = 8_999 << 64 | 5 << 120;
-        assert!(matches!(table.meet(key, table.hasher.hash(key), 0), Met::Before(ids) if ids == [I::of(7); 500]));
+        assert!(matches!(table.meet(key, 0), Met::Before(ids) if ids == [I::of(7); 500]));
     }
 
     #[test]

@@ -27,7 +27,7 @@ const LONG: usize = 1 << 10;
 #[derive(Debug)]
 pub(super) struct Scratch<I: Id> {
     table: Table<I>,
-    keys: Keys<RUN>,
+    keys: Keys<RUN, 1>,
     buffers: Buffers<I>,
     gathered: Gathered<I>,
 }
@@ -125,7 +125,7 @@ impl<I: Id> Core<I> {
             }
             let Scratch { table, keys, .. } = &mut *scratch;
             let batch = Ends { start, offsets, ..*ends };
-            let end = table.hasher().keys(text, &batch, table.lines(), keys);
+            let end = table.keys(text, &batch, keys);
             let mut done = 0;
             while done < offsets.len() {
                 let Scratch { table, keys, gathered: Gathered { ids, len, .. }, .. } = &mut *scratch;
@@ -135,7 +135,11 @@ impl<I: Id> Core<I> {
                 if let Some(&offset) = offsets.get(done) {
                     let begin = done.checked_sub(1).map_or(start, |n| ends.base.wrapping_add(offsets[n] as usize));
                     let word = &text[begin..ends.base.wrapping_add(offset as usize)];
-                    self.other_word(vocab, word, (scratch.keys.keys[done], scratch.keys.hashes[done]), scratch, out)?;
+                    let size = scratch.table.size();
+                    self.other_word(vocab, word, scratch.keys.keys[done], scratch, out)?;
+                    if scratch.table.size() != size {
+                        scratch.table.find_places(&mut scratch.keys);
+                    }
                     done += 1;
                 }
             }
@@ -149,9 +153,7 @@ impl<I: Id> Core<I> {
         if scratch.gathered.is_full() {
             self.hand_on(vocab, scratch, out)?;
         }
-        let key = pack(word).unwrap_or_default();
-        let hash = scratch.table.hasher().hash(key);
-        self.other_word(vocab, word, (key, hash), scratch, out)
+        self.other_word(vocab, word, pack(word).unwrap_or_default(), scratch, out)
     }
 
     /// Takes an id that is no word's.
@@ -169,7 +171,7 @@ impl<I: Id> Core<I> {
         &self,
         vocab: &Vocab,
         word: &[u8],
-        (key, hash): (u128, u32),
+        key: u128,
         scratch: &mut Scratch<I>,
         out: &mut impl Out,
     ) -> Result<()> {
@@ -194,7 +196,7 @@ impl<I: Id> Core<I> {
             return Ok(());
         }
         let Scratch { table, gathered: Gathered { ids, len, holes, misses, .. }, .. } = &mut *scratch;
-        match table.meet(key, hash, misses.len()) {
+        match table.meet(key, misses.len()) {
             Met::Before(known) => {
                 ids[*len..*len + known.len()].copy_from_slice(known);
                 *len += known.len();

@@ -193,9 +193,19 @@ impl Found<'_> {
         (self.count, self.base) = (0, base);
     }
 
+    /// Hands [`MANY`] on: a round number, so that whoever takes them by so many at a time is seldom left with a few.
+    fn make_room(&mut self) {
+        self.last = self.base + self.places[MANY - 1] as usize;
+        (self.f)(self.base, &self.places[..MANY]);
+        self.places.copy_within(MANY..self.count, 0);
+        self.count -= MANY;
+    }
+
     fn push(&mut self, end: usize) {
-        if self.count >= MANY || end - self.base > u32::MAX as usize {
+        if end - self.base > u32::MAX as usize {
             self.flush(end);
+        } else if self.count >= MANY {
+            self.make_room();
         }
         self.places[self.count] = (end - self.base) as u32;
         self.count += 1;
@@ -204,8 +214,10 @@ impl Found<'_> {
     /// The bits of `mask`, the block at `at`.
     #[inline(always)]
     fn push_all(&mut self, lanes: impl Lanes, at: usize, mask: u64) {
-        if self.count >= MANY || at - self.base > u32::MAX as usize - BLOCK {
+        if at - self.base > u32::MAX as usize - BLOCK {
             self.flush(at);
+        } else if self.count >= MANY {
+            self.make_room();
         }
         if let Some(room) = self.places[self.count..].first_chunk_mut() {
             self.count += lanes.flatten(mask, (at - self.base) as u32, room);

@@ -5,21 +5,27 @@
 
 #![allow(unsafe_code, reason = "vector instructions; held to the plain way by a property test")]
 
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
 use bytekiln_simd::Level;
 
 use crate::hash::prefetch;
 use crate::pretokenize::Ends;
 
-/// Keys of `N` words that follow each other, 0 of those that are too long for one, and their hashes.
+/// Keys of `N` words that follow each other, 0 of those that are too long for one, and where they belong in a table: its places
+/// begin at multiples of `UNIT` bytes.
 #[derive(Debug, Clone)]
-pub(crate) struct Keys<const N: usize> {
+#[repr(align(64))]
+pub(crate) struct Keys<const N: usize, const UNIT: usize> {
     pub(crate) keys: [u128; N],
-    pub(crate) hashes: [u32; N],
+    /// In units from the table's beginning.
+    pub(crate) places: [u32; N],
 }
 
-impl<const N: usize> Default for Keys<N> {
+impl<const N: usize, const UNIT: usize> Default for Keys<N, UNIT> {
     fn default() -> Self {
-        Self { keys: [0; N], hashes: [0; N] }
+        Self { keys: [0; N], places: [0; N] }
     }
 }
 
@@ -42,7 +48,7 @@ impl Hasher {
 
     /// A hash of a key.
     #[inline]
-    pub(crate) fn hash(self, key: u128) -> u32 {
+    fn hash(self, key: u128) -> u32 {
         match self.level {
             // SAFETY: the level says that the processor has the instructions.
             #[cfg(target_arch = "x86_64")]
@@ -51,112 +57,52 @@ impl Hasher {
         }
     }
 
-    /// Keys and hashes of at most `N` words of `text`, whose places in `table`, which has a power of two of them,
-    /// are asked for. Returns the end of the last word.
+    /// The place of a key in a table of a power of two of them.
+    #[inline]
+    pub(crate) fn place(self, key: u128, of: usize) -> usize {
+        self.hash(key) as usize & of.wrapping_sub(1)
+    }
+
+    /// Keys of at most `N` words of `text`, whose places in `table`, which has a power of two of them, are asked for. Returns
+    /// the end of the last word. Four thousand million units must hold the table.
     ///
     /// `ends.start` is where the first begins; `offsets` are some of `ends.offsets`.
     #[inline]
-    pub(crate) fn keys<const N: usize, T>(self, text: &[u8], ends: &Ends<'_>, table: &[T], to: &mut Keys<N>) -> usize {
+    pub(crate) fn keys<const N: usize, const UNIT: usize, T>(
+        self,
+        text: &[u8],
+        ends: &Ends<'_>,
+        table: &[T],
+        to: &mut Keys<N, UNIT>,
+    ) -> usize {
+        const { assert!((size_of::<T>() / UNIT).is_power_of_two() && size_of::<T>().is_multiple_of(UNIT)) };
         debug_assert!(ends.offsets.len() <= N && table.len().is_power_of_two());
         match self.level {
+            // SAFETY, here and below: the level says that the processor has the instructions.
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 | Level::Avx512 | Level::Avx512Vbmi2 => {
-                // SAFETY: the level says that the processor has the instructions.
+            Level::Avx512Vbmi2 => {
+                if let Some(end) = unsafe { x86::keys_by_four(text, ends, self.seed, table, to) } {
+                    return end;
+                }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 | Level::Avx512 => {
                 if let Some(end) = unsafe { x86::keys(text, ends, self.seed, table, to) } {
                     return end;
                 }
             }
             _ => {}
         }
-        let (mut start, mask) = (ends.start, table.len() - 1);
-        for ((key, hash), &offset) in to.keys.iter_mut().zip(&mut to.hashes).zip(ends.offsets) {
+        let mut start = ends.start;
+        for ((key, place), &offset) in to.keys.iter_mut().zip(&mut to.places).zip(ends.offsets) {
             let end = ends.base.wrapping_add(offset as usize);
             *key = pack_at(text, start, end.wrapping_sub(start));
-            *hash = self.hash(*key);
-            prefetch(table, *hash as usize & mask);
+            let at = self.place(*key, table.len());
+            prefetch(table, at);
+            *place = (at * (size_of::<T>() / UNIT)) as u32;
             start = end;
         }
         start
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use std::arch::x86_64::{
-        __m128i, _mm_aesenc_si128, _mm_and_si128, _mm_cvtsi128_si32, _mm_load_si128, _mm_loadu_si128, _mm_or_si128,
-        _mm_set_epi64x, _mm_storeu_si128,
-    };
-
-    use super::{Ends, FIRST, Keys};
-    use crate::hash::prefetch;
-
-    /// Of each length the bytes that are kept, and the length where a key has it; of lengths over 15 nothing.
-    #[repr(align(32))]
-    struct Length([u128; 2]);
-
-    const LENGTHS: [Length; 17] = {
-        let mut lengths = [const { Length([0; 2]) }; 17];
-        let mut n = 1;
-        while n < 16 {
-            lengths[n] = Length([FIRST[n], (n as u128) << 120]);
-            n += 1;
-        }
-        lengths
-    };
-
-    #[inline]
-    #[target_feature(enable = "avx2,aes")]
-    fn hash_of(key: __m128i) -> u32 {
-        let once =
-            _mm_aesenc_si128(key, _mm_set_epi64x(0x9e37_79b9_7f4a_7c15_u64.cast_signed(), 0x2545_f491_4f6c_dd1d));
-        let twice =
-            _mm_aesenc_si128(once, _mm_set_epi64x(0xd1b5_4a32_d192_ed03_u64.cast_signed(), 0x1656_67b1_9e37_79f9));
-        _mm_cvtsi128_si32(twice).cast_unsigned()
-    }
-
-    #[target_feature(enable = "avx2,aes")]
-    pub(super) fn hash(key: u128) -> u32 {
-        hash_of(_mm_set_epi64x((key >> 64) as i64, key as i64))
-    }
-
-    /// `None` near the end of `text`: a key is one load of 16 bytes.
-    #[target_feature(enable = "avx2,aes,bmi1,bmi2")]
-    pub(super) fn keys<const N: usize, T>(
-        text: &[u8],
-        ends: &Ends<'_>,
-        seed: u32,
-        table: &[T],
-        to: &mut Keys<N>,
-    ) -> Option<usize> {
-        // They ascend, but all that follows depends on no word beginning behind this.
-        let last = ends.offsets.iter().fold(0, |last, &offset| last.max(offset));
-        let last = ends.base.wrapping_add(last as usize).max(ends.start);
-        if ends.base > text.len() || last.checked_add(16).is_none_or(|end| end > text.len()) {
-            return None;
-        }
-        let (mut start, mask) = (ends.start, table.len().wrapping_sub(1));
-        let number = ends.offsets.len().min(N);
-        for n in 0..number {
-            // SAFETY: `n` is less than the lengths of all three.
-            let (offset, key, to_hash) = unsafe {
-                (*ends.offsets.get_unchecked(n), to.keys.get_unchecked_mut(n), to.hashes.get_unchecked_mut(n))
-            };
-            let end = ends.base.wrapping_add(offset as usize);
-            let Length([kept, length]) = &LENGTHS[end.wrapping_sub(start).min(16)];
-            // SAFETY: 16 bytes follow `start`, and the constants are aligned.
-            let word = unsafe {
-                let bytes = _mm_loadu_si128(text.as_ptr().add(start).cast());
-                let bytes = _mm_and_si128(bytes, _mm_load_si128(std::ptr::from_ref(kept).cast()));
-                _mm_or_si128(bytes, _mm_load_si128(std::ptr::from_ref(length).cast()))
-            };
-            let hash = hash_of(word) ^ seed;
-            prefetch(table, hash as usize & mask);
-            // SAFETY: a key has 16 bytes.
-            unsafe { _mm_storeu_si128(std::ptr::from_mut(key).cast(), word) };
-            *to_hash = hash;
-            start = end;
-        }
-        Some(start)
     }
 }
 
@@ -246,13 +192,13 @@ mod tests {
             let text: Vec<u8> = (0..last + behind).map(|at| (at * 7 % 251) as u8).collect();
             let offsets: Vec<u32> = ends.iter().map(|end| (end - base) as u32).collect();
             for level in Level::ALL.into_iter().filter(|level| level.is_here()) {
-                let (hasher, mut keys) = (Hasher::new(level, behind as u32), Keys::<64>::default());
-                let end = hasher.keys(&text, &Ends { start, base, offsets: &offsets }, &[(); 64], &mut keys);
+                let (hasher, mut keys) = (Hasher::new(level, behind as u32), Keys::<64, 8>::default());
+                let end = hasher.keys(&text, &Ends { start, base, offsets: &offsets }, &[[0u64; 4]; 64], &mut keys);
                 prop_assert_eq!(end, last);
                 let mut from = start;
                 for (n, &end) in ends.iter().enumerate() {
                     prop_assert_eq!(keys.keys[n], pack(&text[from..end]).unwrap_or_default(), "{}", level.name());
-                    prop_assert_eq!(keys.hashes[n], hasher.hash(keys.keys[n]));
+                    prop_assert_eq!(keys.places[n] as usize, 4 * hasher.place(keys.keys[n], 64));
                     from = end;
                 }
             }
