@@ -124,7 +124,8 @@ impl<I: Id> Pairs<I> {
     /// The rank alone.
     #[inline]
     pub(super) fn rank(&self, left: I, right: I) -> I {
-        self.get(left, right).0
+        let pair = I::pair(left, right);
+        self.rank_at(self.place_of(pair) as u32, pair)
     }
 
     /// Where a pair stands if it stands anywhere, which is asked for.

@@ -10,7 +10,7 @@ use crate::pages;
 use crate::pretokenize::Ends;
 
 /// Words that are looked up together.
-pub(super) const RUN: usize = 64;
+pub(super) const RUN: usize = 256;
 /// Lines of a new table: few, since the first short text makes one, too.
 const FIRST_LINES: usize = 1 << 9;
 /// Lines of a table that is full; it is emptied then, so its memory stays bounded.

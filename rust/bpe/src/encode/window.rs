@@ -4,11 +4,16 @@
 //! too long for a key: many windows are merged together, a round each, so that what one waits for (the table of pairs, and
 //! ranks that were stored a moment ago) another one's work hides.
 
+use std::hint::select_unpredictable;
+
 use super::ids::Id;
 use super::merge::Core;
 
 /// Bytes of a window.
 pub(super) const WINDOW: usize = 64;
+
+/// Windows that are merged together.
+pub(super) const WINDOWS: usize = 32;
 
 /// A word that is being merged.
 #[derive(Debug, Clone, Copy)]
@@ -47,11 +52,18 @@ impl<I: Id> Core<I> {
 
     /// Merges windows to their ends.
     pub(super) fn merge_windows(&self, windows: &mut [Window<I>]) {
-        let mut go_on = true;
-        while go_on {
-            go_on = false;
-            for window in &mut *windows {
-                go_on |= self.merge_lowest(window);
+        for windows in windows.chunks_mut(WINDOWS) {
+            // Numbers of those that are not at their end.
+            let mut left: [u8; WINDOWS] = std::array::from_fn(|n| n as u8);
+            let mut count = windows.len();
+            while count > 0 {
+                let mut kept = 0;
+                for n in 0..count {
+                    let number = left[n];
+                    left[kept] = number;
+                    kept += usize::from(self.merge_lowest(&mut windows[usize::from(number)]));
+                }
+                count = kept;
             }
         }
     }
@@ -73,23 +85,22 @@ impl<I: Id> Core<I> {
             let behind = *parts & (u64::MAX << at << 1);
             let gone = behind.trailing_zeros() as usize % WINDOW;
             let behind = behind & behind.wrapping_sub(1);
+            let before = *parts & !(u64::MAX << at);
             *parts &= !(1 << gone);
             places &= !(1 << at | 1 << gone);
+            // Without a branch: whether there is a neighbour, and whether it merges, no processor can foretell. Where there is
+            // none, the place itself stands for it.
+            let next = select_unpredictable(behind == 0, at, behind.trailing_zeros() as usize % WINDOW);
+            let previous = select_unpredictable(before == 0, at, 63 - before.leading_zeros() as usize % WINDOW);
+            let with_next = self.pairs.rank(result, ids[next]);
+            let with_previous = self.pairs.rank(ids[previous], result);
+            let with_next = select_unpredictable(behind == 0, I::NONE, with_next);
             ids[at] = result;
-            (ranks[gone], ranks[at]) = (I::NONE, I::NONE);
-            let mut anew = false;
-            if behind != 0 {
-                let next = behind.trailing_zeros() as usize % WINDOW;
-                ranks[at] = self.pairs.rank(result, ids[next]);
-                anew = ranks[at] <= lowest;
-            }
-            let before = *parts & !(u64::MAX << at);
-            if before != 0 {
-                let previous = 63 - before.leading_zeros() as usize;
-                ranks[previous] = self.pairs.rank(ids[previous], result);
-                anew |= ranks[previous] <= lowest;
-            }
-            if anew {
+            ranks[gone] = I::NONE;
+            // The former goes over the latter where there is no other place for it.
+            ranks[previous] = with_previous;
+            ranks[at] = with_next;
+            if with_next <= lowest || before != 0 && with_previous <= lowest {
                 break;
             }
         }

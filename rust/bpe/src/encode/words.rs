@@ -8,18 +8,16 @@ use super::ids::{Id, Out};
 use super::lockstep::{Miss, PLACES, TOGETHER};
 use super::merge::{Buffers, Core};
 use super::table::{Met, RUN, Table};
-use super::window::{WINDOW, Window};
+use super::window::{WINDOW, WINDOWS, Window};
 use crate::error::Result;
 use crate::packed::{Keys, pack, packed_len};
 use crate::pretokenize::Ends;
 use crate::vocab::Vocab;
 
 /// Ids that are gathered before they are handed on: they stay in the first cache.
-const GATHERED: usize = 1 << 13;
+const GATHERED: usize = 1 << 14;
 /// Places that are left open; a new word that is repeated and repeated leaves one each time.
 const MOST_HOLES: usize = 1 << 10;
-/// Words too long for a key that are merged together.
-const WINDOWS: usize = 8;
 /// A longer word is not gathered.
 const LONG: usize = 1 << 10;
 
