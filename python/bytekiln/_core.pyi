@@ -289,7 +289,7 @@ def encode_files(
     chunk_bytes: int | None = None,
     save_every: float | None = None,
     progress: _Progress | None = None,
-) -> tuple[list[tuple[Path, dict[str, Any]]], int]:
+) -> tuple[list[tuple[str, dict[str, Any]]], int]:
     """Writes `out` (.bin: raw little-endian; anything else: .npy) and `out + ".json"`, or files called after it;
     returns them with their manifests, and how many ids an earlier run had written."""
 

@@ -132,7 +132,8 @@ def encode_words(
         import shutil
 
         shutil.rmtree(folder, ignore_errors=True)
-    return _core.encode_files(tokenizer, files, out, **settings, **more, progress=progress)
+    made, before = _core.encode_files(tokenizer, files, out, **settings, **more, progress=progress)
+    return [(Path(path), manifest) for path, manifest in made], before
 
 
 _THE_SAME = "the same to go on, another name, or --overwrite to begin anew"

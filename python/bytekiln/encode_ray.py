@@ -50,7 +50,8 @@ def encode_there(
         until = time.monotonic() + HELD_S
         while True:
             try:
-                return _core.encode_files(tokenizer, inputs, out, part=part, **settings)
+                made, before = _core.encode_files(tokenizer, inputs, out, part=part, **settings)
+                return [(Path(path), manifest) for path, manifest in made], before
             except FileError as error:
                 if "another process is writing it" not in str(error) or time.monotonic() > until:
                     raise

@@ -15,6 +15,7 @@ mod stream;
 mod tokenizer;
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -267,7 +268,7 @@ fn encode_files<'py>(
     chunk_bytes: Option<usize>,
     save_every: Option<f64>,
     progress: Option<Bound<'py, PyAny>>,
-) -> PyResult<(Vec<(PathBuf, Bound<'py, PyAny>)>, u64)> {
+) -> PyResult<(Vec<(OsString, Bound<'py, PyAny>)>, u64)> {
     let encoder = &tokenizer.get().encoder;
     let dtype = dtype.map(|name| Dtype::from_name(name, encoder.vocab().len())).transpose().or_raise(py)?;
     let defaults = EncodeOptions::default();
@@ -290,7 +291,8 @@ fn encode_files<'py>(
         let inputs = Inputs::of(inputs.0)?;
         corpus::encode_files(encoder, &inputs, &out, &options, progress)
     })?;
-    let manifest = |(path, manifest)| Ok((path, pythonize(py, &manifest)?));
+    // Texts: for a path Python would load `pathlib`.
+    let manifest = |(path, manifest): (PathBuf, _)| Ok((path.into_os_string(), pythonize(py, &manifest)?));
     Ok((made.manifests.into_iter().map(manifest).collect::<PyResult<_>>()?, made.resumed_tokens))
 }
 
