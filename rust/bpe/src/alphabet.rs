@@ -7,6 +7,8 @@ use crate::train::byte_alphabet;
 /// The stand-ins lie below this code point.
 const CODES: usize = 0x144;
 const NONE: u16 = u16::MAX;
+/// The stand-in of the blank.
+const BLANK: &[u8] = "Ġ".as_bytes();
 
 /// Bytes and characters, one for one.
 pub(crate) struct Alphabet {
@@ -46,6 +48,14 @@ impl Alphabet {
         let begin = out.len();
         out.reserve(text.len());
         let mut rest = text.as_bytes();
+        // What is printable ASCII stands for itself: nearly all of nearly every token, but a blank in front.
+        if let Some(behind) = rest.strip_prefix(BLANK) {
+            out.push(b' ');
+            rest = behind;
+        }
+        let plain = rest.iter().take_while(|byte| byte.is_ascii_graphic()).count();
+        let (plain, mut rest) = rest.split_at(plain);
+        out.extend_from_slice(plain);
         // All characters of the alphabet have one byte of UTF-8 or two.
         while let Some((&first, behind)) = rest.split_first() {
             let (code, behind) = match behind.split_first() {

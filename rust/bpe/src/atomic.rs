@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 
 /// So many bytes go to the disk together, in a thread, while others are made: the sync at the end then has little to wait for
 /// (of 29 MB on a virtual disk 45 ms, a tenth of the whole work of encoding them).
-const SENT_TOGETHER: u64 = 8 << 20;
+const SENT_TOGETHER: u64 = 4 << 20;
 
 /// An open file that several threads may bring to the disk.
 ///

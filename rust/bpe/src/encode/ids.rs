@@ -223,6 +223,12 @@ impl Out for Packed {
     #[inline]
     fn put_narrow(&mut self, ids: &[u16]) -> Result<()> {
         match self.dtype {
+            // They are bytes already, where the least one comes first.
+            Dtype::Uint16 if cfg!(target_endian = "little") => {
+                self.bytes.try_reserve(size_of_val(ids)).map_err(no_memory)?;
+                self.bytes.extend_from_slice(bytemuck::cast_slice(ids));
+                Ok(())
+            }
             Dtype::Uint16 => self.extend(ids.iter().map(|id| id.to_le_bytes())),
             Dtype::Uint32 => self.extend(ids.iter().map(|&id| u32::from(id).to_le_bytes())),
         }
