@@ -18,7 +18,7 @@ pub enum Level {
     Avx2,
     /// AVX-512 F and BW, and all of the former.
     Avx512,
-    /// AVX-512 VBMI 2, which packs bytes, VBMI, which permutes them, AES of four at a time, and all of the former.
+    /// AVX-512 VBMI 2, which packs bytes, VBMI, which permutes them, VL, for shorter registers, AES of four at a time, and all of the former.
     Avx512Vbmi2,
 }
 
@@ -59,6 +59,7 @@ impl Level {
             Self::Avx512Vbmi2 => {
                 is_x86_feature_detected!("avx512vbmi2")
                     && is_x86_feature_detected!("avx512vbmi")
+                    && is_x86_feature_detected!("avx512vl")
                     && is_x86_feature_detected!("vaes")
                     && Self::Avx512.is_here()
             }

@@ -8,14 +8,22 @@ use std::fmt::Debug;
 use bytekiln_simd::Level;
 
 use super::lockstep::PLACES;
+#[cfg(target_arch = "x86_64")]
+use super::registers::Row as InRegisters;
 use super::simd;
 use super::window::WINDOW;
 use crate::error::{Error, Result};
 use crate::tokens::Dtype;
 use crate::train::TokenId;
 
+/// Nothing more is asked of an id where there are no such registers.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) trait InRegisters {}
+#[cfg(not(target_arch = "x86_64"))]
+impl<I> InRegisters for I {}
+
 /// An id, or the rank of a merge.
-pub(crate) trait Id: Copy + Ord + Default + Debug + Send + Sync + 'static {
+pub(crate) trait Id: InRegisters + Copy + Ord + Default + Debug + Send + Sync + 'static {
     /// Two neighbours as one number.
     type Pair: Copy + Eq + Debug + Default + Into<u64> + Send + Sync;
     /// What a slot of the word table has behind its key, 16 bytes: ids, and their number in the last place.

@@ -17,7 +17,7 @@ pub(super) const PLACES: usize = 16;
 pub(super) const TOGETHER: usize = 64;
 
 /// Room for ids and ranks: one more than [`PLACES`] can be read behind each of them, and all that is behind is [`Id::NONE`].
-const ROOM: usize = 2 * PLACES;
+pub(super) const ROOM: usize = 2 * PLACES;
 
 /// A word that is being merged.
 #[derive(Debug, Clone, Copy)]
@@ -74,8 +74,12 @@ impl<I: Id> Core<I> {
         match self.level {
             // SAFETY: the level says that the processor has the instructions.
             #[cfg(target_arch = "x86_64")]
-            #[allow(unsafe_code, reason = "vector instructions; held to the plain loop by a property test")]
-            Level::Avx2 | Level::Avx512 | Level::Avx512Vbmi2 => unsafe { self.finish_avx2(misses) },
+            #[allow(unsafe_code, reason = "vector instructions; held to the specification by a property test")]
+            Level::Avx2 | Level::Avx512 => unsafe { self.finish_avx2(misses) },
+            // SAFETY: the same.
+            #[cfg(target_arch = "x86_64")]
+            #[allow(unsafe_code, reason = "the same")]
+            Level::Avx512Vbmi2 => unsafe { self.finish_avx512(misses) },
             _ => self.finish_by(misses),
         }
     }
@@ -86,30 +90,55 @@ impl<I: Id> Core<I> {
         self.finish_by(misses);
     }
 
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vbmi2,avx2,bmi1,bmi2,lzcnt,popcnt")]
+    fn finish_avx512(&self, misses: &mut [Miss<I>]) {
+        let (mut left, mut count) = all_of(misses);
+        while count > 0 {
+            count = keep(&mut left, count, |number| self.round_in_registers(&mut misses[number]));
+        }
+    }
+
     #[inline(always)]
     #[allow(clippy::inline_always, reason = "compiled once for each set of instructions")]
     fn finish_by(&self, misses: &mut [Miss<I>]) {
-        // Numbers of those that are not at their end.
-        let mut left = [0u8; TOGETHER];
-        debug_assert!(misses.len() <= TOGETHER);
-        for (n, number) in (0..).zip(&mut left) {
-            *number = n;
-        }
-        let mut count = misses.len().min(TOGETHER);
+        let (mut left, mut count) = all_of(misses);
         while count > 0 {
             // All ranks are stored before the first of them is read: many at a time from places that were written one by
             // one a moment ago would wait until they are in the cache.
             for &number in &left[..count] {
                 self.take_asked(&mut misses[usize::from(number)]);
             }
-            let mut kept = 0;
-            for n in 0..count {
-                let number = left[n];
-                left[kept] = number;
-                kept += usize::from(self.one_round(&mut misses[usize::from(number)]));
-            }
-            count = kept;
+            count = keep(&mut left, count, |number| self.one_round(&mut misses[number]));
         }
+    }
+
+    /// Takes the ranks that the last merge asked for, then as [`Self::one_round`].
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    #[allow(unsafe_code, reason = "vector instructions; held to the specification by a property test")]
+    #[allow(clippy::inline_always, reason = "takes on the instructions of whoever calls it")]
+    fn round_in_registers(&self, miss: &mut Miss<I>) -> bool {
+        let Miss { len, ids, ranks, at: merged, pairs, slots, .. } = miss;
+        // SAFETY: `finish_avx512` alone calls this.
+        unsafe {
+            // At first there is no such place.
+            let place = 1u32 << (*merged % 32);
+            let row = I::with(I::load(ranks), place >> 1, self.pairs.rank_at(slots[0], pairs[0]));
+            let row = I::with(row, place, self.pairs.rank_at(slots[1], pairs[1]));
+            let (rank, at) = I::lowest_in(row);
+            if rank == I::NONE {
+                return false;
+            }
+            let at = at % PLACES;
+            let (id, place) = (self.result(rank), 1u32 << at);
+            let (left, right) = (I::pair(ids[at.saturating_sub(1)], id), I::pair(id, ids[at + 2]));
+            I::store(I::without(row, place << 1), ranks);
+            I::store(I::without(I::with(I::load(ids), place, id), place << 1), ids);
+            *len -= 1;
+            (*merged, *pairs, *slots) = (at as u32, [left, right], [self.pairs.ask(left), self.pairs.ask(right)]);
+        }
+        true
     }
 
     /// Takes the ranks that the last merge asked for.
@@ -148,6 +177,25 @@ impl<I: Id> Core<I> {
         (*merged, *pairs, *slots) = (at as u32, [left, right], asked);
         true
     }
+}
+
+/// Numbers of those that are not at their end, and how many: all of them.
+fn all_of<I: Id>(misses: &[Miss<I>]) -> ([u8; TOGETHER], usize) {
+    debug_assert!(misses.len() <= TOGETHER);
+    (std::array::from_fn(|n| n as u8), misses.len().min(TOGETHER))
+}
+
+/// Gives each a round, and keeps those that had a merge in it.
+#[inline(always)]
+#[allow(clippy::inline_always, reason = "compiled once for each set of instructions")]
+fn keep(left: &mut [u8; TOGETHER], count: usize, mut round: impl FnMut(usize) -> bool) -> usize {
+    let mut kept = 0;
+    for n in 0..count {
+        let number = left[n];
+        left[kept] = number;
+        kept += usize::from(round(usize::from(number)));
+    }
+    kept
 }
 
 #[cfg(test)]

@@ -12,6 +12,8 @@ mod ids;
 mod lockstep;
 mod merge;
 mod pairs;
+#[cfg(target_arch = "x86_64")]
+mod registers;
 mod simd;
 mod table;
 mod window;

@@ -66,29 +66,32 @@ impl<I: Id> Pairs<I> {
         let mut order: Vec<u32> = (0..buckets as u32).collect();
         let len = |bucket: u32| ends[bucket as usize + 1] - ends[bucket as usize];
         order.sort_by_key(|&bucket| std::cmp::Reverse(len(bucket)));
-        let (mut keys, mut places) = (Vec::new(), Vec::new());
+        let (mut keys, mut places): (Vec<(u32, u64)>, Vec<usize>) = (Vec::new(), Vec::new());
+        // A bit for each place that is taken: they stay in the first cache, which the slots do not.
+        let mut taken = vec![0u64; size.div_ceil(64)];
         for bucket in order.into_iter().take_while(|&bucket| len(bucket) > 0) {
             keys.clear();
             for &n in &sorted[ends[bucket as usize] as usize..ends[bucket as usize + 1] as usize] {
-                // In the order of the list, since counting kept it.
-                if keys.iter().all(|&(other, _): &(u32, u64)| merges[other as usize].pair != merges[n as usize].pair) {
-                    keys.push((n, hash_of::<I>(&merges[n as usize])));
+                // In the order of the list, since counting kept it. Pairs that differ have different hashes.
+                let hash = hash_of::<I>(&merges[n as usize]);
+                if keys.iter().all(|&(_, other)| other != hash) {
+                    keys.push((n, hash));
                 }
             }
             let fits = |displacement: &u16| {
                 places.clear();
                 keys.iter().all(|&(_, hash)| {
                     let place = this.place(hash, *displacement);
-                    let fits = this.slots[place].rank == I::NONE && !places.contains(&place);
+                    let fits = taken[place / 64] >> (place % 64) & 1 == 0 && !places.contains(&place);
                     places.push(place);
                     fits
                 })
             };
             let displacement = (0..=u16::MAX).find(fits)?;
             this.displacements[bucket as usize] = displacement;
-            for &(n, hash) in &keys {
+            for (&(n, _), &place) in keys.iter().zip(&places) {
                 let Merge { pair: (left, right), id, .. } = merges[n as usize];
-                let place = this.place(hash, displacement);
+                taken[place / 64] |= 1 << (place % 64);
                 this.slots[place] =
                     Slot { pair: I::pair(I::of(left), I::of(right)), rank: I::of(dense[n as usize]), id: I::of(id) };
             }
@@ -145,7 +148,7 @@ impl<I: Id> Pairs<I> {
     }
 }
 
-/// A hash of a pair: one multiplication, folded.
+/// A hash of a pair: one multiplication, folded. Each step can be undone, so no two pairs share one.
 #[inline]
 fn hash(pair: u64) -> u64 {
     let product = (pair ^ 0x5bd1_e995).wrapping_mul(0x9e37_79b9_7f4a_7c15);

@@ -78,15 +78,16 @@ impl Hasher {
         const { assert!((size_of::<T>() / UNIT).is_power_of_two() && size_of::<T>().is_multiple_of(UNIT)) };
         debug_assert!(ends.offsets.len() <= N && table.len().is_power_of_two());
         match self.level {
-            // SAFETY, here and below: the level says that the processor has the instructions.
             #[cfg(target_arch = "x86_64")]
             Level::Avx512Vbmi2 => {
+                // SAFETY: the level says that the processor has the instructions.
                 if let Some(end) = unsafe { x86::keys_by_four(text, ends, self.seed, table, to) } {
                     return end;
                 }
             }
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 | Level::Avx512 => {
+                // SAFETY: the same.
                 if let Some(end) = unsafe { x86::keys(text, ends, self.seed, table, to) } {
                     return end;
                 }

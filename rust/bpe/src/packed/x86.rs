@@ -159,6 +159,7 @@ pub(super) fn keys_by_four<const N: usize, const UNIT: usize, T>(
     }
     let mut last = ends.start.checked_sub(ends.base).and_then(|start| u32::try_from(start).ok())?;
     let number = ends.offsets.len().min(N);
+    // SAFETY: of constants of 64 bytes.
     let load = |constant: *const u8| unsafe { _mm512_loadu_si512(constant.cast()) };
     let in_key = load(IN_KEY.as_ptr());
     let (first, second) = (_mm512_broadcast_i32x4(mixed(0)), _mm512_broadcast_i32x4(mixed(1)));
@@ -166,7 +167,7 @@ pub(super) fn keys_by_four<const N: usize, const UNIT: usize, T>(
     let turned = load(TURNED.as_ptr().cast());
     let seeds = _mm512_set1_epi32(seed.cast_signed());
     let mask = _mm512_set1_epi32((table.len().wrapping_sub(1) as u32).cast_signed());
-    let most = _mm512_set1_epi32(PACKED as i32);
+    let most = _mm512_set1_epi32((PACKED as u32).cast_signed());
     let shift = _mm_cvtsi32_si128((size_of::<T>() / UNIT).trailing_zeros().cast_signed());
     let base = text.as_ptr().wrapping_add(ends.base);
     let mut n = 0;
