@@ -4,9 +4,13 @@
 
 use super::classes::{CLASSES, Class, Classes, classes};
 use super::lanes::{BLOCK, Lanes};
+use crate::hash::prefetch;
 
 /// A block, and what is looked at behind it: two bytes for contractions, one character for white space.
 const WINDOW: usize = BLOCK + 8;
+
+/// Bytes that are asked for ahead.
+const AHEAD: usize = 1024;
 
 /// What is done with ends: a base, and what to add to it for each of them.
 pub(super) type Hand<'f> = &'f mut dyn FnMut(usize, &[u32]);
@@ -236,6 +240,8 @@ pub(super) fn ends_with<R: Rules>(lanes: impl Lanes, bytes: &[u8], f: Hand<'_>) 
         let mut padded = [R::PAD; WINDOW];
         let mut wide = [0; CLASSES];
         let rest = &bytes[at..];
+        // What is done with ends in between makes the processor's own foresight begin anew.
+        prefetch(bytes, at + AHEAD);
         let window = rest.first_chunk().unwrap_or_else(|| {
             padded[..rest.len()].copy_from_slice(rest);
             &padded
