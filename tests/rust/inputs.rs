@@ -135,7 +135,7 @@ impl File {
 
 fn takes(spec: &InputSpec, file: usize, number: u64) -> bool {
     let key = [spec.seed, file as u64, number].map(u64::to_le_bytes).concat();
-    spec.sample.is_none_or(|share| xxhash_rust::xxh3::xxh3_64(&key) as f64 <= share * 2f64.powi(64))
+    spec.sample.is_none_or(|share| twox_hash::XxHash3_64::oneshot(&key) as f64 <= share * 2f64.powi(64))
 }
 
 /// Counts document after document, whole, with the limit as its definition says.

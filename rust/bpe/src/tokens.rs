@@ -8,7 +8,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::Xxh3;
+use twox_hash::xxhash3_128::Hasher as Xxh3;
 
 use crate::error::{Error, Result};
 use crate::train::TokenId;
@@ -230,14 +230,14 @@ pub(crate) fn hash_of_file(path: &Path, offset: u64, end: u64) -> Result<Xxh3> {
     loop {
         match file.read(&mut buffer).map_err(failed)? {
             0 => return Ok(hash),
-            n => hash.update(&buffer[..n]),
+            n => hash.write(&buffer[..n]),
         }
     }
 }
 
 /// An XXH3-128 digest in the manifest's spelling.
 pub fn checksum_text(hash: &Xxh3) -> String {
-    format!("xxh3-128:{:032x}", hash.digest128())
+    format!("xxh3-128:{:032x}", hash.finish_128())
 }
 
 /// Where the manifest of a token file lies.

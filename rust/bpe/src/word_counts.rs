@@ -139,7 +139,7 @@ impl WordCounts {
                 return;
             }
             let Self { slots, used, waiting, hasher, .. } = self;
-            let end = hasher.keys(text, &Ends { start, offsets, ..*ends }, slots, waiting);
+            let end = hasher.keys::<true, _, _, _>(text, &Ends { start, offsets, ..*ends }, slots, waiting);
             let mask = slots.len() - 1;
             for (n, (&key, &place)) in waiting.keys.iter().zip(&waiting.places).take(offsets.len()).enumerate() {
                 if key == 0 {

@@ -9,7 +9,7 @@ use std::fs;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::xxh3_64;
+use twox_hash::XxHash3_64;
 
 use super::{Done, Setting};
 use crate::error::{Error, Result};
@@ -36,7 +36,7 @@ pub(super) fn bytes_of(path: &Path, settings: &[Setting], done: &Done) -> Result
         bytes.extend(b.to_le_bytes());
         bytes.extend(count.to_le_bytes());
     }
-    let checksum = xxh3_64(&bytes);
+    let checksum = XxHash3_64::oneshot(&bytes);
     bytes.extend(checksum.to_le_bytes());
     Ok(bytes)
 }
@@ -54,7 +54,7 @@ pub(super) fn read(path: &Path, settings: &[Setting]) -> Result<Done> {
     }
     let split = bytes.len().saturating_sub(8);
     let checksum = bytes.split_off(split);
-    if xxh3_64(&bytes).to_le_bytes() != checksum[..] {
+    if XxHash3_64::oneshot(&bytes).to_le_bytes() != checksum[..] {
         return Err(broken(path));
     }
     let at = |from: usize| bytes.get(from..from + 8).and_then(|n| n.try_into().ok()).map(u64::from_le_bytes);

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::SyncSender;
 
-use xxhash_rust::xxh3::Xxh3;
+use twox_hash::xxhash3_128::Hasher as Xxh3;
 
 use super::file::file_name;
 use super::lengths::Known;
@@ -140,7 +140,7 @@ impl Job<'_> {
             _ => &*chunk.bytes,
         };
         self.hand_on(chunk.file, ids, taken, ends, done, output)?;
-        output.file_hash.update(text);
+        output.file_hash.write(text);
         let at = &mut output.at;
         at.chunks += 1;
         at.file_bytes += text.len() as u64;
@@ -245,7 +245,7 @@ impl Job<'_> {
             offset: part.then_some(if begins { self.stretch.start.1 } else { 0 }),
             checksum: checksum_text(&output.file_hash),
         });
-        output.file_hash.reset();
+        output.file_hash = Xxh3::new();
     }
 }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::Xxh3;
+use twox_hash::xxhash3_128::Hasher as Xxh3;
 
 use super::lengths::Known;
 use crate::atomic::{AtomicFile, OpenFile};
@@ -57,7 +57,7 @@ struct Ends {
 
 impl Ends {
     fn write_out(&mut self) -> Result<()> {
-        self.hash.update(&self.waiting);
+        self.hash.write(&self.waiting);
         self.file.write(&self.waiting)?;
         self.waiting.clear();
         Ok(())
@@ -121,7 +121,7 @@ impl Writer {
         state.tokens += (ids.len() / self.dtype.size()) as u64;
         state.text_bytes += known.text_bytes;
         state.max_id = state.max_id.max(known.max_id);
-        self.hash.update(ids);
+        self.hash.write(ids);
         self.file.write(ids)
     }
 

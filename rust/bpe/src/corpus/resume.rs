@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::xxh3_64;
+use twox_hash::XxHash3_64;
 
 use super::file::file_name;
 use super::outlet::OutletState;
@@ -99,7 +99,7 @@ fn read_any(path: &Path) -> Result<Option<Kept>> {
         read => read.map_err(|e| Error::io(path, &e))?,
     };
     let (body, checksum) = bytes.split_last_chunk::<8>().ok_or_else(broken)?;
-    if xxh3_64(body).to_le_bytes() != *checksum || !body.starts_with(MAGIC) || body.len() < HEAD {
+    if XxHash3_64::oneshot(body).to_le_bytes() != *checksum || !body.starts_with(MAGIC) || body.len() < HEAD {
         return Err(broken());
     }
     if body[MAGIC.len()..HEAD] != VERSION.to_le_bytes() {
@@ -199,7 +199,7 @@ impl Saver {
         let mut bytes = MAGIC.to_vec();
         bytes.extend(VERSION.to_le_bytes());
         bytes.extend(json);
-        let checksum = xxh3_64(&bytes);
+        let checksum = XxHash3_64::oneshot(&bytes);
         bytes.extend(checksum.to_le_bytes());
         write_file(&self.path, &bytes, true)?;
         let mut told = self.told()?;

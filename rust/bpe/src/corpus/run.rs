@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering::Relaxed;
 use std::thread;
 
-use xxhash_rust::xxh3::Xxh3;
+use twox_hash::xxhash3_128::Hasher as Xxh3;
 
 use super::chunks::{Encoded, Output, snapshot};
 use super::file::{FileState, Layout, file_name};
@@ -168,7 +168,7 @@ impl Job<'_> {
             if !reader.next(&mut chunk)? {
                 break;
             }
-            hash.update(&chunk.bytes);
+            hash.write(&chunk.bytes);
             bytes += chunk.bytes.len() as u64;
             progress.add(chunk.read_bytes);
         }

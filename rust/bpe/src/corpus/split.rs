@@ -4,7 +4,7 @@
 //! In: numbers. Out: a place among the outputs. So neither threads nor chunks change a part, and no document is in two.
 //! Called by `corpus`.
 
-use xxhash_rust::xxh3::xxh3_64;
+use twox_hash::XxHash3_64;
 
 use crate::error::{Error, Result};
 
@@ -50,7 +50,7 @@ impl Shares {
         for (part, value) in key.chunks_exact_mut(8).zip(parts) {
             part.copy_from_slice(&value.to_le_bytes());
         }
-        let hash = xxh3_64(&key);
+        let hash = XxHash3_64::oneshot(&key);
         let place = self.bounds.partition_point(|&bound| bound <= hash);
         if place < self.bounds.len() { place + 1 } else { 0 }
     }

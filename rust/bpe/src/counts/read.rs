@@ -8,7 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
+use twox_hash::XxHash3_64;
 
 use super::about::{About, BLOCK, BLOCK_HEAD, END, LONGEST_HEAD, MAGIC, TRAILER, Totals, VERSION};
 use super::merge::Sorted;
@@ -69,7 +69,7 @@ impl Stored {
         head.resize(start.len() + length + 8, 0);
         read_at(&file, path, &mut head[start.len()..], start.len() as u64)?;
         let (covered, check) = head.split_at(start.len() + length);
-        let seed = xxh3_64(covered);
+        let seed = XxHash3_64::oneshot(covered);
         if check != seed.to_le_bytes() {
             return Err(bad("the head's checksum does not fit; expected an undamaged file".into()));
         }
@@ -139,7 +139,7 @@ impl Reader {
         }
         let mut head = [0; BLOCK_HEAD];
         read_at(&self.stored.file, &self.stored.path, &mut head, self.at)?;
-        if u64_at(&head, 20) != xxh3_64_with_seed(&head[..20], self.stored.seed ^ self.at) {
+        if u64_at(&head, 20) != XxHash3_64::oneshot_with_seed(self.stored.seed ^ self.at, &head[..20]) {
             return Err(self.bad("the checksum of its head does not fit"));
         }
         let (raw, packed, words) = (u32_at(&head, 0) as usize, u32_at(&head, 4) as usize, u32_at(&head, 8));
@@ -148,7 +148,7 @@ impl Reader {
         }
         self.packed.resize(packed, 0);
         read_at(&self.stored.file, &self.stored.path, &mut self.packed, self.at + BLOCK_HEAD as u64)?;
-        if u64_at(&head, 12) != xxh3_64(&self.packed) {
+        if u64_at(&head, 12) != XxHash3_64::oneshot(&self.packed) {
             return Err(self.bad("the checksum of its words does not fit"));
         }
         // Asked for before it is allocated: what zstd itself says of the size.
@@ -342,8 +342,8 @@ mod tests {
             for n in [said.unwrap_or(raw.len() as u32), packed.len() as u32, words] {
                 head.extend_from_slice(&n.to_le_bytes());
             }
-            head.extend_from_slice(&xxh3_64(&packed).to_le_bytes());
-            head.extend_from_slice(&xxh3_64_with_seed(&head, seed ^ bytes.len() as u64).to_le_bytes());
+            head.extend_from_slice(&XxHash3_64::oneshot(&packed).to_le_bytes());
+            head.extend_from_slice(&XxHash3_64::oneshot_with_seed(seed ^ bytes.len() as u64, &head).to_le_bytes());
             bytes.extend(head);
             bytes.extend(packed);
             let totals = Totals { words: words.into(), pretokens: 3, word_bytes: 5, blocks: 1 };

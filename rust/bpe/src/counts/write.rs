@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::Write as _;
 use std::path::PathBuf;
 
-use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
+use twox_hash::XxHash3_64;
 use zstd::bulk::Compressor;
 
 use super::about::{About, BLOCK, BLOCK_HEAD, END, MAGIC, Totals, VERSION, add};
@@ -73,7 +73,7 @@ impl<S: Sink> Writer<S> {
         head.extend_from_slice(&VERSION.to_le_bytes());
         head.extend_from_slice(&(json.len() as u32).to_le_bytes());
         head.extend_from_slice(&json);
-        let seed = xxh3_64(&head);
+        let seed = XxHash3_64::oneshot(&head);
         head.extend_from_slice(&seed.to_le_bytes());
         sink.put(&head)?;
         Ok(Self {
@@ -125,8 +125,8 @@ impl<S: Sink> Writer<S> {
         head[..4].copy_from_slice(&(self.raw.len() as u32).to_le_bytes());
         head[4..8].copy_from_slice(&(self.packed.len() as u32).to_le_bytes());
         head[8..12].copy_from_slice(&self.in_block.to_le_bytes());
-        head[12..20].copy_from_slice(&xxh3_64(&self.packed).to_le_bytes());
-        let check = xxh3_64_with_seed(&head[..20], self.seed ^ self.offset);
+        head[12..20].copy_from_slice(&XxHash3_64::oneshot(&self.packed).to_le_bytes());
+        let check = XxHash3_64::oneshot_with_seed(self.seed ^ self.offset, &head[..20]);
         head[20..].copy_from_slice(&check.to_le_bytes());
         self.sink.put(&head)?;
         self.sink.put(&self.packed)?;
@@ -154,7 +154,7 @@ impl<S: Sink> Writer<S> {
 pub(super) fn trailer(totals: &Totals, seed: u64) -> Vec<u8> {
     let Totals { words, pretokens, word_bytes, blocks } = *totals;
     let mut bytes: Vec<u8> = [words, pretokens, word_bytes, blocks].iter().flat_map(|n| n.to_le_bytes()).collect();
-    bytes.extend_from_slice(&xxh3_64_with_seed(&bytes, seed).to_le_bytes());
+    bytes.extend_from_slice(&XxHash3_64::oneshot_with_seed(seed, &bytes).to_le_bytes());
     bytes.extend_from_slice(END);
     bytes
 }

@@ -5,12 +5,13 @@
 use bytekiln_simd::Level;
 
 use super::ids::Id;
+use crate::hash::prefetch;
 use crate::packed::{Hasher, Keys};
 use crate::pages;
 use crate::pretokenize::Ends;
 
 /// Words that are looked up together.
-pub(super) const RUN: usize = 256;
+pub(super) const RUN: usize = 128;
 /// Lines of a new table: few, since the first short text makes one, too.
 const FIRST_LINES: usize = 1 << 9;
 /// Lines of a table that is full; it is emptied then, so its memory stays bounded.
@@ -74,10 +75,17 @@ impl<I: Id> Table<I> {
         self.lines.len()
     }
 
-    /// The keys of at most [`RUN`] words, and in which lines they are looked for first. Returns the end of the last word.
+    /// The keys of at most [`RUN`] words, and in which lines they are looked for first, which are asked for or not. Returns
+    /// the end of the last word.
     #[inline]
-    pub(super) fn keys(&self, text: &[u8], ends: &Ends<'_>, to: &mut Keys<RUN, 1>) -> usize {
-        self.hasher.keys(text, ends, &self.lines, to)
+    pub(super) fn keys<const ASK: bool>(&self, text: &[u8], ends: &Ends<'_>, to: &mut Keys<RUN, 1>) -> usize {
+        self.hasher.keys::<ASK, _, _, _>(text, ends, &self.lines, to)
+    }
+
+    /// Asks for the line of a word.
+    #[inline]
+    pub(super) fn ask(&self, words: &Keys<RUN, 1>, n: usize) {
+        prefetch(&self.lines, words.places[n] as usize / size_of::<Line<I>>());
     }
 
     /// The lines of the same words, after the table has grown.
@@ -212,20 +220,31 @@ impl<I: Id> Table<I> {
     }
 
     /// Writes the ids of words to `ids` until one is not found where it is looked for first. How many words, and how many ids.
+    /// For each one word of `next` is asked for: all at once they would wait for each other.
     ///
     /// A row is stored whole, and the next one over what was too much of it.
     ///
     /// # Panics
     /// Where there is no room for [`Id::ROW`] ids a word.
     #[inline]
-    pub(super) fn known(&self, words: &Keys<RUN, 1>, from: usize, to: usize, ids: &mut [I]) -> (usize, usize) {
+    pub(super) fn known(
+        &self,
+        words: &Keys<RUN, 1>,
+        next: &Keys<RUN, 1>,
+        from: usize,
+        to: usize,
+        ids: &mut [I],
+    ) -> (usize, usize) {
         assert!(ids.len() >= to.saturating_sub(from) * I::ROW);
         let (keys, places) = (&words.keys[from..to], &words.places[from..to]);
+        let next = &next.places[from..to];
         match self.hasher.level() {
             // SAFETY: the level says that the processor has the instructions; there is room for all ids.
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 | Level::Avx512 | Level::Avx512Vbmi2 => unsafe { x86::known(&self.lines, keys, places, ids) },
-            _ => known_plainly(&self.lines, keys, places, ids),
+            Level::Avx2 | Level::Avx512 | Level::Avx512Vbmi2 => unsafe {
+                x86::known(&self.lines, keys, (places, next), ids)
+            },
+            _ => known_plainly(&self.lines, keys, (places, next), ids),
         }
     }
 
@@ -237,9 +256,15 @@ impl<I: Id> Table<I> {
 }
 
 /// [`Table::known`], for any processor.
-fn known_plainly<I: Id>(lines: &[Line<I>], keys: &[u128], places: &[u32], ids: &mut [I]) -> (usize, usize) {
+fn known_plainly<I: Id>(
+    lines: &[Line<I>],
+    keys: &[u128],
+    (places, next): (&[u32], &[u32]),
+    ids: &mut [I],
+) -> (usize, usize) {
     let mut at = 0;
-    for (n, (&key, &place)) in keys.iter().zip(places).enumerate() {
+    for (n, ((&key, &place), &next)) in keys.iter().zip(places).zip(next).enumerate() {
+        prefetch(lines, next as usize / size_of::<Line<I>>());
         let line = &lines[place as usize / size_of::<Line<I>>()];
         let slot = usize::from(line.keys[1] == key);
         if line.keys[slot] != key {
@@ -256,8 +281,8 @@ fn known_plainly<I: Id>(lines: &[Line<I>], keys: &[u128], places: &[u32], ids: &
 #[allow(unsafe_code, reason = "vector instructions; held to the plain loop by a property test")]
 mod x86 {
     use std::arch::x86_64::{
-        _mm_loadu_si128, _mm_storeu_si128, _mm256_broadcastsi128_si256, _mm256_castsi256_pd, _mm256_cmpeq_epi64,
-        _mm256_load_si256, _mm256_movemask_pd,
+        _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm_storeu_si128, _mm256_broadcastsi128_si256, _mm256_castsi256_pd,
+        _mm256_cmpeq_epi64, _mm256_load_si256, _mm256_movemask_pd,
     };
 
     use super::{Id, Line};
@@ -268,16 +293,18 @@ mod x86 {
     pub(super) unsafe fn known<I: Id>(
         lines: &[Line<I>],
         keys: &[u128],
-        places: &[u32],
+        (places, next): (&[u32], &[u32]),
         ids: &mut [I],
     ) -> (usize, usize) {
         let (mask, begin) = (size_of_val(lines).wrapping_sub(size_of::<Line<I>>()), ids.as_mut_ptr());
         let mut to = begin;
-        let number = keys.len().min(places.len());
+        let number = keys.len().min(places.len()).min(next.len());
         let mut n = 0;
         while n < number {
             // SAFETY: lines are a power of two, and so many bytes; `n` is less than both lengths; a line is aligned, keys first.
             let (line, both) = unsafe {
+                let asked = lines.as_ptr().wrapping_byte_add(*next.get_unchecked(n) as usize);
+                _mm_prefetch::<_MM_HINT_T0>(asked.cast());
                 let line = lines.as_ptr().byte_add(*places.get_unchecked(n) as usize & mask);
                 let key = _mm256_broadcastsi128_si256(_mm_loadu_si128(keys.as_ptr().add(n).cast()));
                 let halves = _mm256_cmpeq_epi64(_mm256_load_si256(line.cast()), key);
@@ -324,12 +351,12 @@ mod tests {
                 .collect();
             let mut keys = Keys::<RUN, 1>::default();
             let ends = Ends { start: 0, base: 0, offsets: &offsets };
-            table.keys(text.as_bytes(), &ends, &mut keys);
+            table.keys::<true>(text.as_bytes(), &ends, &mut keys);
             let (mut ids, mut plain) = (vec![I::NONE; RUN * I::ROW], vec![I::NONE; RUN * I::ROW]);
             for from in 0..run.len() {
-                let found = table.known(&keys, from, run.len(), &mut ids);
+                let found = table.known(&keys, &keys, from, run.len(), &mut ids);
                 let (keys, places) = (&keys.keys[from..run.len()], &keys.places[from..run.len()]);
-                assert_eq!(found, known_plainly(&table.lines, keys, places, &mut plain), "{}", level.name());
+                assert_eq!(found, known_plainly(&table.lines, keys, (places, places), &mut plain), "{}", level.name());
                 assert_eq!(ids[..found.1], plain[..found.1]);
                 let expected: Vec<I> = run[from..from + found.0].iter().flat_map(|w| kept[w].iter().copied()).collect();
                 assert_eq!(ids[..found.1], expected);

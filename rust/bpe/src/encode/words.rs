@@ -25,7 +25,9 @@ const LONG: usize = 1 << 10;
 #[derive(Debug)]
 pub(super) struct Scratch<I: Id> {
     table: Table<I>,
-    keys: Keys<RUN, 1>,
+    /// Of the words that are looked up, and of those that follow them.
+    keys: Box<Keys<RUN, 1>>,
+    next: Box<Keys<RUN, 1>>,
     buffers: Buffers<I>,
     gathered: Gathered<I>,
 }
@@ -86,7 +88,13 @@ impl<I: Id> Scratch<I> {
             of_windows: Vec::with_capacity(WINDOWS),
             extra: Vec::new(),
         };
-        Self { table: Table::new(level), keys: Keys::default(), buffers: Buffers::default(), gathered }
+        Self {
+            table: Table::new(level),
+            keys: Box::default(),
+            next: Box::default(),
+            buffers: Buffers::default(),
+            gathered,
+        }
     }
 
     /// Forgets what an error left.
@@ -106,8 +114,8 @@ impl<I: Id> Scratch<I> {
 impl<I: Id> Core<I> {
     /// Takes the words of `text` that end at `ends`.
     ///
-    /// The lines of a batch are asked for before the first of them is looked at: the table is larger than the caches,
-    /// and so the waits overlap.
+    /// The lines of a batch are asked for while the batch before it is looked up: the table is larger than the caches, and so
+    /// the waits overlap.
     pub(super) fn run(
         &self,
         vocab: &Vocab,
@@ -116,32 +124,40 @@ impl<I: Id> Core<I> {
         scratch: &mut Scratch<I>,
         out: &mut impl Out,
     ) -> Result<()> {
-        let mut start = ends.start;
-        for offsets in ends.offsets.chunks(RUN) {
+        let batch = |start, number: usize| {
+            let offsets = ends.offsets.get(number * RUN..).unwrap_or_default();
+            Ends { start, offsets: &offsets[..offsets.len().min(RUN)], ..*ends }
+        };
+        let mut now = batch(ends.start, 0);
+        let mut end = scratch.table.keys::<true>(text, &now, &mut scratch.keys);
+        for number in 1..=ends.offsets.len().div_ceil(RUN) {
             if scratch.gathered.is_full() {
                 self.hand_on(vocab, scratch, out)?;
             }
-            let Scratch { table, keys, .. } = &mut *scratch;
-            let batch = Ends { start, offsets, ..*ends };
-            let end = table.keys(text, &batch, keys);
+            let next = batch(end, number);
+            end = scratch.table.keys::<false>(text, &next, &mut scratch.next);
             let mut done = 0;
-            while done < offsets.len() {
-                let Scratch { table, keys, gathered: Gathered { ids, len, .. }, .. } = &mut *scratch;
-                let (words, number) = table.known(keys, done, offsets.len(), &mut ids[*len..]);
-                (done, *len) = (done + words, *len + number);
+            while done < now.offsets.len() {
+                let Scratch { table, keys, next, gathered: Gathered { ids, len, .. }, .. } = &mut *scratch;
+                let (words, found) = table.known(keys, next, done, now.offsets.len(), &mut ids[*len..]);
+                (done, *len) = (done + words, *len + found);
                 // The one that was not found at once; others may be found after it.
-                if let Some(&offset) = offsets.get(done) {
-                    let begin = done.checked_sub(1).map_or(start, |n| ends.base.wrapping_add(offsets[n] as usize));
+                if let Some(&offset) = now.offsets.get(done) {
+                    table.ask(next, done);
+                    let size = table.size();
+                    let begin =
+                        done.checked_sub(1).map_or(now.start, |n| ends.base.wrapping_add(now.offsets[n] as usize));
                     let word = &text[begin..ends.base.wrapping_add(offset as usize)];
-                    let size = scratch.table.size();
                     self.other_word(vocab, word, scratch.keys.keys[done], scratch, out)?;
                     if scratch.table.size() != size {
                         scratch.table.find_places(&mut scratch.keys);
+                        scratch.table.find_places(&mut scratch.next);
                     }
                     done += 1;
                 }
             }
-            start = end;
+            std::mem::swap(&mut scratch.keys, &mut scratch.next);
+            now = next;
         }
         Ok(())
     }

@@ -63,12 +63,12 @@ impl Hasher {
         self.hash(key) as usize & of.wrapping_sub(1)
     }
 
-    /// Keys of at most `N` words of `text`, whose places in `table`, which has a power of two of them, are asked for. Returns
-    /// the end of the last word. Four thousand million units must hold the table.
+    /// Keys of at most `N` words of `text`, whose places in `table`, which has a power of two of them, are asked for if they
+    /// are to be by `ASK`. Returns the end of the last word. Four thousand million units must hold the table.
     ///
     /// `ends.start` is where the first begins; `offsets` are some of `ends.offsets`.
     #[inline]
-    pub(crate) fn keys<const N: usize, const UNIT: usize, T>(
+    pub(crate) fn keys<const ASK: bool, const N: usize, const UNIT: usize, T>(
         self,
         text: &[u8],
         ends: &Ends<'_>,
@@ -81,14 +81,14 @@ impl Hasher {
             #[cfg(target_arch = "x86_64")]
             Level::Avx512Vbmi2 => {
                 // SAFETY: the level says that the processor has the instructions.
-                if let Some(end) = unsafe { x86::keys_by_four(text, ends, self.seed, table, to) } {
+                if let Some(end) = unsafe { x86::keys_by_four::<ASK, N, UNIT, T>(text, ends, self.seed, table, to) } {
                     return end;
                 }
             }
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 | Level::Avx512 => {
                 // SAFETY: the same.
-                if let Some(end) = unsafe { x86::keys(text, ends, self.seed, table, to) } {
+                if let Some(end) = unsafe { x86::keys::<ASK, N, UNIT, T>(text, ends, self.seed, table, to) } {
                     return end;
                 }
             }
@@ -99,7 +99,9 @@ impl Hasher {
             let end = ends.base.wrapping_add(offset as usize);
             *key = pack_at(text, start, end.wrapping_sub(start));
             let at = self.place(*key, table.len());
-            prefetch(table, at);
+            if ASK {
+                prefetch(table, at);
+            }
             *place = (at * (size_of::<T>() / UNIT)) as u32;
             start = end;
         }
@@ -194,7 +196,7 @@ mod tests {
             let offsets: Vec<u32> = ends.iter().map(|end| (end - base) as u32).collect();
             for level in Level::ALL.into_iter().filter(|level| level.is_here()) {
                 let (hasher, mut keys) = (Hasher::new(level, behind as u32), Keys::<64, 8>::default());
-                let end = hasher.keys(&text, &Ends { start, base, offsets: &offsets }, &[[0u64; 4]; 64], &mut keys);
+                let end = hasher.keys::<true, _, _, _>(&text, &Ends { start, base, offsets: &offsets }, &[[0u64; 4]; 64], &mut keys);
                 prop_assert_eq!(end, last);
                 let mut from = start;
                 for (n, &end) in ends.iter().enumerate() {

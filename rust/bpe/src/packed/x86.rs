@@ -62,7 +62,7 @@ fn are_within(text: &[u8], ends: &Ends<'_>) -> bool {
 
 /// `None` near the end of `text`: a key is one load of 16 bytes.
 #[target_feature(enable = "avx2,aes,bmi1,bmi2")]
-pub(super) fn keys<const N: usize, const UNIT: usize, T>(
+pub(super) fn keys<const ASK: bool, const N: usize, const UNIT: usize, T>(
     text: &[u8],
     ends: &Ends<'_>,
     seed: u32,
@@ -74,7 +74,7 @@ pub(super) fn keys<const N: usize, const UNIT: usize, T>(
     }
     let number = ends.offsets.len().min(N);
     // SAFETY: asked for above.
-    Some(unsafe { keys_from(0, number, ends.start, text, ends, seed, table, to) })
+    Some(unsafe { keys_from::<ASK, N, UNIT, T>(0, number, ends.start, text, ends, seed, table, to) })
 }
 
 /// Words `from` to `number`, the first of which begins at `start`. Returns where the last one ends.
@@ -84,7 +84,7 @@ pub(super) fn keys<const N: usize, const UNIT: usize, T>(
 #[inline]
 #[target_feature(enable = "avx2,aes,bmi1,bmi2")]
 #[allow(clippy::too_many_arguments, reason = "two loops share it")]
-unsafe fn keys_from<const N: usize, const UNIT: usize, T>(
+unsafe fn keys_from<const ASK: bool, const N: usize, const UNIT: usize, T>(
     from: usize,
     number: usize,
     mut start: usize,
@@ -108,7 +108,9 @@ unsafe fn keys_from<const N: usize, const UNIT: usize, T>(
             _mm_or_si128(bytes, _mm_load_si128(std::ptr::from_ref(length).cast()))
         };
         let at = (hash_of(word) ^ seed) & mask;
-        prefetch(table, at as usize);
+        if ASK {
+            prefetch(table, at as usize);
+        }
         // SAFETY: a key has 16 bytes.
         unsafe { _mm_storeu_si128(std::ptr::from_mut(key).cast(), word) };
         *place = at * (size_of::<T>() / UNIT) as u32;
@@ -147,7 +149,7 @@ const TURNED: [u32; WORDS] = [0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 
 
 /// As [`keys`]. `None` also where a word begins before `ends.base`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,vaes,avx2,aes,bmi1,bmi2")]
-pub(super) fn keys_by_four<const N: usize, const UNIT: usize, T>(
+pub(super) fn keys_by_four<const ASK: bool, const N: usize, const UNIT: usize, T>(
     text: &[u8],
     ends: &Ends<'_>,
     seed: u32,
@@ -196,7 +198,7 @@ pub(super) fn keys_by_four<const N: usize, const UNIT: usize, T>(
             let hashes = _mm512_xor_si512(first_of_quarters(hashes, turned), seeds);
             let places = to.places.as_mut_ptr().add(n);
             _mm512_storeu_si512(places.cast(), _mm512_sll_epi32(_mm512_and_si512(hashes, mask), shift));
-            for n in 0..WORDS {
+            for n in 0..if ASK { WORDS } else { 0 } {
                 // Out of memory: to take a register apart is dearer.
                 let place = places.add(n).read_volatile() as usize * UNIT;
                 _mm_prefetch::<_MM_HINT_T0>(table.as_ptr().cast::<i8>().wrapping_add(place));
@@ -206,7 +208,9 @@ pub(super) fn keys_by_four<const N: usize, const UNIT: usize, T>(
         n += WORDS;
     }
     // SAFETY: asked for above.
-    Some(unsafe { keys_from(n, number, ends.base.wrapping_add(last as usize), text, ends, seed, table, to) })
+    Some(unsafe {
+        keys_from::<ASK, N, UNIT, T>(n, number, ends.base.wrapping_add(last as usize), text, ends, seed, table, to)
+    })
 }
 
 /// The first number of each quarter of each register, in order.

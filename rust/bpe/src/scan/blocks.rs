@@ -168,7 +168,7 @@ fn up_from(mask: u64, behind: u64, n: u32) -> u64 {
 }
 
 /// Ends that are collected before they are handed on: what is done with them is compiled once and not once a level.
-const MANY: usize = 256;
+const MANY: usize = 1024;
 
 struct Found<'f> {
     f: Hand<'f>,

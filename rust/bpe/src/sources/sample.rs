@@ -3,7 +3,7 @@
 //! In: numbers. Out: yes or no. So neither threads nor chunks change a sample, and a smaller share of the same
 //! seed is a part of a larger one. Called by the sources.
 
-use xxhash_rust::xxh3::xxh3_64;
+use twox_hash::XxHash3_64;
 
 /// A share of all documents, chosen by a seed.
 #[derive(Debug, Clone, Copy)]
@@ -28,7 +28,7 @@ impl Sample {
         for (part, value) in key.chunks_exact_mut(8).zip([self.seed, file as u64, number]) {
             part.copy_from_slice(&value.to_le_bytes());
         }
-        xxh3_64(&key) <= self.highest
+        XxHash3_64::oneshot(&key) <= self.highest
     }
 }
 
