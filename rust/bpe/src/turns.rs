@@ -1,42 +1,66 @@
-//! Many threads work, each in its turn hands over what it made: the result is the same whatever their number.
+//! Many threads work, what each makes is taken in its turn: the result is the same whatever their number.
 //!
 //! In: numbered parts of a job. Out: their results, in order, in one place. Called by `corpus` and `encode`.
+//!
+//! Nobody waits for his turn: a part that comes before it is left behind, and whoever brings the one before takes it, too. A
+//! thread that slept for every part would be woken too late for every part.
 
+use std::collections::BTreeMap;
 use std::sync::{Condvar, Mutex};
 use std::thread;
 
 use crate::error::{Error, Result};
 
 /// A place for results, and whose turn it is.
-pub(crate) struct Turns<T> {
-    state: Mutex<State<T>>,
+pub(crate) struct Turns<T, P> {
+    state: Mutex<State<T, P>>,
     changed: Condvar,
 }
 
-struct State<T> {
+struct State<T, P> {
     turn: u64,
     failed: bool,
     place: T,
+    /// Parts that came before their turn: not more than there are threads.
+    early: BTreeMap<u64, P>,
+    most: usize,
+    /// Parts that were taken, for others to be made in.
+    used: Vec<P>,
 }
 
-impl<T: Send> Turns<T> {
-    pub(crate) fn new(place: T) -> Self {
-        Self { state: Mutex::new(State { turn: 0, failed: false, place }), changed: Condvar::new() }
+impl<T: Send, P: Send + Default> Turns<T, P> {
+    /// For so many threads.
+    pub(crate) fn new(place: T, threads: usize) -> Self {
+        let (early, used) = (BTreeMap::new(), Vec::new());
+        let state = State { turn: 0, failed: false, place, early, most: threads.max(1), used };
+        Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 
-    /// Hands over part `number`, from 0, when all before it are there.
+    /// Brings part `number`, from 0; `take` is called with each part when all before it were taken. Leaves room for another
+    /// part in `part`, with what a former one has left in it.
     ///
     /// # Errors
-    /// What `hand_over` says; [`Error::Interrupted`] once another thread has failed.
-    pub(crate) fn wait(&self, number: u64, hand_over: impl FnOnce(&mut T) -> Result<()>) -> Result<()> {
+    /// What `take` says; [`Error::Interrupted`] once another thread has failed.
+    pub(crate) fn bring(&self, number: u64, part: &mut P, take: impl Fn(&mut T, &mut P) -> Result<()>) -> Result<()> {
         let guard = self.state.lock().map_err(|_| Error::Interrupted)?;
-        let waited = self.changed.wait_while(guard, |state| state.turn != number && !state.failed);
-        let mut state = waited.map_err(|_| Error::Interrupted)?;
+        let is_full =
+            |state: &mut State<T, P>| state.turn != number && state.early.len() >= state.most && !state.failed;
+        let mut state = self.changed.wait_while(guard, is_full).map_err(|_| Error::Interrupted)?;
         if state.failed {
             return Err(Error::Interrupted);
         }
-        hand_over(&mut state.place)?;
-        state.turn += 1;
+        if state.turn != number {
+            let room = state.used.pop().unwrap_or_default();
+            state.early.insert(number, std::mem::replace(part, room));
+            return Ok(());
+        }
+        let State { turn, place, early, used, .. } = &mut *state;
+        loop {
+            take(place, part)?;
+            *turn += 1;
+            let Some(next) = early.remove(turn) else { break };
+            used.push(std::mem::replace(part, next));
+        }
         drop(state);
         self.changed.notify_all();
         Ok(())
@@ -72,9 +96,9 @@ impl<T: Send> Turns<T> {
 }
 
 /// Dropped by a thread that did not finish: nobody need wait for it any longer.
-struct Abandon<'a, T>(&'a Turns<T>);
+struct Abandon<'a, T, P>(&'a Turns<T, P>);
 
-impl<T> Drop for Abandon<'_, T> {
+impl<T, P> Drop for Abandon<'_, T, P> {
     fn drop(&mut self) {
         if let Ok(mut state) = self.0.state.lock() {
             state.failed = true;

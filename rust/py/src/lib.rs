@@ -284,7 +284,7 @@ fn encode_files<'py>(
         max_tokens: max_tokens.map(|count| natural(count, 0)),
         part: part.map(|(number, of)| (natural(number, 0), natural(of, 0))),
         threads: threads_or_default(py, threads)?,
-        chunk_bytes: chunk_bytes.unwrap_or(DEFAULT_CHUNK_BYTES),
+        chunk_bytes: chunk_bytes.unwrap_or(defaults.chunk_bytes),
         save_every: save_every.map_or(defaults.save_every, |every| Duration::from_secs_f64(every.clamp(0.0, 1e9))),
     };
     let made = watched(py, progress, |progress| {

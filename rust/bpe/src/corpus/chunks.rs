@@ -21,7 +21,9 @@ use crate::pretokenize::{Piece, Run, Splitter};
 use crate::tokens::{Source, checksum_text};
 
 /// A chunk after encoding.
+#[derive(Default)]
 pub(super) struct Encoded {
+    pub cut: Cut,
     pub ids: Packed,
     pub known: Known,
     /// Where documents end, where anybody asks: one place past the last id of each.
@@ -42,7 +44,8 @@ pub(super) struct Output<'a> {
 
 impl Job<'_> {
     pub(super) fn encode(&self, chunk: &Chunk, splitter: &Splitter, done: &mut Encoded) -> Result<()> {
-        let Encoded { ids, known, ends } = done;
+        let Encoded { ids, known, ends, .. } = done;
+        ids.dtype = self.dtype;
         ids.bytes.clear();
         ends.clear();
         *known = Known::default();
@@ -122,7 +125,7 @@ impl Job<'_> {
     }
 
     /// Writes a chunk in its turn.
-    pub(super) fn write(&self, chunk: &Chunk, cut: Cut, done: &Encoded, output: &mut Output<'_>) -> Result<()> {
+    pub(super) fn write(&self, chunk: &Chunk, done: &Encoded, output: &mut Output<'_>) -> Result<()> {
         if self.full.load(Relaxed) {
             return Ok(());
         }
@@ -148,7 +151,7 @@ impl Job<'_> {
         at.file_ends += done.known.documents;
         at.file_open = done.known.open || (at.file_open && done.known.documents == 0);
         let full = room == taken as u64;
-        if full || cut == Cut::Last {
+        if full || done.cut == Cut::Last {
             self.full.store(true, Relaxed);
             self.end_source(chunk.file, output, true);
             return Ok(());

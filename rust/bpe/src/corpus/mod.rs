@@ -36,6 +36,9 @@ use crate::progress::{Progress, Stage};
 use crate::tokens::{Dtype, Manifest, manifest_path};
 use crate::train::TokenId;
 
+/// Bytes of text a chunk: with its ids it stays in the second cache beside the words that are met often. 1 MB takes 3 % longer.
+const CHUNK_BYTES: usize = 256 << 10;
+
 /// How to encode files; the defaults are those of the command line.
 #[derive(Debug, Clone)]
 pub struct EncodeOptions {
@@ -75,7 +78,7 @@ impl Default for EncodeOptions {
             policy: TextPolicy::Error,
             overwrite: false,
             threads: 1,
-            chunk_bytes: crate::input::DEFAULT_CHUNK_BYTES,
+            chunk_bytes: CHUNK_BYTES,
             shard_tokens: None,
             max_tokens: None,
             split: Vec::new(),

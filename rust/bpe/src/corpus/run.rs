@@ -12,13 +12,11 @@ use twox_hash::xxhash3_128::Hasher as Xxh3;
 
 use super::chunks::{Encoded, Output, snapshot};
 use super::file::{FileState, Layout, file_name};
-use super::lengths::Known;
 use super::outlet::Outlet;
 use super::part::Stretch;
 use super::resume::{self, Place, Saver};
 use super::{EncodeOptions, Job};
 use crate::checkpoint::Setting;
-use crate::encode::Packed;
 use crate::error::{Error, Result};
 use crate::input::{Chunk, ChunkReader, Position};
 use crate::progress::Progress;
@@ -28,6 +26,13 @@ use crate::turns::Turns;
 
 /// Settings that a part's manifest does not tell otherwise.
 const SHARED_BY_PARTS: [&str; 4] = ["append_eot", "errors", "field", "sample"];
+
+/// A chunk and what has become of it.
+#[derive(Default)]
+struct Part {
+    chunk: Chunk,
+    done: Encoded,
+}
 
 fn shown<T: Debug>(value: Option<&T>) -> String {
     value.map_or_else(|| "none".into(), |value| format!("{value:?}"))
@@ -126,17 +131,22 @@ impl Job<'_> {
                 (saver, sender)
             });
             let files = outlets.iter().map(Outlet::files).sum();
-            let output = Turns::new(Output { at, file_hash, outlets, saving, files, clean: true });
+            let output = Output { at, file_hash, outlets, saving, files, clean: true };
+            let output = Turns::new(output, self.options.threads);
             let result = output.work(self.options.threads, || {
-                let mut chunk = Chunk::default();
-                let mut done = Encoded { ids: Packed::new(self.dtype), known: Known::default(), ends: Vec::new() };
-                while !self.full.load(Relaxed) && reader.next(&mut chunk)? {
+                let mut part = Part::default();
+                while !self.full.load(Relaxed) && reader.next(&mut part.chunk)? {
                     progress.check()?;
-                    let Some(cut) = self.stretch.cut(&mut chunk) else { return Ok(()) };
-                    self.encode(&chunk, reader.splitter(&chunk), &mut done)?;
+                    let Part { chunk, done } = &mut part;
+                    let Some(cut) = self.stretch.cut(chunk) else { return Ok(()) };
+                    done.cut = cut;
+                    self.encode(chunk, reader.splitter(chunk), done)?;
                     let number = chunk.index - passed;
-                    output.wait(number, |output| self.write(&chunk, cut, &done, output))?;
-                    progress.add(chunk.read_bytes);
+                    output.bring(number, &mut part, |output, Part { chunk, done }| {
+                        self.write(chunk, done, output)?;
+                        progress.add(chunk.read_bytes);
+                        Ok(())
+                    })?;
                 }
                 Ok(())
             });

@@ -182,7 +182,7 @@ impl Out for Vec<u16> {
 }
 
 /// Ids as a token file has them: little-endian.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Packed {
     /// How each is stored.
     pub dtype: Dtype,
@@ -191,11 +191,6 @@ pub struct Packed {
 }
 
 impl Packed {
-    /// None yet.
-    pub fn new(dtype: Dtype) -> Self {
-        Self { dtype, bytes: Vec::new() }
-    }
-
     /// Number of ids.
     pub fn len(&self) -> usize {
         self.bytes.len() / self.dtype.size()

@@ -230,7 +230,7 @@ impl Encoder {
             return self.with(out, |take| parts(text, &splitter).try_for_each(|part| encode(part, take)));
         }
         let parts: Vec<&[u8]> = parts(text, &splitter).collect();
-        let (next, place) = (AtomicUsize::new(0), Turns::new(out));
+        let (next, place) = (AtomicUsize::new(0), Turns::new(out, threads));
         place.work(threads, || {
             let mut own = Vec::new();
             while let number = next.fetch_add(1, Relaxed)
@@ -238,9 +238,9 @@ impl Encoder {
             {
                 own.clear();
                 self.with(&mut own, |take| encode(part, take))?;
-                place.wait(number as u64, |out| {
-                    out.try_reserve(own.len()).map_err(no_memory)?;
-                    out.extend_from_slice(&own);
+                place.bring(number as u64, &mut own, |out, part| {
+                    out.try_reserve(part.len()).map_err(no_memory)?;
+                    out.extend_from_slice(part);
                     Ok(())
                 })?;
             }
