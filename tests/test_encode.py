@@ -36,7 +36,8 @@ def kiln(tmp_path: Path) -> Tokenizer:
 
 
 def encode(inputs: Any, out: Path, **options: Any) -> tuple[list[tuple[Path, dict[str, Any]]], int]:
-    return _core.encode_files(KILN, inputs, out, **options)
+    made, before = _core.encode_files(KILN, inputs, out, **options)
+    return [(Path(path), manifest) for path, manifest in made], before
 
 
 def read(path: Path) -> np.ndarray:
@@ -482,3 +483,16 @@ def test_a_single_line_of_a_gigabyte(kiln: Tokenizer, tmp_path: Path) -> None:
         grown = grown_by(tmp_path, inputs=[name], out=f"{name}.npy", threads=2)
         print(name, grown, "KiB")
         assert grown < most, f"{name}: {grown} KiB"
+
+
+def test_whoever_writes_a_file_loads_nothing_that_reads_one(tmp_path: Path, kiln: Tokenizer) -> None:
+    (tmp_path / "one.txt").write_text("the warm kiln")
+    work = "import bytekiln as b; f = b.encode_files(b.Tokenizer.from_file('t.json'), 'one.txt', 'o.npy')"
+
+    def loaded(code: str) -> set[str]:
+        line = [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"]
+        return set(subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split())
+
+    more = loaded(work) - loaded("pass")
+    assert "bytekiln.tokenfile" in more and not more & {"json", "numpy", "pathlib", "re", "typing"}
+    assert TokenFile.open(tmp_path / "o.npy").array.tolist() == kiln.encode("the warm kiln")

@@ -45,7 +45,8 @@ def kiln(tmp_path: Path) -> Tokenizer:
 
 
 def encode(inputs: Any, out: Path, **options: Any) -> tuple[list[tuple[Path, dict[str, Any]]], int]:
-    return _core.encode_files(KILN, inputs, out, **options)
+    made, before = _core.encode_files(KILN, inputs, out, **options)
+    return [(Path(path), manifest) for path, manifest in made], before
 
 
 @settings(max_examples=60)

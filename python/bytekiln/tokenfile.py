@@ -67,7 +67,7 @@ class TokenFile:
 
     def __getattr__(self, name: str) -> object:
         """Open a file that was to be opened later."""
-        if name.startswith("_") or "array" in self.__dict__:
+        if name.startswith("_") or "_later" not in self.__dict__ or "array" in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if name == "path":
             from pathlib import Path

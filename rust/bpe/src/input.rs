@@ -22,7 +22,7 @@ use crate::sources::text::Text;
 use crate::sources::unpack::{Stream, open_file};
 use crate::sources::{DEFAULT_FIELD, End, InputSpec, Job, MOST_UNCUT_BYTES, Source};
 
-/// Bytes of text that a thread takes at a time.
+/// Bytes of text that a thread takes at a time to count its words.
 pub const DEFAULT_CHUNK_BYTES: usize = 1 << 20;
 
 /// Where a part of a chunk stands in its file.

@@ -14,11 +14,10 @@ use crate::error::{Error, Result};
 use crate::train::TokenId;
 
 /// How an id is stored, little-endian.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
     /// Two bytes: vocabularies of up to 65,536 tokens.
-    #[default]
     Uint16,
     /// Four bytes.
     Uint32,

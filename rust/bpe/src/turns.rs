@@ -2,8 +2,8 @@
 //!
 //! In: numbered parts of a job. Out: their results, in order, in one place. Called by `corpus` and `encode`.
 //!
-//! Nobody waits for his turn: a part that comes before it is left behind, and whoever brings the one before takes it, too. A
-//! thread that slept for every part would be woken too late for every part.
+//! Nobody sleeps until it is his turn: a part that comes early is left behind, and whoever brings the one before takes it, too.
+//! A thread that slept for every part would be woken too late for every part. In return a thread may have two parts.
 
 use std::collections::BTreeMap;
 use std::sync::{Condvar, Mutex};
@@ -28,7 +28,7 @@ struct State<T, P> {
     used: Vec<P>,
 }
 
-impl<T: Send, P: Send + Default> Turns<T, P> {
+impl<T: Send, P: Send> Turns<T, P> {
     /// For so many threads.
     pub(crate) fn new(place: T, threads: usize) -> Self {
         let (early, used) = (BTreeMap::new(), Vec::new());
@@ -37,11 +37,17 @@ impl<T: Send, P: Send + Default> Turns<T, P> {
     }
 
     /// Brings part `number`, from 0; `take` is called with each part when all before it were taken. Leaves room for another
-    /// part in `part`, with what a former one has left in it.
+    /// part in `part`: one that was taken, or what `fresh` makes.
     ///
     /// # Errors
     /// What `take` says; [`Error::Interrupted`] once another thread has failed.
-    pub(crate) fn bring(&self, number: u64, part: &mut P, take: impl Fn(&mut T, &mut P) -> Result<()>) -> Result<()> {
+    pub(crate) fn bring(
+        &self,
+        number: u64,
+        part: &mut P,
+        fresh: impl FnOnce() -> P,
+        take: impl Fn(&mut T, &mut P) -> Result<()>,
+    ) -> Result<()> {
         let guard = self.state.lock().map_err(|_| Error::Interrupted)?;
         let is_full =
             |state: &mut State<T, P>| state.turn != number && state.early.len() >= state.most && !state.failed;
@@ -50,7 +56,7 @@ impl<T: Send, P: Send + Default> Turns<T, P> {
             return Err(Error::Interrupted);
         }
         if state.turn != number {
-            let room = state.used.pop().unwrap_or_default();
+            let room = state.used.pop().unwrap_or_else(fresh);
             state.early.insert(number, std::mem::replace(part, room));
             return Ok(());
         }
@@ -104,5 +110,59 @@ impl<T, P> Drop for Abandon<'_, T, P> {
             state.failed = true;
         }
         self.0.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+    use std::time::Duration;
+
+    #[test]
+    fn parts_are_taken_in_order_and_few_wait() {
+        for threads in 1..6 {
+            let (turns, next) = (Turns::<Vec<u64>, Vec<u64>>::new(Vec::new(), threads), AtomicU64::new(0));
+            let work = || {
+                let mut part = Vec::new();
+                loop {
+                    let number = next.fetch_add(1, Relaxed);
+                    if number >= 200 {
+                        return Ok(());
+                    }
+                    // The first of five is the last one to come.
+                    if number % 5 == 0 {
+                        thread::sleep(Duration::from_micros(300));
+                    }
+                    part.clear();
+                    part.push(number);
+                    turns.bring(number, &mut part, Vec::new, |all, part| {
+                        all.extend_from_slice(part);
+                        Ok(())
+                    })?;
+                    let state = turns.state.lock().unwrap();
+                    assert!(state.early.len() <= threads && state.used.len() <= threads);
+                }
+            };
+            turns.work(threads, work).unwrap();
+            assert_eq!(turns.into_inner().unwrap(), (0..200).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn who_fails_lets_nobody_wait() {
+        let turns = Turns::<u64, u64>::new(0, 3);
+        let next = AtomicU64::new(0);
+        let failed = turns.work(3, || {
+            loop {
+                let number = next.fetch_add(1, Relaxed);
+                if number == 0 {
+                    thread::sleep(Duration::from_millis(5));
+                    return Err(Error::Config("the first".into()));
+                }
+                turns.bring(number, &mut 0, || 0, |_, _| Ok(()))?;
+            }
+        });
+        assert!(matches!(failed, Err(Error::Config(what)) if what == "the first"));
     }
 }

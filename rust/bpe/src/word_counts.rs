@@ -221,9 +221,9 @@ impl WordCounts {
             std::mem::swap(self, &mut other);
         }
         self.stop = Some(progress.stop_flag());
-        let mut words = other.slots.into_iter().filter(|slot| slot.0 != 0);
+        let mut words = other.slots.into_iter().filter(|slot| slot.0 != 0).peekable();
         let mut batch = Vec::with_capacity(BATCH);
-        loop {
+        while words.peek().is_some() {
             // As in `add_run`: all slots of a batch are asked for before the first one is looked at.
             self.make_room(BATCH);
             let (hasher, size) = (self.hasher, self.slots.len());
@@ -234,9 +234,6 @@ impl WordCounts {
             }
             for &(key, place, count) in &batch {
                 self.add_at(key, place, count);
-            }
-            if batch.is_empty() {
-                break;
             }
             progress.check()?;
             self.whole()?;

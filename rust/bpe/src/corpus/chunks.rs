@@ -21,7 +21,6 @@ use crate::pretokenize::{Piece, Run, Splitter};
 use crate::tokens::{Source, checksum_text};
 
 /// A chunk after encoding.
-#[derive(Default)]
 pub(super) struct Encoded {
     pub cut: Cut,
     pub ids: Packed,
@@ -45,7 +44,6 @@ pub(super) struct Output<'a> {
 impl Job<'_> {
     pub(super) fn encode(&self, chunk: &Chunk, splitter: &Splitter, done: &mut Encoded) -> Result<()> {
         let Encoded { ids, known, ends, .. } = done;
-        ids.dtype = self.dtype;
         ids.bytes.clear();
         ends.clear();
         *known = Known::default();

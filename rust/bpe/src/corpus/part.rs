@@ -77,9 +77,8 @@ impl Stretch {
 }
 
 /// What is left of a chunk.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Cut {
-    #[default]
     Whole,
     /// The part ends here.
     Last,

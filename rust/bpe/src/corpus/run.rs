@@ -12,11 +12,13 @@ use twox_hash::xxhash3_128::Hasher as Xxh3;
 
 use super::chunks::{Encoded, Output, snapshot};
 use super::file::{FileState, Layout, file_name};
+use super::lengths::Known;
 use super::outlet::Outlet;
-use super::part::Stretch;
+use super::part::{Cut, Stretch};
 use super::resume::{self, Place, Saver};
 use super::{EncodeOptions, Job};
 use crate::checkpoint::Setting;
+use crate::encode::Packed;
 use crate::error::{Error, Result};
 use crate::input::{Chunk, ChunkReader, Position};
 use crate::progress::Progress;
@@ -28,7 +30,6 @@ use crate::turns::Turns;
 const SHARED_BY_PARTS: [&str; 4] = ["append_eot", "errors", "field", "sample"];
 
 /// A chunk and what has become of it.
-#[derive(Default)]
 struct Part {
     chunk: Chunk,
     done: Encoded,
@@ -132,9 +133,14 @@ impl Job<'_> {
             });
             let files = outlets.iter().map(Outlet::files).sum();
             let output = Output { at, file_hash, outlets, saving, files, clean: true };
+            let room = || {
+                let ids = Packed::new(self.dtype);
+                let done = Encoded { cut: Cut::Whole, ids, known: Known::default(), ends: Vec::new() };
+                Part { chunk: Chunk::default(), done }
+            };
             let output = Turns::new(output, self.options.threads);
             let result = output.work(self.options.threads, || {
-                let mut part = Part::default();
+                let mut part = room();
                 while !self.full.load(Relaxed) && reader.next(&mut part.chunk)? {
                     progress.check()?;
                     let Part { chunk, done } = &mut part;
@@ -142,7 +148,7 @@ impl Job<'_> {
                     done.cut = cut;
                     self.encode(chunk, reader.splitter(chunk), done)?;
                     let number = chunk.index - passed;
-                    output.bring(number, &mut part, |output, Part { chunk, done }| {
+                    output.bring(number, &mut part, room, |output, Part { chunk, done }| {
                         self.write(chunk, done, output)?;
                         progress.add(chunk.read_bytes);
                         Ok(())

@@ -9,7 +9,7 @@ use bytekiln_simd::Level;
 
 use super::lockstep::PLACES;
 #[cfg(target_arch = "x86_64")]
-use super::registers::Row as InRegisters;
+use super::registers::InRegisters;
 use super::simd;
 use super::window::WINDOW;
 use crate::error::{Error, Result};
@@ -182,7 +182,7 @@ impl Out for Vec<u16> {
 }
 
 /// Ids as a token file has them: little-endian.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Packed {
     /// How each is stored.
     pub dtype: Dtype,
@@ -191,6 +191,11 @@ pub struct Packed {
 }
 
 impl Packed {
+    /// None yet.
+    pub fn new(dtype: Dtype) -> Self {
+        Self { dtype, bytes: Vec::new() }
+    }
+
     /// Number of ids.
     pub fn len(&self) -> usize {
         self.bytes.len() / self.dtype.size()

@@ -95,7 +95,10 @@ impl<I: Id> Core<I> {
     fn finish_avx512(&self, misses: &mut [Miss<I>]) {
         let (mut left, mut count) = all_of(misses);
         while count > 0 {
-            count = keep(&mut left, count, |number| self.round_in_registers(&mut misses[number]));
+            // SAFETY: the instructions are those of this function.
+            #[allow(unsafe_code, reason = "vector instructions; held to the specification by a property test")]
+            let round = |number: usize| unsafe { self.round_in_registers(&mut misses[number]) };
+            count = keep(&mut left, count, round);
         }
     }
 
@@ -114,13 +117,16 @@ impl<I: Id> Core<I> {
     }
 
     /// Takes the ranks that the last merge asked for, then as [`Self::one_round`].
+    ///
+    /// # Safety
+    /// The processor has AVX-512 with VBMI 2 and VL.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     #[allow(unsafe_code, reason = "vector instructions; held to the specification by a property test")]
     #[allow(clippy::inline_always, reason = "takes on the instructions of whoever calls it")]
-    fn round_in_registers(&self, miss: &mut Miss<I>) -> bool {
+    unsafe fn round_in_registers(&self, miss: &mut Miss<I>) -> bool {
         let Miss { len, ids, ranks, at: merged, pairs, slots, .. } = miss;
-        // SAFETY: `finish_avx512` alone calls this.
+        // SAFETY: the caller's.
         unsafe {
             // At first there is no such place.
             let place = 1u32 << (*merged % 32);

@@ -238,7 +238,7 @@ impl Encoder {
             {
                 own.clear();
                 self.with(&mut own, |take| encode(part, take))?;
-                place.bring(number as u64, &mut own, |out, part| {
+                place.bring(number as u64, &mut own, Vec::new, |out, part| {
                     out.try_reserve(part.len()).map_err(no_memory)?;
                     out.extend_from_slice(part);
                     Ok(())

@@ -1,7 +1,7 @@
 //! Rounds of [`lockstep`](super::lockstep) with a word's ids and ranks in a register each, by AVX-512.
 //!
-//! What two merges ago were stores of single ranks into a row that is then loaded as a whole, which waits for them, are
-//! writes into a register here, and one instruction takes a place out and closes the gap. In: words that are being merged.
+//! What the plain rounds store rank by rank into a row, and then load as a whole, which waits for the stores, is written into a
+//! register here, and one instruction takes a place out and closes the gap. In: words that are being merged.
 //! Out: the same, merged. Called by `lockstep`, whose plain rounds are the specification.
 
 #![allow(unsafe_code, reason = "vector instructions; held to the specification by the property test of `lockstep`")]
@@ -18,7 +18,7 @@ use std::arch::x86_64::{
 use super::lockstep::{PLACES, ROOM};
 
 /// [`PLACES`] numbers in a register. Only where the processor has AVX-512 with VBMI 2 and VL.
-pub(crate) trait Row: Copy {
+pub(crate) trait InRegisters: Copy {
     /// The register.
     type Register: Copy;
 
@@ -35,7 +35,7 @@ pub(crate) trait Row: Copy {
 const _: () = assert!(PLACES == 16, "as many as a register has lanes");
 
 // SAFETY of all that follows: the caller has the instructions; a row has room for more than a register.
-impl Row for u16 {
+impl InRegisters for u16 {
     type Register = __m256i;
 
     #[inline(always)]
@@ -70,7 +70,7 @@ impl Row for u16 {
     }
 }
 
-impl Row for u32 {
+impl InRegisters for u32 {
     type Register = __m512i;
 
     #[inline(always)]

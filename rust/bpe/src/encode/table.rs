@@ -82,12 +82,6 @@ impl<I: Id> Table<I> {
         self.hasher.keys::<ASK, _, _, _>(text, ends, &self.lines, to)
     }
 
-    /// Asks for the line of a word.
-    #[inline]
-    pub(super) fn ask(&self, words: &Keys<RUN, 1>, n: usize) {
-        prefetch(&self.lines, words.places[n] as usize / size_of::<Line<I>>());
-    }
-
     /// The lines of the same words, after the table has grown.
     #[cold]
     pub(super) fn find_places(&self, words: &mut Keys<RUN, 1>) {
@@ -239,7 +233,8 @@ impl<I: Id> Table<I> {
         let (keys, places) = (&words.keys[from..to], &words.places[from..to]);
         let next = &next.places[from..to];
         match self.hasher.level() {
-            // SAFETY: the level says that the processor has the instructions; there is room for all ids.
+            // SAFETY: the level says that the processor has the instructions; there is room for all ids; lines are made by
+            // `new` and `grow`, and rows filled by `keep`, which leave a longer one out.
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 | Level::Avx512 | Level::Avx512Vbmi2 => unsafe {
                 x86::known(&self.lines, keys, (places, next), ids)
@@ -288,7 +283,8 @@ mod x86 {
     use super::{Id, Line};
 
     /// # Safety
-    /// There is room for [`Id::ROW`] ids a word.
+    /// There is room for [`Id::ROW`] ids a word. There are lines, a power of two of them, and no row says that it holds more ids
+    /// than it has room for.
     #[target_feature(enable = "avx2,bmi1,bmi2")]
     pub(super) unsafe fn known<I: Id>(
         lines: &[Line<I>],
@@ -319,7 +315,7 @@ mod x86 {
             unsafe {
                 let row = std::ptr::from_ref(&(*line).rows).cast::<u8>().add((both as usize & 0b100) * 4);
                 _mm_storeu_si128(to.cast(), _mm_loadu_si128(row.cast()));
-                // Out of memory: to take a register apart is dearer.
+                // Read back from memory: to take a register apart is dearer.
                 to = to.add(row.cast::<I>().add(I::ROW - 1).read_volatile().place());
             }
             n = n.wrapping_add(1);

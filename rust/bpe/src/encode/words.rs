@@ -143,7 +143,6 @@ impl<I: Id> Core<I> {
                 (done, *len) = (done + words, *len + found);
                 // The one that was not found at once; others may be found after it.
                 if let Some(&offset) = now.offsets.get(done) {
-                    table.ask(next, done);
                     let size = table.size();
                     let begin =
                         done.checked_sub(1).map_or(now.start, |n| ends.base.wrapping_add(now.offsets[n] as usize));

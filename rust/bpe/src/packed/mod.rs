@@ -66,7 +66,7 @@ impl Hasher {
     /// Keys of at most `N` words of `text`, whose places in `table`, which has a power of two of them, are asked for if they
     /// are to be by `ASK`. Returns the end of the last word. Four thousand million units must hold the table.
     ///
-    /// `ends.start` is where the first begins; `offsets` are some of `ends.offsets`.
+    /// `ends.start` is where the first begins.
     #[inline]
     pub(crate) fn keys<const ASK: bool, const N: usize, const UNIT: usize, T>(
         self,
@@ -189,7 +189,8 @@ mod tests {
             base in 0usize..40,
             behind in 0usize..20,
         ) {
-            let base = base.min(start);
+            // Up to the first end: the first word may begin before it.
+            let base = base.min(start + lengths[0]);
             let ends: Vec<usize> = lengths.iter().scan(start, |end, length| { *end += length; Some(*end) }).collect();
             let last = ends.last().copied().unwrap_or(start);
             let text: Vec<u8> = (0..last + behind).map(|at| (at * 7 % 251) as u8).collect();
@@ -204,6 +205,10 @@ mod tests {
                     prop_assert_eq!(keys.places[n] as usize, 4 * hasher.place(keys.keys[n], 64));
                     from = end;
                 }
+                let mut of_lines = Keys::<64, 1>::default();
+                hasher.keys::<false, _, _, _>(&text, &Ends { start, base, offsets: &offsets }, &[[0u64; 8]; 64], &mut of_lines);
+                prop_assert_eq!(of_lines.keys, keys.keys);
+                prop_assert_eq!(of_lines.places, keys.places.map(|place| place / 4 * 64));
             }
         }
 

@@ -147,7 +147,7 @@ const OF_LENGTHS: [[u8; 64]; 4] = {
 /// Rows for columns of a square of four.
 const TURNED: [u32; WORDS] = [0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15];
 
-/// As [`keys`]. `None` also where a word begins before `ends.base`.
+/// As [`keys`], with the same results.
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,vaes,avx2,aes,bmi1,bmi2")]
 pub(super) fn keys_by_four<const ASK: bool, const N: usize, const UNIT: usize, T>(
     text: &[u8],
@@ -159,8 +159,11 @@ pub(super) fn keys_by_four<const ASK: bool, const N: usize, const UNIT: usize, T
     if !are_within(text, ends) {
         return None;
     }
-    let mut last = ends.start.checked_sub(ends.base).and_then(|start| u32::try_from(start).ok())?;
     let number = ends.offsets.len().min(N);
+    let Some(mut last) = ends.start.checked_sub(ends.base).and_then(|start| u32::try_from(start).ok()) else {
+        // SAFETY: asked for above.
+        return Some(unsafe { keys_from::<ASK, N, UNIT, T>(0, number, ends.start, text, ends, seed, table, to) });
+    };
     // SAFETY: of constants of 64 bytes.
     let load = |constant: *const u8| unsafe { _mm512_loadu_si512(constant.cast()) };
     let in_key = load(IN_KEY.as_ptr());
@@ -199,7 +202,7 @@ pub(super) fn keys_by_four<const ASK: bool, const N: usize, const UNIT: usize, T
             let places = to.places.as_mut_ptr().add(n);
             _mm512_storeu_si512(places.cast(), _mm512_sll_epi32(_mm512_and_si512(hashes, mask), shift));
             for n in 0..if ASK { WORDS } else { 0 } {
-                // Out of memory: to take a register apart is dearer.
+                // Read back from memory: to take a register apart is dearer.
                 let place = places.add(n).read_volatile() as usize * UNIT;
                 _mm_prefetch::<_MM_HINT_T0>(table.as_ptr().cast::<i8>().wrapping_add(place));
             }

@@ -167,6 +167,9 @@ fn up_from(mask: u64, behind: u64, n: u32) -> u64 {
     mask >> n | behind << (64 - n)
 }
 
+/// What offsets may be at most; in tests less, so that it is reached.
+const MOST: usize = if cfg!(test) { 1 << 12 } else { u32::MAX as usize };
+
 /// Ends that are collected before they are handed on: what is done with them is compiled once and not once a level.
 const MANY: usize = 1024;
 
@@ -206,7 +209,7 @@ impl Found<'_> {
     }
 
     fn push(&mut self, end: usize) {
-        if end - self.base > u32::MAX as usize {
+        if end - self.base > MOST {
             self.flush(end);
         } else if self.count >= MANY {
             self.make_room();
@@ -218,7 +221,7 @@ impl Found<'_> {
     /// The bits of `mask`, the block at `at`.
     #[inline(always)]
     fn push_all(&mut self, lanes: impl Lanes, at: usize, mask: u64) {
-        if at - self.base > u32::MAX as usize - BLOCK {
+        if at - self.base > MOST - BLOCK {
             self.flush(at);
         } else if self.count >= MANY {
             self.make_room();
