@@ -5,7 +5,8 @@
 
 Two shapes. gpt2: nanoGPT's recipe for a CPU, 4 layers × 128, 4 heads, batch 12 × 64, 65 tokens, tied embeddings.
 llama: the TinyStories base, 4 × 512, 16 heads, d_ff 1344, 10,000 tokens (22.7 M parameters), batch 8 × 256. A step is
-forward, backward, clipping to 1 and AdamW with decay on matrices, in fp32, on random ids. Every run is a fresh process
+forward, backward, clipping to 1 and AdamW with decay on matrices, in fp32 unless a name says otherwise, on random
+ids. Every run is a fresh process
 and the contestants take turns, the order turning round each round; reported are the median of all steps, the fastest
 one, and the ratio of the medians. What comes before the first timed step (start, imports, compiling) is a column of its
 own. All get what `lm-train` sets for itself: fused AdamW, freed memory kept, OpenMP's threads that wait passively.
@@ -131,6 +132,26 @@ def _(shape: Shape, compiled: bool) -> Step:
     return ours(shape, compiled)
 
 
+@contestant("llama", "bytekiln, auto", "bytekiln")
+def _(shape: Shape, compiled: bool) -> Step:
+    import torch
+
+    from bytekiln.muon import has_fast_bf16
+
+    # What `precision = "auto"` comes to.
+    return ours(shape, compiled, precision="bf16" if has_fast_bf16(torch.device("cpu")) else "fp32")
+
+
+@contestant("llama", "bytekiln, auto, bf16 residual", "bytekiln")
+def _(shape: Shape, compiled: bool) -> Step:
+    import torch
+
+    from bytekiln.muon import has_fast_bf16
+
+    fast = has_fast_bf16(torch.device("cpu"))
+    return ours(shape, compiled, precision="bf16" if fast else "fp32", residual_precision="products")
+
+
 # --- transformers ------------------------------------------------------------------------------------------------
 
 
@@ -154,29 +175,40 @@ def _(shape: Shape, compiled: bool) -> Step:
 
 @contestant("llama", "transformers Llama", "transformers")
 def _(shape: Shape, compiled: bool) -> Step:
+    return theirs(llama_of_transformers(shape), shape, compiled)
+
+
+@contestant("llama", "transformers Llama, bf16 by autocast", "transformers")
+def _(shape: Shape, compiled: bool) -> Step:
+    return theirs(llama_of_transformers(shape), shape, compiled, bf16=True)
+
+
+def llama_of_transformers(shape: Shape) -> Any:
+    """A new model of their own."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return theirs(
-        LlamaForCausalLM(
-            LlamaConfig(  # type: ignore[call-arg]
-                vocab_size=shape.vocab, hidden_size=shape.width, intermediate_size=shape.d_ff,
-                num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
-                max_position_embeddings=shape.context, tie_word_embeddings=False, use_cache=False, bos_token_id=0,
-                eos_token_id=0, attn_implementation="sdpa",
-            )
-        ),
-        shape,
-        compiled,
+    return LlamaForCausalLM(
+        LlamaConfig(  # type: ignore[call-arg]
+            vocab_size=shape.vocab, hidden_size=shape.width, intermediate_size=shape.d_ff,
+            num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+            max_position_embeddings=shape.context, tie_word_embeddings=False, use_cache=False, bos_token_id=0,
+            eos_token_id=0, attn_implementation="sdpa",
+        )
     )  # fmt: skip
 
 
-def theirs(lm: Any, shape: Shape, compiled: bool) -> Step:
+def theirs(lm: Any, shape: Shape, compiled: bool, *, bf16: bool = False) -> Step:
     """A step of a transformers model, its loss made from labels as its users do (it drops one target a window)."""
     import torch
 
     lm.train()
     forward = torch.compile(lm) if compiled else lm
-    return plain_loop(lm, lambda x, _: forward(input_ids=x, labels=x).loss, shape)
+
+    def loss_of(x: Any, _: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return forward(input_ids=x, labels=x).loss
+
+    return plain_loop(lm, loss_of, shape)
 
 
 def plain_loop(lm: Any, loss_of: Callable[[Any, Any], Any], shape: Shape) -> Step:

@@ -328,7 +328,7 @@ def attention_of(config: RunConfig, device: torch.device) -> Attend:
     """
     t = config.training
     activate_flash(t.flash, config.model, device, t.precision)
-    return choose(t.attention, config.model, device, config.data.document_mask, t.precision)
+    return choose(t.attention, config.model, device, config.data.document_mask)
 
 
 def initial_weights(config: RunConfig, say: Say) -> dict[str, Tensor]:
