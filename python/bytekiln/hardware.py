@@ -7,12 +7,13 @@ print as "unknown". Called by `train` (utilisation) and `plan` (time). torch is 
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bytekiln.console import human_bytes
 
@@ -131,6 +132,10 @@ def percentage(utilisation: float | None) -> str:
     return "unknown" if utilisation is None else f"{100 * utilisation:.1f} %"
 
 
+CACHES = 64 << 20
+"""Bytes of operands that no cache keeps from one turn to the next."""
+
+
 class Speed(NamedTuple):
     """What a device did in a quick measurement."""
 
@@ -139,11 +144,13 @@ class Speed(NamedTuple):
     bytes_per_s: float
     """Elementwise work, bytes read and written."""
     call_s: float
-    """Cost of an operation on next to nothing."""
+    """Cost of an operation on next to nothing, autograd's part of it included."""
 
 
 def measure(device: torch.device, dtype: torch.dtype, rows: int, width: int, seconds: float = 0.3) -> Speed:
     """Time products of a model's size, elementwise work on tensors of that size, and calls on tiny tensors.
+
+    As in a step: no operand is still in a cache when its turn comes, and operations are a model's with their gradients.
 
     Args:
         device: where.
@@ -155,25 +162,53 @@ def measure(device: torch.device, dtype: torch.dtype, rows: int, width: int, sec
     import torch
 
     rows, width = min(rows, 4096), min(width, 4096)
-    x, w = (torch.ones(n, width, device=device, dtype=dtype) for n in (rows, width))
-    out, sums = x @ w, torch.empty(rows, width, device=device)
-    a, b, one = (torch.ones(*shape, device=device) for shape in ((rows, width), (rows, width), (1, 1)))
+    sets = 1 + CACHES // ((2 * rows + width) * width * dtype.itemsize)
+    operands = [
+        (torch.ones(rows, width, device=device, dtype=dtype), torch.ones(width, width, device=device, dtype=dtype))
+        for _ in range(sets)
+    ]
+    outs = [x @ w for x, w in operands]
+    turn = itertools.cycle(range(sets))
+    sums, a, b = (torch.ones(rows, width, device=device) for _ in range(3))
 
     def product() -> None:
-        torch.mm(x, w, out=out)
+        at = next(turn)
+        torch.mm(*operands[at], out=outs[at])
 
     def addition() -> None:
         torch.add(a, b, out=sums)
 
-    def call() -> None:
-        torch.add(one, one)
-
+    tiny, calls = _a_little_of_a_model(device)
     third = seconds / 3
     return Speed(
         2 * rows * width * width / _time_of(product, third, device),
         3 * 4 * rows * width / _time_of(addition, third, device),
-        _time_of(call, third, device),
+        _time_of(tiny, third, device) / calls,
     )
+
+
+def _a_little_of_a_model(device: torch.device) -> tuple[Callable[[], None], int]:
+    """Forward and backward of a few operations on next to nothing, and how many operations that is."""
+    import torch
+    import torch.nn.functional as F  # noqa: N812 - torch's own convention
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    x_1xD, w_DxD = (torch.ones(n, 8, device=device, requires_grad=True) for n in (1, 8))
+
+    def work() -> None:
+        y_1xD = F.gelu(F.layer_norm(x_1xD, (8,)) @ w_DxD) @ w_DxD + x_1xD
+        torch.autograd.grad(y_1xD.sum(), (x_1xD, w_DxD))
+
+    class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        calls = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    with Counted() as counted:  # type: ignore[no-untyped-call]
+        work()
+    return work, counted.calls
 
 
 def _time_of(work: Callable[[], None], seconds: float, device: torch.device) -> float:

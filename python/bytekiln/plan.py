@@ -43,8 +43,8 @@ GPU_UTILISATION = 0.4
 """Share of a GPU's peak that compiled training of small models reaches (published for one H100: 0.36 to 0.46)."""
 COMPILED = 0.8
 """Time of a compiled step over that of an eager one on a CPU (measured)."""
-CALL_COSTS = 5.0
-"""What an operation of the model costs over one in a bare loop: module, autograd and its backward's bookkeeping."""
+CALL_COSTS = 2.5
+"""What an operation of a model costs over one in a bare loop, with its gradient: modules, and a step's bookkeeping."""
 UNEVEN = 4 * CHUNK_BYTES
 """Bytes by which a peak may lie beside a straight line: chunks of a loss are as even as the batch lets them be."""
 BATCHES_WITHOUT_VALIDATION = 100
