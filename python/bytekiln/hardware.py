@@ -150,7 +150,7 @@ class Speed(NamedTuple):
 def measure(device: torch.device, dtype: torch.dtype, rows: int, width: int, seconds: float = 0.3) -> Speed:
     """Time products of a model's size, elementwise work on tensors of that size, and calls on tiny tensors.
 
-    As in a step: no operand of a product is in a cache when its turn comes, and calls are a model's with their gradients.
+    As in a step: no product's operand is in a cache when its turn comes, and calls are a model's with gradients.
 
     Args:
         device: where.
