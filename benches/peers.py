@@ -37,7 +37,7 @@ SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bytekiln" / "bench"
 QUICK_BYTES = 8_000_000
 PIECE_BYTES = 10_000_000
-ALONE = ("piece", "load", "short", "decode", "decode-text")
+ALONE = ("piece", "load", "short")
 """Contests that have no use for threads."""
 
 

@@ -1,5 +1,7 @@
-//! Ids as Python gives them: arrays and other buffers are read where they lie, whatever their width; lists number by number.
+//! Ids as Python gives them, read where they lie: arrays and other buffers of whatever width, and lists of plain ints.
+//! What else is a sequence of integers is copied number by number.
 
+use std::marker::PhantomData;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicI8, AtomicI16, AtomicI32, AtomicI64, AtomicU8, AtomicU16, AtomicU32, AtomicU64};
 
@@ -13,6 +15,64 @@ use pyo3::types::{PyList, PyTuple};
 use pyo3::{ffi, intern};
 
 use crate::error::{OrRaise, to_python};
+
+/// The ints of a list or a tuple where they lie. What is no plain int, or none of 32 bits, counts as [`NO_ID`]: to tell
+/// what it is may take code of Python's, which is for [`ids_of`] to run.
+pub struct Items<'a> {
+    list: *mut ffi::PyObject,
+    get: unsafe extern "C" fn(*mut ffi::PyObject, ffi::Py_ssize_t) -> *mut ffi::PyObject,
+    len: usize,
+    /// The thread that lends the list stays attached to the interpreter and runs no code of Python's: nothing in it changes.
+    attached: PhantomData<Python<'a>>,
+}
+
+// SAFETY: others may read the list while `attached` holds: what reads a place of it, and a plain int, counts no references,
+// raises nothing and asks for no state of a thread.
+unsafe impl Sync for Items<'_> {}
+
+impl<'a> Items<'a> {
+    /// None where it is neither, or has fewer than `least`.
+    pub fn of(ids: &'a Bound<'_, PyAny>, least: usize) -> Option<Self> {
+        let attached = PhantomData;
+        let items = if let Ok(list) = ids.cast::<PyList>() {
+            Self { list: list.as_ptr(), get: ffi::PyList_GetItem, len: list.len(), attached }
+        } else {
+            let tuple = ids.cast::<PyTuple>().ok()?;
+            Self { list: tuple.as_ptr(), get: ffi::PyTuple_GetItem, len: tuple.len(), attached }
+        };
+        (items.len >= least).then_some(items)
+    }
+
+    /// # Panics
+    /// If the place is not in the list.
+    #[inline]
+    fn at(&self, place: usize) -> Option<TokenId> {
+        assert!(place < self.len);
+        // SAFETY: a list, or a tuple, of this type's own function, and a place in it: no exception comes of it.
+        let item = unsafe { (self.get)(self.list, place.cast_signed()) };
+        // SAFETY: the list holds the item.
+        if unsafe { ffi::PyLong_CheckExact(item) } == 0 {
+            return None;
+        }
+        let mut overflow = 0;
+        // SAFETY: an int, of which neither code nor an exception comes.
+        TokenId::try_from(unsafe { ffi::PyLong_AsLongLongAndOverflow(item, &raw mut overflow) }).ok()
+    }
+}
+
+impl Ids for Items<'_> {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn copy(&self, from: usize, room: &mut [TokenId]) {
+        (from..).zip(room).for_each(|(place, id)| *id = self.at(place).unwrap_or(NO_ID));
+    }
+
+    fn number(&self, place: usize) -> i128 {
+        self.at(place).unwrap_or(NO_ID).into()
+    }
+}
 
 /// Ids from a sequence of integers or any array of them.
 pub fn ids_of(ids: &Bound<'_, PyAny>) -> PyResult<Box<dyn Ids>> {

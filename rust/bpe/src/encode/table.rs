@@ -19,6 +19,10 @@ const MOST_LINES: usize = 1 << 18;
 /// Ids kept for words with more than a slot has room for, before the table is emptied.
 const MOST_SPILLED: usize = 1 << 21;
 
+/// Lines that a look-up may pass over, as a mean and on top of that once. A table is at most five eighths full, so that words
+/// of a language pass over less than one; words that were chosen to share a place would pass over thousands each.
+const MOST_WALKED: (u64, u64) = (32, 4096);
+
 /// Two slots, a cache line. Both are looked at without a branch: which of the two a word is in, no processor can foretell.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
@@ -59,6 +63,9 @@ pub(super) struct Table<I: Id> {
     hasher: Hasher,
     used: usize,
     spilled: Vec<I>,
+    /// Words that [`Self::meet`] has looked for since the table last grew or was emptied, and lines passed over for them.
+    met: u64,
+    walked: u64,
 }
 
 impl<I: Id> Table<I> {
@@ -66,7 +73,7 @@ impl<I: Id> Table<I> {
 
     pub(super) fn new(level: Level) -> Self {
         let lines = vec![Self::FREE; FIRST_LINES];
-        Self { lines, hasher: Hasher::new(level, 0), used: 0, spilled: Vec::new() }
+        Self { lines, hasher: Hasher::new(level, 0), used: 0, spilled: Vec::new(), met: 0, walked: 0 }
     }
 
     /// How many lines there are: what [`Self::keys`] has found holds while there are as many.
@@ -120,8 +127,15 @@ impl<I: Id> Table<I> {
     /// looked for first. Every line that is passed over is full, and so is the one that what was in its way comes into.
     #[inline]
     pub(super) fn meet(&mut self, key: u128, miss: usize) -> Met<'_, I> {
-        let first = self.place(key);
+        let mut first = self.place(key);
         let (mut line, mut slot) = self.find(key, first);
+        self.met += 1;
+        self.walked += (line.wrapping_sub(first) & (self.lines.len() - 1)) as u64;
+        if self.walked > MOST_WALKED.0 * self.met + MOST_WALKED.1 {
+            self.begin_anew();
+            first = self.place(key);
+            (line, slot) = self.find(key, first);
+        }
         let found = self.lines[line].keys[slot];
         if found == FREE {
             if self.used * 4 >= self.lines.len() * 5 {
@@ -191,7 +205,14 @@ impl<I: Id> Table<I> {
     pub(super) fn forget(&mut self) {
         self.lines.fill(Self::FREE);
         self.spilled.clear();
-        self.used = 0;
+        (self.used, self.met, self.walked) = (0, 0, 0);
+    }
+
+    /// Empties the table and makes it small, so that no way through it is long.
+    #[cold]
+    fn begin_anew(&mut self) {
+        self.lines.truncate(FIRST_LINES);
+        self.forget();
     }
 
     /// Four times as many slots; `false` where there is no memory for them.
@@ -210,6 +231,7 @@ impl<I: Id> Table<I> {
                 (self.lines[line].keys[slot], self.lines[line].rows[slot]) = (key, row);
             }
         }
+        (self.met, self.walked) = (0, 0);
         true
     }
 
@@ -405,6 +427,44 @@ mod tests {
         }
         let key = 8_999 << 64 | 5 << 120;
         assert!(matches!(table.meet(key, 0), Met::Before(ids) if ids == [I::of(7); 500]));
+    }
+
+    /// Words of one place: two rounds of AES carry these four bytes into one byte of the place, and a half of a number that
+    /// the other hash multiplies by nothing hides the other half.
+    fn of_one_place(hasher: Hasher) -> Vec<u128> {
+        let letters = |n: u128| [n % 26, n / 26 % 26, n / 676 % 26, n / 17576 % 26].map(|letter| 97 + letter);
+        let keys = (0..26u128.pow(4)).map(|n| {
+            let [a, b, c, d] = letters(n);
+            let spread = a << 24 | b << 32 | c << 72 | d << 112;
+            let nothing = 0x9e37_79b9_7f4a_7c15 | n << 64;
+            15 << 120 | if matches!(hasher.level(), Level::Scalar) { nothing } else { spread }
+        });
+        let place = hasher.place(keys.clone().next().unwrap(), MOST_LINES);
+        keys.filter(|&key| hasher.place(key, MOST_LINES) == place).collect()
+    }
+
+    #[test]
+    fn words_that_share_a_place_do_not_make_every_look_up_a_search() {
+        for level in Level::ALL.into_iter().filter(|level| level.is_here()) {
+            let keys = of_one_place(Hasher::new(level, 0));
+            assert!(keys.len() > 1000, "{} of one place at {}", keys.len(), level.name());
+            let (mut table, mut walked, mut met) = (Table::<u16>::new(level), 0, 0u64);
+            // Beside words of a language, which make the table large.
+            for n in 0..20_000 {
+                keep(&mut table, n << 8 | 4 << 120, &[1]);
+            }
+            for &key in keys.iter().cycle().take(50_000) {
+                let first = table.place(key);
+                walked += (table.find(key, first).0.wrapping_sub(first) & (table.lines.len() - 1)) as u64;
+                met += 1;
+                match table.meet(key, 0) {
+                    Met::Before(ids) => assert_eq!(ids, [2, 3]),
+                    Met::Awaited(_) => panic!("it is kept at once"),
+                    Met::Never(place) => table.keep(key, place, &[2, 3]),
+                }
+            }
+            assert!(walked < 80 * met, "{walked} lines for {met} words at {}", level.name());
+        }
     }
 
     #[test]
