@@ -146,8 +146,8 @@ FLOORS = [
         "sweep.coordinate",
     ],
     ["learner", "runfolder", "score.choices", "report.sections", "score.overlap", "score.text"],
-    ["record", "plan", "validation", "search.bare_run", "score.harness", "report.html", "score.runs"],
-    ["loop", "profiling", "search.range_test", "experiments.hellaswag"],
+    ["record", "rehearsal", "validation", "search.bare_run", "score.harness", "report.html", "score.runs"],
+    ["loop", "plan", "profiling", "search.range_test", "experiments.hellaswag"],
     ["train", "report.build", "demo_text", "sampling", "run_flags", "search.picture", "search.runs", "stack.run"],
     [
         "cli_bpe",

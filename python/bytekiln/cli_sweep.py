@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bytekiln.config import canonical
-from bytekiln.console import Parser, human_bytes, human_count, human_time, notice, table
+from bytekiln.config import RunConfig, canonical
+from bytekiln.console import Parser, Progress, human_bytes, human_count, human_time, notice, table
 from bytekiln.errors import BytekilnError, ConfigError, MissingExtraError
 from bytekiln.experiments import catalogue
 from bytekiln.experiments.lr_search import whenever_it_ends
@@ -128,11 +128,16 @@ def dry_run(trials: Sequence[Trial], jobs: int) -> str:
     rows: list[tuple[str, ...]] = [("run", "parameters", "steps", "tokens", "FLOPs", "time", "disk")]
     total = [0.0, 0.0, 0.0]
     basis = ""
+    keyed: list[tuple[Trial, RunConfig, tuple[tuple[str, object], ...]]] = []
     for trial in trials:
         config = with_vocabulary(trial.config)
-        key = tuple(sorted((k, v) for k, v in config.flat().items() if k not in SHAPELESS))
-        if key not in plans:
-            plans[key] = make_plan(config, largest=False)
+        keyed.append((trial, config, tuple(sorted((k, v) for k, v in config.flat().items() if k not in SHAPELESS))))
+    with Progress("planning", len({key for *_, key in keyed}), "models") as bar:
+        for _, config, key in keyed:
+            if key not in plans:
+                bar.update(len(plans))
+                plans[key] = make_plan(config, largest=False)
+    for trial, _, key in keyed:
         made = plans[key]
         flops, disk = made.flops_per_token * made.length.tokens, made.checkpoint_bytes * made.checkpoints
         basis = made.time.basis

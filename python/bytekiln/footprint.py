@@ -160,7 +160,7 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.most[kind] = max(self.most[kind], self.now[kind])
 
 
-def _has_documents(config: RunConfig) -> bool:
+def has_documents(config: RunConfig) -> bool:
     """Whether batches number their documents: for the mask, or so that nothing sees the padding from both sides."""
     mlm = config.training.objective == "mlm"
     return config.data.document_mask or (mlm and config.data.windows != "stream")
@@ -243,7 +243,7 @@ class Simulation:
             s.kind = "activations"
             ids_BxT = torch.zeros(batch_size, c.model.context_length, dtype=torch.int64)
             targets_BxT = torch.zeros_like(ids_BxT)
-            documents_BxT = torch.zeros_like(ids_BxT, dtype=torch.int32) if _has_documents(c) else None
+            documents_BxT = torch.zeros_like(ids_BxT, dtype=torch.int32) if has_documents(c) else None
             loss = self._objective(ids_BxT, targets_BxT, documents_BxT)
             (loss.total / ids_BxT.numel()).backward()
             del loss

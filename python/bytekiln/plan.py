@@ -1,8 +1,8 @@
 """What a run will need, before it runs: parameters, operations, memory, time, disk, and the largest batch that fits.
 
 In: a `RunConfig` whose vocabulary is known. Out: a `Plan`. Called by `cli_plan`. Parameters and operations are exact
-(`accounting`), memory is simulated (`footprint`), time is an estimate from a measurement of half a second (`hardware`)
-and from the published utilisation of the trainer on a GPU.
+(`accounting`), memory is simulated (`footprint`). Time is that of a few steps taken now (`rehearsal`), or an estimate
+from quick measurements (`hardware`), and on a GPU from the published utilisation of the trainer.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from bytekiln.footprint import Footprint, Simulation
 from bytekiln.hardware import device_name, gpu_memory, measure, memory_bytes, peak_flops
 from bytekiln.loss import CHUNK_BYTES
 from bytekiln.prepare import attention_of, find_device, resolved
+from bytekiln.rehearsal import rehearse
 from bytekiln.tokenfile import TokenFile
 from bytekiln.yardstick import Prospect, load_yardstick, prospect
 
@@ -42,9 +43,14 @@ of attention with dropout are: 34 to 134 MB of 0.3 to 1 GB, planned within 10 %.
 GPU_UTILISATION = 0.4
 """Share of a GPU's peak that compiled training of small models reaches (published for one H100: 0.36 to 0.46)."""
 COMPILED = 0.8
-"""Time of a compiled step over that of an eager one on a CPU (measured)."""
+"""Time of a compiled step over that of an eager one on a CPU in fp32 (measured; in bf16 nothing was gained)."""
 CALL_COSTS = 2.5
 """What an operation of a model costs over one in a bare loop, with its gradient: modules, and a step's bookkeeping."""
+REHEARSED_S, LONGEST_S = 0.5, 3.0
+"""Steps that are taken to tell the time have as many windows as fit into the first; a model of which one window takes
+longer than the second, as far as its rates tell, is not tried."""
+REHEARSED_MEMORY = 0.5
+"""Share of this machine's memory that they may take."""
 UNEVEN = 4 * CHUNK_BYTES
 """Bytes by which a peak may lie beside a straight line: chunks of a loss are as even as the batch lets them be."""
 BATCHES_WITHOUT_VALIDATION = 100
@@ -293,11 +299,11 @@ def length_of(
 def micro_step_time(
     config: RunConfig, device: torch.device, peak: float | None, footprint: Footprint
 ) -> tuple[float, str]:
-    """Seconds of a micro-step, and what they rest on.
+    """Seconds of a micro-step with its share of the update, and what they rest on.
 
-    On a device of known peak: 40 % of it. On a CPU: products at the rate of products of this width, all else at the
-    rate of additions on tensors of this size, and the cost of calls, each measured now. Elsewhere: 40 % of the rate
-    of products.
+    On a device of known peak: 40 % of it. On a CPU: a few steps, taken now; where they are too long or too large for
+    that, products at the rate of products of this width, all else at the rate of additions on tensors of this size, and
+    the cost of calls, each measured now. Elsewhere: 40 % of the rate of products.
     """
     m, t = config.model, config.training
     rows = t.batch_size * m.context_length
@@ -307,14 +313,28 @@ def micro_step_time(
         basis = f"assuming {GPU_UTILISATION:.0%} of the peak, {peak / 1e12:,.0f} TFLOP/s"
         return flops / (GPU_UTILISATION * peak), basis
     speed = measure(device, dtype, rows, m.d_model)
-    products, memory = speed.flops_per_s / 1e9, speed.bytes_per_s / 1e9
-    basis = f"measured now: products {products:,.0f} GFLOP/s, memory {memory:,.0f} GB/s"
+    rates = f"products {speed.flops_per_s / 1e9:,.0f} GFLOP/s, memory {speed.bytes_per_s / 1e9:,.0f} GB/s"
     if device.type != "cpu":
-        return flops / (GPU_UTILISATION * speed.flops_per_s), basis
+        return flops / (GPU_UTILISATION * speed.flops_per_s), f"measured now: {rates}"
     micro_s = (
         flops / speed.flops_per_s + footprint.moved / speed.bytes_per_s + CALL_COSTS * speed.call_s * footprint.calls
     )
-    return micro_s * (COMPILED if t.compile is True else 1.0), basis
+    if windows := _windows_to_rehearse(t.batch_size, micro_s, footprint, device):
+        timed = rehearse(config, device, windows)
+        micro_s = timed.micro_step_s * t.batch_size / windows + timed.update_s / t.grad_accum_steps
+        rates = f"steps of {windows} window{'s' if windows > 1 else ''}; {rates}"
+    if t.compile is True and dtype is torch.float32:
+        micro_s, rates = micro_s * COMPILED, f"{rates}; compiled {COMPILED:.0%} of that"
+    return micro_s, f"measured now: {rates}"
+
+
+def _windows_to_rehearse(batch_size: int, micro_s: float, footprint: Footprint, device: torch.device) -> int:
+    """Windows of the steps that are taken for their time, 0: none; `micro_s` is what a whole batch may take."""
+    windows = min(max(int(batch_size * REHEARSED_S / micro_s), 1), batch_size)
+    fixed = RESERVE["cpu"] + footprint.weights + footprint.gradients + footprint.optimizer
+    needed = fixed + HELD["cpu"] * (footprint.activations + footprint.loss) * windows / batch_size
+    fits = needed < REHEARSED_MEMORY * memory_bytes(device)
+    return windows if fits and micro_s * windows / batch_size < LONGEST_S else 0
 
 
 def evaluations(config: RunConfig, steps: int) -> int:
