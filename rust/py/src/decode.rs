@@ -25,9 +25,13 @@ pub fn bytes_of<'py>(encoder: &Encoder, ids: &Bound<'py, PyAny>, skip_special: b
     }
     let ids = ids_of(ids)?;
     let decoding = counted(py, encoder, &*ids, skip_special)?;
-    filled(py, decoding.len(), |room| {
-        if ids.len() < FEW { decoding.write(room) } else { py.detach(|| decoding.write(room)) }
-    })
+    filled(
+        py,
+        decoding.len(),
+        |room| {
+            if ids.len() < FEW { decoding.write(room) } else { py.detach(|| decoding.write(room)) }
+        },
+    )
 }
 
 /// A bytes object of `len` bytes, all of which `write` writes.

@@ -47,9 +47,11 @@ pub(super) struct Place {
 }
 
 /// A word that the quick way did not find.
-pub(super) enum Met<'t, I> {
-    /// Its ids.
-    Before(&'t [I]),
+pub(super) enum Met<'t, I: Id> {
+    /// Its ids, and how many: whole, since a copy of one size is a move and one of any size a call.
+    Row(&'t I::Row),
+    /// Its ids, more than a row holds.
+    Many(&'t [I]),
     /// Its ids are still to come: the number of its miss.
     Awaited(usize),
     /// Where to keep its ids.
@@ -157,15 +159,15 @@ impl<I: Id> Table<I> {
             (self.lines[first].keys[1], self.lines[first].rows[1]) = moved;
             (line, slot) = (first, 1);
         }
-        let row = self.lines[line].rows[slot].as_ref();
-        let number = row[I::ROW - 1].place();
+        let whole = &self.lines[line].rows[slot];
+        let row = whole.as_ref();
         if found == key {
-            Met::Before(&row[..number])
+            Met::Row(whole)
         } else if found & AWAITED != 0 {
             Met::Awaited(row[0].place())
         } else {
             let at = row[0].place() | row[1].place() << 16;
-            Met::Before(&self.spilled[at..at + number])
+            Met::Many(&self.spilled[at..at + row[I::ROW - 1].place()])
         }
     }
 
@@ -383,8 +385,8 @@ mod tests {
                 let key = keys.keys[n];
                 assert_eq!(key, pack(word.as_bytes()).unwrap());
                 let place = match table.meet(key, n) {
-                    Met::Before(ids) => {
-                        assert_eq!(ids, kept[word]);
+                    Met::Row(_) | Met::Many(_) => {
+                        assert_eq!(met(&mut table, key).unwrap(), kept[word]);
                         continue;
                     }
                     Met::Awaited(_) => panic!("{word} is kept at once"),
@@ -408,6 +410,15 @@ mod tests {
         }
     }
 
+    /// The ids of a word that is in the table.
+    fn met<I: Id>(table: &mut Table<I>, key: u128) -> Option<Vec<I>> {
+        match table.meet(key, 0) {
+            Met::Row(row) => Some(row.as_ref()[..row.as_ref()[I::ROW - 1].place()].to_vec()),
+            Met::Many(ids) => Some(ids.to_vec()),
+            _ => None,
+        }
+    }
+
     fn keep<I: Id>(table: &mut Table<I>, key: u128, ids: &[I]) {
         if let Met::Never(place) = table.meet(key, 0) {
             table.keep(key, place, ids);
@@ -426,7 +437,7 @@ mod tests {
             table.keeps_to_its_bounds();
         }
         let key = 8_999 << 64 | 5 << 120;
-        assert!(matches!(table.meet(key, 0), Met::Before(ids) if ids == [I::of(7); 500]));
+        assert_eq!(met(&mut table, key).unwrap(), [I::of(7); 500]);
     }
 
     /// Words of one place: two rounds of AES carry these four bytes into one byte of the place, and a half of a number that
@@ -458,7 +469,8 @@ mod tests {
                 walked += (table.find(key, first).0.wrapping_sub(first) & (table.lines.len() - 1)) as u64;
                 met += 1;
                 match table.meet(key, 0) {
-                    Met::Before(ids) => assert_eq!(ids, [2, 3]),
+                    Met::Row(row) => assert_eq!((&row[..2], row[7]), (&[2, 3][..], 2)),
+                    Met::Many(_) => panic!("two ids fit into a row"),
                     Met::Awaited(_) => panic!("it is kept at once"),
                     Met::Never(place) => table.keep(key, place, &[2, 3]),
                 }

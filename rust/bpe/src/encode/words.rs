@@ -210,7 +210,12 @@ impl<I: Id> Core<I> {
         }
         let Scratch { table, gathered: Gathered { ids, len, holes, misses, .. }, .. } = &mut *scratch;
         match table.meet(key, misses.len()) {
-            Met::Before(known) => {
+            Met::Row(row) => {
+                let row = row.as_ref();
+                ids[*len..*len + I::ROW].copy_from_slice(row);
+                *len += row[I::ROW - 1].place();
+            }
+            Met::Many(known) => {
                 ids[*len..*len + known.len()].copy_from_slice(known);
                 *len += known.len();
             }
