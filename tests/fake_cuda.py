@@ -104,6 +104,7 @@ def fake_cuda() -> Iterator[Counter[str]]:
         patch.setitem(handlers, ask, tell)
         patch.setattr(torch.Tensor, "_make_subclass", staticmethod(make))
         patch.setattr(FakeTensor, "is_cuda", property(lambda self: self.device.type == "cuda"), raising=False)
+        patch.setattr(FakeTensor, "is_cpu", property(lambda self: self.device.type == "cpu"), raising=False)
         patch.setattr(torch.Tensor, "is_pinned", lambda _: True)
         patch.setattr(torch, "autocast", autocast)
         patch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))

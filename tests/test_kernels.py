@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import subprocess
@@ -122,6 +123,77 @@ def test_a_norm_s_weight_alone_may_want_a_gradient() -> None:
     torch.testing.assert_close(ours, torch.autograd.grad(F.rms_norm(x, (12,), weight, 1e-5), weight, g)[0])
     (ours,) = torch.autograd.grad(torch.ops.bytekiln.rms_norm(x, weight, 1e-5)[0], weight, g)
     torch.testing.assert_close(ours, torch.autograd.grad(F.rms_norm(x, (12,), weight, 1e-5), weight, g)[0])
+
+
+@given(
+    st.integers(0, 40),
+    st.integers(1, 9),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([0.0, 0.15, 0.5, 0.9]),
+    st.integers(0, 2**63 - 1),
+)
+def test_dropout_is_its_definition(
+    rows: int, columns: int, turned: bool, dtype: torch.dtype, rate: float, seed: int
+) -> None:
+    """Which numbers are dropped: a hash of seed and place; the others, and their gradients, are scaled."""
+    x = torch.randn(rows, columns, dtype=dtype)
+    x = (x.t() if turned else x).requires_grad_()
+    y = kernels.dropout_of(x, rate, torch.tensor(seed))
+    stays = torch.tensor([stays_of(seed, rate, place) for place in range(x.numel())], dtype=torch.bool).view(x.shape)
+    exact = torch.where(stays, x.detach().float() / (1 - rate), 0.0)
+    torch.testing.assert_close(y.detach().float(), exact, rtol=1e-6 if dtype == torch.float32 else 4e-3, atol=0)
+    g = torch.randn(x.shape, dtype=dtype)
+    exact = torch.where(stays, g.float() / (1 - rate), 0.0)
+    (dx,) = torch.autograd.grad(y, x, g)
+    torch.testing.assert_close(dx.float(), exact, rtol=1e-6 if dtype == torch.float32 else 4e-3, atol=0)
+
+
+def stays_of(seed: int, rate: float, place: int) -> bool:
+    """The specification."""
+
+    def mixed(x: int) -> int:
+        x = (x ^ x >> 16) * 0x21F0AAAD & 0xFFFFFFFF
+        x = (x ^ x >> 15) * 0xD35A2D97 & 0xFFFFFFFF
+        return x ^ x >> 15
+
+    return mixed(mixed(place ^ seed & 0xFFFFFFFF) ^ seed >> 32) >= round(rate * 2**32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_keeps_the_mean_and_follows_torchs_generator(dtype: torch.dtype, threads: None) -> None:
+    x, before = torch.ones(300_000, dtype=dtype), torch.get_rng_state()
+    y = kernels.dropout(x, 0.2)
+    assert set(y.unique().tolist()) == {0.0, 1.25}
+    assert float(y.double().mean()) == pytest.approx(1, abs=5 * (0.25 / 300_000) ** 0.5)
+    other = kernels.dropout(x, 0.2)
+    assert float(((y == 0) & (other == 0)).double().mean()) == pytest.approx(0.04, abs=0.002), (
+        "independent of the first"
+    )
+    torch.set_rng_state(before)
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        torch.set_rng_state(before)
+        assert torch.equal(kernels.dropout(x, 0.2), y)
+    lost = torch.full((1000,), math.nan, dtype=dtype)
+    assert 0 < int(kernels.dropout(lost, 0.5).isnan().sum()) < 1000
+
+
+def test_dropout_has_gradients_of_gradients_and_refuses_what_it_cannot_read() -> None:
+    x, seed = torch.randn(50, requires_grad=True), torch.tensor(7)
+    y = kernels.dropout_of(x, 0.3, seed)
+    (dx,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
+    (ddx,) = torch.autograd.grad(dx.sum(), x)
+    torch.testing.assert_close(ddx, torch.where(y.detach() == 0, 0.0, 2 / 0.7**2))
+    torch.ops.bytekiln.dropout(x, 0.3, seed).sum().backward()
+    torch.testing.assert_close(x.grad, torch.where(y.detach() == 0, 0.0, 1 / 0.7))
+    for wrong, rate in ((x.double(), 0.3), (x.half(), 0.3), (x, 1.0), (x, -0.1), (x, math.nan)):
+        with pytest.raises(ValueError, match="dropout: found rate"):
+            kernels.dropout_of(wrong, rate, seed)
+    for wrong in (torch.tensor(1.0), torch.tensor([1])):
+        with pytest.raises(ValueError, match="dropout: found seed"):
+            kernels.dropout_of(x, 0.3, wrong)
+    assert not kernels.drops(x.double()) and kernels.drops(x) and kernels.drops(x.bfloat16())
 
 
 def test_which_activations_are_taken() -> None:
@@ -327,6 +399,8 @@ def test_odd_addresses_are_copied() -> None:
 
     x, q = torch.randn(50), torch.randn(1, 2, 5, 8)
     assert torch.equal(kernels.activation(odd(x), "gelu"), kernels.activation(x, "gelu"))
+    dropped = (kernels.dropout_of(y, 0.5, torch.tensor(3)) for y in (odd(x), x))
+    assert torch.equal(*dropped)
     assert torch.equal(kernels.rms_norm(odd(x), odd(x), 0.0), kernels.rms_norm(x, x, 0.0))
     assert torch.equal(kernels.attention(*[odd(q)] * 3, True, 0), kernels.attention(q, q, q, True, 0))
 
@@ -384,6 +458,7 @@ def test_the_operators_keep_torchs_rules(wanted: tuple[bool, ...]) -> None:
     """Schema, shapes without contents, and a trace of forward and backward."""
     q, k, v = (torch.randn(2, h, 9, 8, requires_grad=w) for h, w in zip((4, 2, 2), wanted, strict=True))
     torch.library.opcheck(torch.ops.bytekiln.scaled_dot_product_attention.default, (q, k, v, True, 3))
+    torch.library.opcheck(torch.ops.bytekiln.dropout.default, (q, 0.3, torch.tensor(5)))
 
 
 def test_nothing_is_read_where_nothing_stands() -> None:
@@ -392,6 +467,7 @@ def test_nothing_is_read_where_nothing_stands() -> None:
         q = torch.randn(2, 9, 4, 16).transpose(1, 2).requires_grad_()
         out = native_attention(q, q, q)
         x = kernels.swiglu(kernels.activation(out, "gelu"), kernels.rms_norm(out, None, 1e-5))
+        x = kernels.dropout(x, 0.5)
         x.sum().backward()
         assert out.transpose(1, 2).is_contiguous() and q.grad is not None and q.grad.shape == q.shape
 

@@ -1,9 +1,9 @@
-"""Attention, activations and RMSNorm on the CPU in float32: operators of torch whose work the Rust core does.
+"""Attention, activations, RMSNorm and dropout on the CPU in float32: operators of torch whose work the Rust core does.
 
-In: float32 tensors on the CPU. Out: the same function that torch has, sooner: torch's own kernels take two to four
-times the time (`docs/performance.md`). Called by `attention` and `model`, which ask `attends` and `activates` first
-and leave everything else to torch. They use as many threads as torch, and torch's own where it has GNU's OpenMP or one
-that can stand in for it; no result depends on their number.
+In: float32 tensors on the CPU, for dropout bf16 ones, too. Out: the same function that torch has, sooner: torch's own
+kernels take two to four times the time, dropout twenty (`docs/performance.md`). Called by `attention` and `model`,
+which ask `attends`, `activates` and `drops` first and leave everything else to torch. They use as many threads as
+torch, and torch's own where it has GNU's OpenMP or one that can stand in for it; no result depends on their number.
 
 They are operators, so that a compiled model, a simulation without contents and a profile see each as one node, under
 the names `bytekiln::…`. The gradient of a gradient is not there, and asking for it is an error.
@@ -28,6 +28,9 @@ WIDEST_HEAD = 128
 KINDS = ("gelu", "gelu_tanh", "silu", "relu2")
 """Activations of one argument."""
 
+_SEEDS = 2**63 - 1
+"""Seeds of dropout are below."""
+
 _Strided: TypeAlias = tuple[int, tuple[int, int, int]]
 
 _library: Any = cast(Any, torch.library.Library)("bytekiln", "DEF")  # torch leaves it untyped
@@ -35,6 +38,7 @@ _SIGHT = "bool causal, int window"
 for _schema in (
     "activation(Tensor x, str kind) -> Tensor",
     "activation_backward(Tensor g, Tensor x, str kind) -> Tensor",
+    "dropout(Tensor x, float rate, Tensor seed) -> Tensor",
     "swiglu(Tensor a, Tensor b) -> Tensor",
     "swiglu_backward(Tensor g, Tensor a, Tensor b) -> (Tensor, Tensor)",
     "rms_norm(Tensor x, Tensor? weight, float eps) -> (Tensor, Tensor)",
@@ -107,6 +111,32 @@ def activation(x: Tensor, kind: str) -> Tensor:
         return cast(Tensor, _ops.activation(x, kind))
 
 
+def drops(x: Tensor) -> bool:
+    """Whether the core drops numbers of this tensor: float32 or bf16 on the CPU, nothing compiled or transformed.
+
+    A compiler draws its masks itself.
+    """
+    kind = x.dtype in (torch.float32, torch.bfloat16)
+    return x.is_cpu and kind and not torch.compiler.is_compiling() and not _transformed()
+
+
+def dropout(x: Tensor, rate: float) -> Tensor:
+    """x / (1 - rate), each number 0 with probability `rate`, where `drops`; keeps nothing for the backward.
+
+    Which ones is a function of a seed, drawn from torch's generator, and of their places: whoever sets the generator
+    back gets the same ones again. A number that is dropped is 0 whatever it was, NaN too.
+    """
+    return dropout_of(x, rate, torch.randint(_SEEDS, (), device=x.device))
+
+
+def dropout_of(x: Tensor, rate: float, seed: Tensor) -> Tensor:
+    """`dropout` with its seed, int64 0-D: nothing waits for its number but the core."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return cast(Tensor, _Dropout.apply(x, rate, seed))
+    with torch._C._AutoDispatchBelowAutograd():
+        return cast(Tensor, _ops.dropout(x, rate, seed))
+
+
 def swiglu(a: Tensor, b: Tensor) -> Tensor:
     """silu(a) · b of two tensors of one shape; keeps nothing but them for the backward."""
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
@@ -167,6 +197,23 @@ class _Activation(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
         _refuse_a_graph()
         return cast(Tensor, _ops.activation_backward(g, *ctx.saved_tensors, ctx.kind)), None
+
+
+class _Dropout(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rate: float, seed: Tensor) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(seed)
+        ctx.rate = rate
+        with torch._C._AutoDispatchBelowAutograd():
+            return cast(Tensor, _ops.dropout(x, rate, seed))
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+        return (
+            dropout_of(g, ctx.rate, *ctx.saved_tensors),
+            None,
+            None,
+        )  # a linear map and its own transpose: a graph of it is right, too
 
 
 class _SwiGLU(Function):
@@ -230,6 +277,18 @@ def _activation_backward(g: Tensor, x: Tensor, kind: str) -> Tensor:
     addresses = (g.data_ptr(), x.data_ptr(), dx.data_ptr())
     _core.activation_backward(torch.get_num_threads(), kind, x.numel(), *addresses)
     return dx
+
+
+def _dropout(x: Tensor, rate: float, seed: Tensor) -> Tensor:
+    if not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16) or not 0 <= rate < 1:
+        raise ValueError(f"dropout: found rate {rate} for {x.dtype} on {x.device}; expected a rate from 0 below 1, and "
+                         "float32 or bf16 on the CPU")  # fmt: skip
+    if seed.dtype != torch.int64 or seed.dim() or not seed.is_cpu:
+        raise ValueError(f"dropout: found seed {seed.dtype} {tuple(seed.shape)}; expected one int64 on the CPU")
+    x, number = _aligned(x.contiguous()), int(seed.item()) % 2**64
+    y, is_bf16 = torch.empty_like(x), x.dtype == torch.bfloat16
+    _core.dropout(torch.get_num_threads(), number, rate, is_bf16, x.numel(), x.data_ptr(), y.data_ptr())
+    return y
 
 
 def _swiglu(a: Tensor, b: Tensor) -> Tensor:
@@ -410,6 +469,7 @@ def _backward(
 for _name, _do, _shapes in (
     ("activation", _activation, lambda x, kind: _same(x)),
     ("activation_backward", _activation_backward, lambda g, x, kind: _same(x)),
+    ("dropout", _dropout, lambda x, rate, seed: _same(x)),
     ("swiglu", _swiglu, lambda a, b: _same(a)),
     ("swiglu_backward", _swiglu_backward, lambda g, a, b: (_same(a), _same(b))),
     (
@@ -437,5 +497,6 @@ for _name, _do, _shapes in (
     torch.library.register_fake(f"bytekiln::{_name}", _shapes, lib=_library)
 _library.impl("scaled_dot_product_attention", _attention_with_gradient, "Autograd")
 _library.impl("activation", activation, "Autograd")
+_library.impl("dropout", dropout_of, "Autograd")
 _library.impl("swiglu", swiglu, "Autograd")
 _library.impl("rms_norm", _rms_norm_with_gradient, "Autograd")

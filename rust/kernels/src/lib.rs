@@ -3,6 +3,7 @@
 //!
 //! - [`attention`]: softmax(q kᵀ / √K) v, causal or not, with or without a window, and its gradients.
 //! - [`activation`]: GELU, SiLU, squared ReLU with their derivatives in one pass; SwiGLU.
+//! - [`dropout`]: of float32 and bf16, without a mask in memory.
 //! - [`norm`]: RMSNorm and its gradients.
 //! - [`naive`]: the same in float64, slow and readable: the specification.
 //!
@@ -16,6 +17,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod dropout;
 pub mod naive;
 pub mod norm;
 pub mod simd;

@@ -27,25 +27,25 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 pub const MOST: usize = 64;
 
 /// An output that jobs write piece by piece.
-pub(crate) struct Pieces<'a> {
-    start: *mut f32,
+pub(crate) struct Pieces<'a, T = f32> {
+    start: *mut T,
     len: usize,
     size: usize,
-    of: PhantomData<&'a mut [f32]>,
+    of: PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: the pieces do not overlap, and each is handed out once.
-unsafe impl Sync for Pieces<'_> {}
+unsafe impl<T: Send> Sync for Pieces<'_, T> {}
 
-impl<'a> Pieces<'a> {
-    pub(crate) fn new(out: &'a mut [f32], size: usize) -> Self {
+impl<'a, T> Pieces<'a, T> {
+    pub(crate) fn new(out: &'a mut [T], size: usize) -> Self {
         Self { start: out.as_mut_ptr(), len: out.len(), size, of: PhantomData }
     }
 
     /// # Safety
     /// No index twice.
     #[expect(clippy::mut_from_ref, reason = "the pieces are disjoint")]
-    pub(crate) unsafe fn piece(&self, index: usize) -> &mut [f32] {
+    pub(crate) unsafe fn piece(&self, index: usize) -> &mut [T] {
         let from = self.len.min(index * self.size);
         let to = self.len.min(from + self.size);
         // SAFETY: inside the slice that `new` was given; disjoint by the caller's word.

@@ -3,6 +3,7 @@
 use bytekiln_bpe::Error;
 use bytekiln_kernels::activation::{self, Kind};
 use bytekiln_kernels::attention::{self, Input, Output, Shape, Sight, Strides};
+use bytekiln_kernels::dropout::{Bf16, dropout as dropped};
 use bytekiln_kernels::norm;
 use bytekiln_kernels::simd::Level;
 use bytekiln_kernels::threads::{self, Parallel};
@@ -10,7 +11,7 @@ use pyo3::prelude::*;
 
 use crate::error::to_python;
 
-/// Address of float32 numbers.
+/// Address of float32 numbers, or bf16 ones where that is said.
 type Address = usize;
 /// A tensor that is read: its address, and its strides in numbers by batch, head and place.
 type Strided = (Address, (usize, usize, usize));
@@ -22,25 +23,25 @@ fn level(py: Python<'_>) -> PyResult<Level> {
 }
 
 /// # Safety
-/// `len` float32 numbers stand at the address for as long as the slice is used, and nobody writes them.
-unsafe fn read<'a>(address: Address, len: usize) -> &'a [f32] {
+/// `len` numbers of this type stand at the address for as long as the slice is used, and nobody writes them.
+unsafe fn read<'a, T>(address: Address, len: usize) -> &'a [T] {
     if len == 0 {
         return &[];
     }
-    assert!(address != 0 && address.is_multiple_of(align_of::<f32>()), "kernels: found address {address}");
+    assert!(address != 0 && address.is_multiple_of(align_of::<T>()), "kernels: found address {address}");
     // SAFETY: the caller's word, for everything that could not be asserted.
-    unsafe { std::slice::from_raw_parts(address as *const f32, len) }
+    unsafe { std::slice::from_raw_parts(address as *const T, len) }
 }
 
 /// # Safety
 /// As for [`read`], and nobody else reads or writes them.
-unsafe fn write<'a>(address: Address, len: usize) -> &'a mut [f32] {
+unsafe fn write<'a, T>(address: Address, len: usize) -> &'a mut [T] {
     if len == 0 {
         return &mut [];
     }
-    assert!(address != 0 && address.is_multiple_of(align_of::<f32>()), "kernels: found address {address}");
+    assert!(address != 0 && address.is_multiple_of(align_of::<T>()), "kernels: found address {address}");
     // SAFETY: the caller's word, for everything that could not be asserted.
-    unsafe { std::slice::from_raw_parts_mut(address as *mut f32, len) }
+    unsafe { std::slice::from_raw_parts_mut(address as *mut T, len) }
 }
 
 fn shape_of((batch, heads, kv_heads, queries, keys, width): Sizes) -> Shape {
@@ -121,6 +122,34 @@ pub fn activation_backward(
         // SAFETY: as in `activation_forward`.
         let (g, x, dx) = unsafe { (read(g, len), read(x, len), write(dx, len)) };
         activation::backward(level, threads, kind, g, x, dx);
+    });
+    Ok(())
+}
+
+/// y = x / (1 - rate) or 0 over `len` numbers, as the seed and their places say; bf16 ones, or float32.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "an operator of torch has as many")]
+pub fn dropout(
+    py: Python<'_>,
+    threads: usize,
+    seed: u64,
+    rate: f64,
+    bf16: bool,
+    len: usize,
+    x: Address,
+    y: Address,
+) -> PyResult<()> {
+    let level = level(py)?;
+    py.detach(|| {
+        if bf16 {
+            // SAFETY: as in `activation_forward`.
+            let (x, y) = unsafe { (read::<Bf16>(x, len), write(y, len)) };
+            dropped(level, threads, seed, rate, x, y);
+        } else {
+            // SAFETY: the same.
+            let (x, y) = unsafe { (read::<f32>(x, len), write(y, len)) };
+            dropped(level, threads, seed, rate, x, y);
+        }
     });
     Ok(())
 }

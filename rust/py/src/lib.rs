@@ -322,7 +322,7 @@ mod _core {
 
     #[pymodule_export]
     use super::kernels::{
-        activation_backward, activation_forward, attention_backward, attention_forward, borrow_threads,
+        activation_backward, activation_forward, attention_backward, attention_forward, borrow_threads, dropout,
         rms_norm_backward, rms_norm_forward, simd_level, swiglu_backward, swiglu_forward,
     };
 

@@ -1,0 +1,176 @@
+//! Dropout (Srivastava et al. 2014) without a mask in memory: whether a number stays is a function of a seed and of its
+//! place, so that the backward makes the same choice again.
+//!
+//! The choice is a hash: each half of the seed goes into a round of two multiplications (Wellons 2018, "hash prospector",
+//! the constants with the least bias found). A generator that goes from number to number, as torch's does, takes twenty
+//! times as long and has one thread.
+
+use crate::simd::{self, Job, Lanes, Level};
+use crate::threads::{self, Pieces};
+
+/// Numbers of one job.
+const PIECE: usize = 16_384;
+
+/// A number that can be dropped.
+pub trait Number: Copy + Default + Send + Sync {
+    /// The product, rounded to this type.
+    #[must_use]
+    fn times(self, factor: f32) -> Self;
+}
+
+impl Number for f32 {
+    #[inline(always)]
+    fn times(self, factor: f32) -> Self {
+        self * factor
+    }
+}
+
+/// The upper half of a float32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct Bf16(pub u16);
+
+impl Number for Bf16 {
+    /// To the nearest, ties to even.
+    #[inline(always)]
+    fn times(self, factor: f32) -> Self {
+        let bits = (f32::from_bits(u32::from(self.0) << 16) * factor).to_bits();
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+        // Of NaN the carry could make another number.
+        let is_nan = bits & 0x7fff_ffff > 0x7f80_0000;
+        Self(if is_nan { bits >> 16 | 0x40 } else { rounded } as u16)
+    }
+}
+
+/// Numbers are dropped where their hash is below this.
+#[expect(clippy::cast_sign_loss, reason = "a rate is none below 0")]
+fn threshold(rate: f64) -> u32 {
+    (rate * 4_294_967_296.0).round() as u32
+}
+
+/// The hash of a place.
+#[inline(always)]
+fn hash(seed: (u32, u32), place: u32) -> u32 {
+    let round = |mut x: u32| {
+        x = (x ^ x >> 16).wrapping_mul(0x21f0_aaad);
+        x = (x ^ x >> 15).wrapping_mul(0xd35a_2d97);
+        x ^ x >> 15
+    };
+    round(round(place ^ seed.0) ^ seed.1)
+}
+
+/// Whether the number at a place stays: the specification, a number at a time.
+pub fn stays(seed: u64, rate: f64, place: u64) -> bool {
+    hash(halves(seed, place), place as u32) >= threshold(rate)
+}
+
+/// Of the seed, the second with what of the place goes beyond 32 bits.
+fn halves(seed: u64, place: u64) -> (u32, u32) {
+    (seed as u32, (seed >> 32) as u32 ^ ((place >> 32) as u32).wrapping_mul(0x9e37_79b9))
+}
+
+/// y = x / (1 - rate) where it [`stays`], else 0.
+///
+/// # Panics
+/// Lengths differ, or the rate is not in [0, 1).
+pub fn dropout<N: Number>(level: Level, threads: usize, seed: u64, rate: f64, x: &[N], y: &mut [N]) {
+    assert!((0.0..1.0).contains(&rate), "dropout: found rate {rate}");
+    assert_eq!(x.len(), y.len());
+    let y = Pieces::new(y, PIECE);
+    threads::share(threads, x.len().div_ceil(PIECE), |index| {
+        let from = index * PIECE;
+        let x = &x[from..x.len().min(from + PIECE)];
+        // SAFETY: every index comes once.
+        let y = unsafe { y.piece(index) };
+        // A piece ends where 32 bits do, or earlier.
+        let (seed, first) = (halves(seed, from as u64), from as u32);
+        simd::run(level, Dropped { seed, first, least: threshold(rate), scale: (1.0 / (1.0 - rate)) as f32, x, y });
+    });
+}
+
+struct Dropped<'a, N> {
+    seed: (u32, u32),
+    first: u32,
+    least: u32,
+    scale: f32,
+    x: &'a [N],
+    y: &'a mut [N],
+}
+
+impl<N: Number> Job for Dropped<'_, N> {
+    type Out = ();
+    /// Whole numbers have no [`Lanes`]: the compiler makes vectors of the level's of this loop.
+    #[inline(always)]
+    fn run<L: Lanes>(self, _: L) {
+        let Self { seed, first, least, scale, x, y } = self;
+        // Counted by hand: a count that is checked for overflow keeps the loop from becoming vectors.
+        let mut place = first;
+        for (y, x) in y.iter_mut().zip(x) {
+            let kept = x.times(scale);
+            *y = if hash(seed, place) >= least { kept } else { N::default() };
+            place = place.wrapping_add(1);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn levels() -> impl Iterator<Item = Level> {
+        Level::ALL.into_iter().filter(|level| level.is_here())
+    }
+
+    proptest! {
+        #[test]
+        fn every_level_and_number_of_threads_does_what_is_specified(
+            seed in any::<u64>(),
+            rate in 0.0..0.999f64,
+            len in 0usize..40_000,
+            threads in 1usize..4,
+        ) {
+            let x: Vec<f32> = (0..len as u16).map(|n| f32::from(n) - 100.0).collect();
+            let scale = (1.0 / (1.0 - rate)) as f32;
+            let expected: Vec<f32> =
+                x.iter().zip(0..).map(|(x, place)| if stays(seed, rate, place) { x * scale } else { 0.0 }).collect();
+            for level in levels() {
+                let mut y = vec![7.0; len];
+                dropout(level, threads, seed, rate, &x, &mut y);
+                prop_assert_eq!(&y, &expected, "{}", level.name());
+            }
+        }
+
+        #[test]
+        fn bf16_is_rounded_to_the_nearest(bits in any::<u16>(), factor in 1.0..3.0f32) {
+            let exact = f64::from(f32::from_bits(u32::from(bits) << 16)) * f64::from(factor);
+            let found = f32::from_bits(u32::from(Bf16(bits).times(factor).0) << 16);
+            if exact.is_nan() {
+                prop_assert!(found.is_nan());
+            } else if found.is_finite() && exact.abs() > 1e-37 {
+                // Half of a last place of 8 bits, and the rounding of the product before it.
+                prop_assert!((f64::from(found) - exact).abs() <= exact.abs() * (1.0 / 256.0 + 1e-7), "{found} for {exact}");
+            }
+        }
+    }
+
+    /// Shares of two hundred thousand within five deviations, of single numbers and of pairs of neighbours, rows and seeds.
+    #[test]
+    fn choices_are_as_if_independent() {
+        let (rate, n) = (0.2, 200_000u32);
+        for seed in [0, 1, 1 << 32, u64::MAX, 0x0123_4567_89ab_cdef] {
+            let share = |both: &dyn Fn(u64) -> bool| {
+                f64::from((0..n).map(|place| u32::from(both(place.into()))).sum::<u32>()) / f64::from(n)
+            };
+            let near = |found: f64, expected: f64| (found - expected).abs() < 5.0 * (expected / f64::from(n)).sqrt();
+            let drops = |seed: u64, place: u64| !stays(seed, rate, place);
+            assert!(near(share(&|place| drops(seed, place)), rate));
+            for step in [1, 2, 64, 256, 4096, 1 << 16, 1 << 32] {
+                assert!(near(share(&|place| drops(seed, place) && drops(seed, place + step)), rate * rate), "{step}");
+            }
+            for other in [seed ^ 1, seed ^ 1 << 31, seed ^ 1 << 32, seed.wrapping_add(1 << 40), !seed] {
+                assert!(near(share(&|place| drops(seed, place) && drops(other, place)), rate * rate), "{other}");
+            }
+        }
+    }
+}
