@@ -7,6 +7,7 @@ use std::hint::black_box;
 
 use bytekiln_kernels::activation::{self, Kind};
 use bytekiln_kernels::attention::{self, Input, Output, Shape, Sight, Strides};
+use bytekiln_kernels::dropout::{Bf16, dropout};
 use bytekiln_kernels::simd::Level;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
@@ -46,6 +47,23 @@ fn activations(c: &mut Criterion) {
         });
         group.bench_function(BenchmarkId::new("SwiGLU backward", level.name()), |bench| {
             bench.iter(|| activation::swiglu_backward(level, 1, black_box(&x), &x, &x, &mut y, &mut z));
+        });
+    }
+}
+
+fn dropouts(c: &mut Criterion) {
+    let mut group = c.benchmark_group("dropout");
+    let x = numbers(4096 * 192, 1);
+    let halves: Vec<Bf16> = x.iter().map(|x| Bf16((x.to_bits() >> 16) as u16)).collect();
+    let (mut y, mut z) = (x.clone(), halves.clone());
+    for level in levels() {
+        group.throughput(Throughput::Bytes(4 * x.len() as u64));
+        group.bench_function(BenchmarkId::new("float32", level.name()), |bench| {
+            bench.iter(|| dropout(level, 1, 7, 0.2, black_box(&x), &mut y));
+        });
+        group.throughput(Throughput::Bytes(2 * x.len() as u64));
+        group.bench_function(BenchmarkId::new("bf16", level.name()), |bench| {
+            bench.iter(|| dropout(level, 1, 7, 0.2, black_box(&halves), &mut z));
         });
     }
 }
@@ -90,5 +108,5 @@ fn attentions(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, activations, attentions);
+criterion_group!(benches, activations, dropouts, attentions);
 criterion_main!(benches);
