@@ -291,3 +291,15 @@ def test_outputs_never_follow_links_nor_replace_devices_or_inputs(kiln: Tokenize
     text.rename(side)
     with pytest.raises(FileError, match="is one of the inputs"):
         bytekiln.encode_files(kiln, side, text.with_name("x.npy"), overwrite=True)
+
+
+def test_a_written_file_is_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is opened when it is first asked for, which may be after the process has gone elsewhere."""
+    (tmp_path / "text.txt").write_text("the kiln is warm")
+    (tmp_path / "elsewhere").mkdir()
+    tokenizer = bytekiln.train_bpe_from_iterator(["the kiln is warm"], vocab_size=260)
+    monkeypatch.chdir(tmp_path)
+    written = bytekiln.encode_files(tokenizer, "text.txt", "ids.npy")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert written.path == Path("ids.npy")
+    assert tokenizer.decode(written.array) == "the kiln is warm"

@@ -62,19 +62,19 @@ class TokenFile:
     def later(cls, path: str | PathLike[str]) -> TokenFile:
         """What `open` gives, opened when it is first asked for: whoever only writes a file loads no numpy."""
         self = cls.__new__(cls)
-        self.__dict__["_later"] = os.fspath(path)
+        self.__dict__["_later"] = os.fspath(path), os.path.abspath(path)  # whatever the folder is by then
         return self
 
     def __getattr__(self, name: str) -> object:
         """Open a file that was to be opened later."""
         if name.startswith("_") or "_later" not in self.__dict__ or "array" in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        if name == "path":
-            from pathlib import Path
+        from pathlib import Path
 
-            self.path = Path(self.__dict__["_later"])
-        else:
-            self.__dict__.update(TokenFile.open(self.path).__dict__)
+        given, place = self.__dict__["_later"]
+        if name != "path":
+            self.__dict__.update(TokenFile.open(place).__dict__)
+        self.path = Path(given)
         return getattr(self, name)
 
     @classmethod
