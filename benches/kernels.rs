@@ -7,7 +7,8 @@ use std::hint::black_box;
 
 use bytekiln_kernels::activation::{self, Kind};
 use bytekiln_kernels::attention::{self, Input, Output, Shape, Sight, Strides};
-use bytekiln_kernels::dropout::{Bf16, dropout};
+use bytekiln_kernels::dropout::dropout;
+use bytekiln_kernels::number::Bf16;
 use bytekiln_kernels::simd::Level;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
@@ -54,7 +55,7 @@ fn activations(c: &mut Criterion) {
 fn dropouts(c: &mut Criterion) {
     let mut group = c.benchmark_group("dropout");
     let x = numbers(4096 * 192, 1);
-    let halves: Vec<Bf16> = x.iter().map(|x| Bf16((x.to_bits() >> 16) as u16)).collect();
+    let halves: Vec<Bf16> = x.iter().map(|&x| Bf16::of(x)).collect();
     let (mut y, mut z) = (x.clone(), halves.clone());
     for level in levels() {
         group.throughput(Throughput::Bytes(4 * x.len() as u64));

@@ -125,6 +125,36 @@ def test_a_norm_s_weight_alone_may_want_a_gradient() -> None:
     torch.testing.assert_close(ours, torch.autograd.grad(F.rms_norm(x, (12,), weight, 1e-5), weight, g)[0])
 
 
+@settings(max_examples=60)
+@given(
+    st.integers(0, 90),
+    st.integers(1, 5),
+    st.booleans(),
+    st.sampled_from([*kernels.KINDS, "swiglu"]),
+    st.integers(0, 99),
+)
+def test_bf16_is_computed_in_float32_and_rounded_once(
+    rows: int, columns: int, turned: bool, kind: str, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    shape = (columns, rows) if turned else (rows, columns)
+    x, other, g = ((t.t() if turned else t) for t in 4 * torch.randn(3, *shape, dtype=torch.bfloat16))
+
+    def done(*tensors: Tensor) -> Tensor:
+        return kernels.swiglu(*tensors) if kind == "swiglu" else kernels.activation(tensors[0], kind)
+
+    given = [x, other] if kind == "swiglu" else [x]
+    for found, exact in zip(outcome(done, given, g), outcome(done, [t.float() for t in given], g), strict=True):
+        assert found.dtype == torch.bfloat16 and torch.equal(found, exact.bfloat16())
+
+
+def test_bf16_keeps_what_is_no_number() -> None:
+    x = torch.tensor([math.nan, -math.nan, math.inf, 3.3895e38] * 9, dtype=torch.bfloat16)
+    for kind in kernels.KINDS:
+        assert torch.equal(kernels.activation(x, kind).isnan(), x.isnan())
+    assert torch.equal(kernels.activation(x, "relu2").isinf(), ~x.isnan())
+
+
 @given(
     st.integers(0, 40),
     st.integers(1, 9),
@@ -193,12 +223,13 @@ def test_dropout_has_gradients_of_gradients_and_refuses_what_it_cannot_read() ->
     for wrong in (torch.tensor(1.0), torch.tensor([1])):
         with pytest.raises(ValueError, match="dropout: found seed"):
             kernels.dropout_of(x, 0.3, wrong)
-    assert not kernels.drops(x.double()) and kernels.drops(x) and kernels.drops(x.bfloat16())
 
 
 def test_which_activations_are_taken() -> None:
-    assert kernels.activates(torch.zeros(3))
-    assert not kernels.activates(torch.zeros(3, dtype=torch.bfloat16))
+    assert kernels.activates(torch.zeros(3)) and kernels.normalises(torch.zeros(3))
+    halves = torch.zeros(3, dtype=torch.bfloat16)
+    assert kernels.activates(halves) and not kernels.normalises(halves)
+    assert not kernels.activates(torch.zeros(3, dtype=torch.float16))
     assert not kernels.activates(torch.zeros(3, dtype=torch.float64))
     assert not kernels.activates(torch.zeros(3, device="meta"))
 
@@ -363,7 +394,9 @@ def test_lengths_and_types_are_checked_before_addresses_are_given_away() -> None
     ops, x = torch.ops.bytekiln, torch.randn(3000)
     calls = (
         lambda: kernels.activation(x.half(), "gelu"),
-        lambda: ops.activation(x.bfloat16(), "gelu"),
+        lambda: ops.activation_backward(x.bfloat16(), x, "gelu"),
+        lambda: ops.swiglu(x.bfloat16(), x),
+        lambda: kernels.rms_norm(x.bfloat16(), None, 0.0),
         lambda: ops.activation(x.double(), "gelu"),
         lambda: ops.activation_backward(x[:4], x, "gelu"),
         lambda: kernels.swiglu(x, x[:4]),
@@ -375,7 +408,7 @@ def test_lengths_and_types_are_checked_before_addresses_are_given_away() -> None
         lambda: ops.rms_norm_backward(x[:4], x, torch.ones(1), None),
     )
     for call in calls:
-        with pytest.raises(ValueError, match="expected float32 on the CPU, all of one shape"):
+        with pytest.raises(ValueError, match=r"expected float32( or bf16)? on the CPU, all of one shape"):
             call()
     with pytest.raises(ValueError, match="rms_norm: found weight"):
         kernels.rms_norm(x, x[:4], 0.0)

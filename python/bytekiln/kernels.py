@@ -1,9 +1,10 @@
 """Attention, activations, RMSNorm and dropout on the CPU in float32: operators of torch whose work the Rust core does.
 
-In: float32 tensors on the CPU, for dropout bf16 ones, too. Out: the same function that torch has, sooner: torch's own
-kernels take two to four times the time, dropout twenty (`docs/performance.md`). Called by `attention` and `model`,
-which ask `attends`, `activates` and `drops` first and leave everything else to torch. They use as many threads as
-torch, and torch's own where it has GNU's OpenMP or one that can stand in for it; no result depends on their number.
+In: float32 tensors on the CPU; activations and dropout take bf16 ones, too, and round once. Out: the same function that
+torch has, sooner: torch's own kernels take two to four times the time, dropout twenty (`docs/performance.md`). Called
+by `attention` and `model`, which ask `attends`, `activates` and `normalises` first and leave everything else to torch.
+They use as many threads as torch, and torch's own where it has GNU's OpenMP or one that can stand in for it; no result
+depends on their number.
 
 They are operators, so that a compiled model, a simulation without contents and a profile see each as one node, under
 the names `bytekiln::…`. The gradient of a gradient is not there, and asking for it is an error.
@@ -28,6 +29,7 @@ WIDEST_HEAD = 128
 KINDS = ("gelu", "gelu_tanh", "silu", "relu2")
 """Activations of one argument."""
 
+_NUMBERS = (torch.float32, torch.bfloat16)
 _SEEDS = 2**63 - 1
 """Seeds of dropout are below."""
 
@@ -66,11 +68,17 @@ _core.borrow_threads(_gomp_parallel())
 
 
 def activates(x: Tensor) -> bool:
-    """Whether the core computes activations of this tensor: float32 on the CPU, and nothing is compiled or transformed.
+    """Whether the core computes activations of this tensor, and drops numbers of it: float32 or bf16 on the CPU.
 
-    A compiler fuses them with their neighbours, which is better still.
+    Not where anything is compiled or transformed. A compiler fuses activations with their neighbours, which is better
+    still, and draws masks itself.
     """
-    return x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling() and not _transformed()
+    return x.is_cpu and x.dtype in _NUMBERS and not torch.compiler.is_compiling() and not _transformed()
+
+
+def normalises(x: Tensor) -> bool:
+    """Whether the core has RMSNorm for this tensor: as `activates`, float32 alone."""
+    return x.dtype == torch.float32 and activates(x)
 
 
 def _transformed() -> bool:
@@ -79,23 +87,29 @@ def _transformed() -> bool:
     return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
 
 
-def _hold(name: str, *tensors: Tensor) -> None:
+def _hold(name: str, *tensors: Tensor, bf16: bool = False) -> None:
     """The core is given addresses and one length: whatever differs would be read from foreign memory.
 
     Raises:
-        ValueError: not all are float32 on the CPU, and of one shape.
+        ValueError: not all are float32 on the CPU, or with `bf16` all of that, and of one shape.
     """
     first = tensors[0]
+    dtype = first.dtype if bf16 and first.dtype in _NUMBERS else torch.float32
     for x in tensors:
-        if not x.is_cpu or x.dtype != torch.float32 or x.shape != first.shape:
-            raise ValueError(f"{name}: found {tuple(x.shape)} of {x.dtype} on {x.device} beside {tuple(first.shape)}; "
-                             "expected float32 on the CPU, all of one shape")  # fmt: skip
+        if not x.is_cpu or x.dtype != dtype or x.shape != first.shape:
+            kinds = "float32 or bf16" if bf16 else "float32"
+            found = f"{tuple(x.shape)} of {x.dtype} on {x.device} beside {tuple(first.shape)} of {first.dtype}"
+            raise ValueError(f"{name}: found {found}; expected {kinds} on the CPU, all of one shape")
 
 
 def _checked(name: str, *tensors: Tensor) -> list[Tensor]:
     """The tensors as the core reads them, contiguous and aligned; raises as `_hold`."""
-    _hold(name, *tensors)
+    _hold(name, *tensors, bf16=True)
     return [_aligned(x.contiguous()) for x in tensors]
+
+
+def _is_bf16(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -111,17 +125,8 @@ def activation(x: Tensor, kind: str) -> Tensor:
         return cast(Tensor, _ops.activation(x, kind))
 
 
-def drops(x: Tensor) -> bool:
-    """Whether the core drops numbers of this tensor: float32 or bf16 on the CPU, nothing compiled or transformed.
-
-    A compiler draws its masks itself.
-    """
-    kind = x.dtype in (torch.float32, torch.bfloat16)
-    return x.is_cpu and kind and not torch.compiler.is_compiling() and not _transformed()
-
-
 def dropout(x: Tensor, rate: float) -> Tensor:
-    """x / (1 - rate), each number 0 with probability `rate`, where `drops`; keeps nothing for the backward.
+    """x / (1 - rate), each number 0 with probability `rate`, where `activates`; keeps nothing for the backward.
 
     Which ones is a function of a seed, drawn from torch's generator, and of their places: whoever sets the generator
     back gets the same ones again. A number that is dropped is 0 whatever it was, NaN too.
@@ -267,7 +272,7 @@ def _same(x: Tensor) -> Tensor:
 def _activation(x: Tensor, kind: str) -> Tensor:
     (x,) = _checked("activation", x)
     y = torch.empty_like(x)
-    _core.activation_forward(torch.get_num_threads(), kind, x.numel(), x.data_ptr(), y.data_ptr())
+    _core.activation_forward(torch.get_num_threads(), kind, _is_bf16(x), x.numel(), x.data_ptr(), y.data_ptr())
     return y
 
 
@@ -275,26 +280,27 @@ def _activation_backward(g: Tensor, x: Tensor, kind: str) -> Tensor:
     g, x = _checked("activation_backward", g, x)
     dx = torch.empty_like(x)
     addresses = (g.data_ptr(), x.data_ptr(), dx.data_ptr())
-    _core.activation_backward(torch.get_num_threads(), kind, x.numel(), *addresses)
+    _core.activation_backward(torch.get_num_threads(), kind, _is_bf16(x), x.numel(), *addresses)
     return dx
 
 
 def _dropout(x: Tensor, rate: float, seed: Tensor) -> Tensor:
-    if not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16) or not 0 <= rate < 1:
+    if not x.is_cpu or x.dtype not in _NUMBERS or not 0 <= rate < 1:
         raise ValueError(f"dropout: found rate {rate} for {x.dtype} on {x.device}; expected a rate from 0 below 1, and "
                          "float32 or bf16 on the CPU")  # fmt: skip
     if seed.dtype != torch.int64 or seed.dim() or not seed.is_cpu:
         raise ValueError(f"dropout: found seed {seed.dtype} {tuple(seed.shape)}; expected one int64 on the CPU")
     x, number = _aligned(x.contiguous()), int(seed.item()) % 2**64
-    y, is_bf16 = torch.empty_like(x), x.dtype == torch.bfloat16
-    _core.dropout(torch.get_num_threads(), number, rate, is_bf16, x.numel(), x.data_ptr(), y.data_ptr())
+    y = torch.empty_like(x)
+    _core.dropout(torch.get_num_threads(), number, rate, _is_bf16(x), x.numel(), x.data_ptr(), y.data_ptr())
     return y
 
 
 def _swiglu(a: Tensor, b: Tensor) -> Tensor:
     a, b = _checked("swiglu", a, b)
     y = torch.empty_like(a)
-    _core.swiglu_forward(torch.get_num_threads(), a.numel(), a.data_ptr(), b.data_ptr(), y.data_ptr())
+    addresses = (a.data_ptr(), b.data_ptr(), y.data_ptr())
+    _core.swiglu_forward(torch.get_num_threads(), _is_bf16(a), a.numel(), *addresses)
     return y
 
 
@@ -302,7 +308,7 @@ def _swiglu_backward(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     g, a, b = _checked("swiglu_backward", g, a, b)
     da, db = torch.empty_like(a), torch.empty_like(b)
     addresses = (g.data_ptr(), a.data_ptr(), b.data_ptr(), da.data_ptr(), db.data_ptr())
-    _core.swiglu_backward(torch.get_num_threads(), a.numel(), *addresses)
+    _core.swiglu_backward(torch.get_num_threads(), _is_bf16(a), a.numel(), *addresses)
     return da, db
 
 

@@ -57,7 +57,7 @@ GATE_WIDTH = 32
 
 def rms_norm(x_xD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
     """x / √(mean x² + eps) · weight over the last axis, by the core where it can."""
-    if kernels.activates(x_xD) and (weight_D is None or weight_D.dtype == x_xD.dtype):
+    if kernels.normalises(x_xD) and (weight_D is None or weight_D.dtype == x_xD.dtype):
         return kernels.rms_norm(x_xD, weight_D, eps)
     return F.rms_norm(x_xD, x_xD.shape[-1:], None if weight_D is None else _as(x_xD, weight_D), eps)
 
@@ -166,7 +166,7 @@ def _of_one(x_BxTxD: Tensor, *maps: nn.Linear) -> Sequence[Tensor]:
     if together is not None:
         return cast(Sequence[Tensor], together(x_BxTxD, maps))
     plain = all(type(m) is nn.Linear and m.bias is None for m in maps)
-    if plain and kernels.activates(x_BxTxD) and not torch.is_autocast_enabled("cpu"):
+    if plain and kernels.normalises(x_BxTxD) and not torch.is_autocast_enabled("cpu"):
         return kernels.products(x_BxTxD, [m.weight for m in maps])
     return [m(x_BxTxD) for m in maps]
 
@@ -338,7 +338,7 @@ class Block(nn.Module):
 
 
 def _dropout(x_BxTxD: Tensor, rate: float) -> Tensor:
-    return kernels.dropout(x_BxTxD, rate) if kernels.drops(x_BxTxD) else F.dropout(x_BxTxD, rate)
+    return kernels.dropout(x_BxTxD, rate) if kernels.activates(x_BxTxD) else F.dropout(x_BxTxD, rate)
 
 
 class Features(NamedTuple):

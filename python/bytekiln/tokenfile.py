@@ -62,7 +62,8 @@ class TokenFile:
     def later(cls, path: str | PathLike[str]) -> TokenFile:
         """What `open` gives, opened when it is first asked for: whoever only writes a file loads no numpy."""
         self = cls.__new__(cls)
-        self.__dict__["_later"] = os.fspath(path), os.path.abspath(path)  # whatever the folder is by then
+        # Absolute, for the process may be in another folder by then.
+        self.__dict__["_later"] = os.fspath(path), os.path.abspath(path)  # noqa: PTH100 - without pathlib
         return self
 
     def __getattr__(self, name: str) -> object:

@@ -3,9 +3,10 @@
 //! What is kept for the backward are the inputs, and f is worked out again there: to write dy/dx beside y costs more
 //! time in memory than the arithmetic takes (a third more for both passes of a GELU in a training step).
 //!
-//! Absolute errors are those of float32 itself, a few units in the last place of y. At the ends the limits hold:
+//! bf16 numbers are computed with in float32 and rounded once. Absolute errors are those of float32 itself, a few units in the last place of y. At the ends the limits hold:
 //! gelu(-∞) = -0 with slope 0, gelu(∞) = ∞ with slope 1.
 
+use crate::number::{self, Number};
 use crate::simd::{self, Job, Lanes, Level, MOST_LANES};
 use crate::threads::{self, Pieces};
 
@@ -49,7 +50,7 @@ impl Kind {
 ///
 /// # Panics
 /// Lengths differ.
-pub fn forward(level: Level, threads: usize, kind: Kind, x: &[f32], y: &mut [f32]) {
+pub fn forward<N: Number>(level: Level, threads: usize, kind: Kind, x: &[N], y: &mut [N]) {
     let y = pieces(y, x.len());
     threads::share(threads, x.len().div_ceil(PIECE), |index| {
         let range = range_of(index, x.len());
@@ -63,7 +64,7 @@ pub fn forward(level: Level, threads: usize, kind: Kind, x: &[f32], y: &mut [f32
 ///
 /// # Panics
 /// Lengths differ.
-pub fn backward(level: Level, threads: usize, kind: Kind, g: &[f32], x: &[f32], dx: &mut [f32]) {
+pub fn backward<N: Number>(level: Level, threads: usize, kind: Kind, g: &[N], x: &[N], dx: &mut [N]) {
     assert_eq!(g.len(), x.len());
     let dx = pieces(dx, x.len());
     threads::share(threads, x.len().div_ceil(PIECE), |index| {
@@ -78,7 +79,7 @@ pub fn backward(level: Level, threads: usize, kind: Kind, g: &[f32], x: &[f32], 
 ///
 /// # Panics
 /// Lengths differ.
-pub fn swiglu(level: Level, threads: usize, a: &[f32], b: &[f32], y: &mut [f32]) {
+pub fn swiglu<N: Number>(level: Level, threads: usize, a: &[N], b: &[N], y: &mut [N]) {
     assert_eq!(a.len(), b.len());
     let y = pieces(y, a.len());
     threads::share(threads, a.len().div_ceil(PIECE), |index| {
@@ -93,7 +94,7 @@ pub fn swiglu(level: Level, threads: usize, a: &[f32], b: &[f32], y: &mut [f32])
 ///
 /// # Panics
 /// Lengths differ.
-pub fn swiglu_backward(level: Level, threads: usize, g: &[f32], a: &[f32], b: &[f32], da: &mut [f32], db: &mut [f32]) {
+pub fn swiglu_backward<N: Number>(level: Level, threads: usize, g: &[N], a: &[N], b: &[N], da: &mut [N], db: &mut [N]) {
     assert!(a.len() == b.len() && a.len() == g.len());
     let (da, db) = (pieces(da, a.len()), pieces(db, a.len()));
     threads::share(threads, a.len().div_ceil(PIECE), |index| {
@@ -104,7 +105,7 @@ pub fn swiglu_backward(level: Level, threads: usize, g: &[f32], a: &[f32], b: &[
     });
 }
 
-fn pieces(out: &mut [f32], len: usize) -> Pieces<'_> {
+fn pieces<N>(out: &mut [N], len: usize) -> Pieces<'_, N> {
     assert_eq!(out.len(), len);
     Pieces::new(out, PIECE)
 }
@@ -122,7 +123,11 @@ trait Curves<const N: usize, const M: usize> {
 /// Vector by vector; the rest that fills none goes through one of its own, so that a number's result does not depend
 /// on its place.
 #[inline(always)]
-fn map<L: Lanes, C: Curves<N, M>, const N: usize, const M: usize>(lanes: L, x: [&[f32]; N], mut y: [&mut [f32]; M]) {
+fn map<L: Lanes, C: Curves<N, M>, T: Number, const N: usize, const M: usize>(
+    lanes: L,
+    x: [&[T]; N],
+    mut y: [&mut [T]; M],
+) {
     let len = x[0].len();
     for x in x {
         assert_eq!(x.len(), len);
@@ -136,65 +141,68 @@ fn map<L: Lanes, C: Curves<N, M>, const N: usize, const M: usize>(lanes: L, x: [
         // SAFETY: at + WIDTH ≤ len, the length of all of them.
         unsafe {
             for (vector, x) in vectors.iter_mut().zip(x) {
-                *vector = lanes.load(x.as_ptr().add(at));
+                *vector = number::load(lanes, x.as_ptr().add(at));
             }
             let out = C::at(lanes, vectors);
             for (y, v) in y.iter_mut().zip(out) {
-                lanes.store(y.as_mut_ptr().add(at), v);
+                number::store(lanes, y.as_mut_ptr().add(at), v);
             }
         }
     }
     if whole < len {
         for (vector, x) in vectors.iter_mut().zip(x) {
-            let mut padded = [0.0; MOST_LANES];
+            let mut padded = [T::default(); MOST_LANES];
             padded[..len - whole].copy_from_slice(&x[whole..]);
             // SAFETY: the array holds the widest vector.
-            *vector = unsafe { lanes.load(padded.as_ptr()) };
+            *vector = unsafe { number::load(lanes, padded.as_ptr()) };
         }
         let out = C::at(lanes, vectors);
         for (y, v) in y.iter_mut().zip(out) {
-            y[whole..].copy_from_slice(&lanes.spread(v)[..len - whole]);
+            let mut padded = [T::default(); MOST_LANES];
+            // SAFETY: the same.
+            unsafe { number::store(lanes, padded.as_mut_ptr(), v) };
+            y[whole..].copy_from_slice(&padded[..len - whole]);
         }
     }
 }
 
-struct Forward<'a> {
+struct Forward<'a, N> {
     kind: Kind,
-    x: &'a [f32],
-    y: &'a mut [f32],
+    x: &'a [N],
+    y: &'a mut [N],
 }
 
-impl Job for Forward<'_> {
+impl<N: Number> Job for Forward<'_, N> {
     type Out = ();
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
         let Self { kind, x, y } = self;
         match kind {
-            Kind::Gelu => map::<L, Gelu, 1, 1>(lanes, [x], [y]),
-            Kind::GeluTanh => map::<L, GeluTanh, 1, 1>(lanes, [x], [y]),
-            Kind::Silu => map::<L, Silu, 1, 1>(lanes, [x], [y]),
-            Kind::Relu2 => map::<L, Relu2, 1, 1>(lanes, [x], [y]),
+            Kind::Gelu => map::<L, Gelu, N, 1, 1>(lanes, [x], [y]),
+            Kind::GeluTanh => map::<L, GeluTanh, N, 1, 1>(lanes, [x], [y]),
+            Kind::Silu => map::<L, Silu, N, 1, 1>(lanes, [x], [y]),
+            Kind::Relu2 => map::<L, Relu2, N, 1, 1>(lanes, [x], [y]),
         }
     }
 }
 
-struct Backward<'a> {
+struct Backward<'a, N> {
     kind: Kind,
-    g: &'a [f32],
-    x: &'a [f32],
-    dx: &'a mut [f32],
+    g: &'a [N],
+    x: &'a [N],
+    dx: &'a mut [N],
 }
 
-impl Job for Backward<'_> {
+impl<N: Number> Job for Backward<'_, N> {
     type Out = ();
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
         let Self { kind, g, x, dx } = self;
         match kind {
-            Kind::Gelu => map::<L, Gelu, 2, 1>(lanes, [g, x], [dx]),
-            Kind::GeluTanh => map::<L, GeluTanh, 2, 1>(lanes, [g, x], [dx]),
-            Kind::Silu => map::<L, Silu, 2, 1>(lanes, [g, x], [dx]),
-            Kind::Relu2 => map::<L, Relu2, 2, 1>(lanes, [g, x], [dx]),
+            Kind::Gelu => map::<L, Gelu, N, 2, 1>(lanes, [g, x], [dx]),
+            Kind::GeluTanh => map::<L, GeluTanh, N, 2, 1>(lanes, [g, x], [dx]),
+            Kind::Silu => map::<L, Silu, N, 2, 1>(lanes, [g, x], [dx]),
+            Kind::Relu2 => map::<L, Relu2, N, 2, 1>(lanes, [g, x], [dx]),
         }
     }
 }
@@ -274,44 +282,46 @@ fn relu2<L: Lanes>(lanes: L, x: L::V) -> (L::V, L::V) {
     (lanes.mul(positive, positive), lanes.add(positive, positive))
 }
 
-struct Swiglu<'a> {
-    a: &'a [f32],
-    b: &'a [f32],
-    y: &'a mut [f32],
+struct Swiglu<'a, N> {
+    a: &'a [N],
+    b: &'a [N],
+    y: &'a mut [N],
 }
 
-impl Job for Swiglu<'_> {
+impl<N: Number> Job for Swiglu<'_, N> {
     type Out = ();
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
-        map::<L, Self, 2, 1>(lanes, [self.a, self.b], [self.y]);
+        map::<L, SwigluCurve, N, 2, 1>(lanes, [self.a, self.b], [self.y]);
     }
 }
 
-impl Curves<2, 1> for Swiglu<'_> {
+struct SwigluCurve;
+
+impl Curves<2, 1> for SwigluCurve {
     #[inline(always)]
     fn at<L: Lanes>(lanes: L, [a, b]: [L::V; 2]) -> [L::V; 1] {
         [lanes.mul(silu(lanes, a).0, b)]
     }
 }
 
-struct SwigluBackward<'a> {
-    g: &'a [f32],
-    a: &'a [f32],
-    b: &'a [f32],
-    da: &'a mut [f32],
-    db: &'a mut [f32],
+struct SwigluBackward<'a, N> {
+    g: &'a [N],
+    a: &'a [N],
+    b: &'a [N],
+    da: &'a mut [N],
+    db: &'a mut [N],
 }
 
-impl Job for SwigluBackward<'_> {
+impl<N: Number> Job for SwigluBackward<'_, N> {
     type Out = ();
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
-        map::<L, Self, 3, 2>(lanes, [self.g, self.a, self.b], [self.da, self.db]);
+        map::<L, SwigluCurve, N, 3, 2>(lanes, [self.g, self.a, self.b], [self.da, self.db]);
     }
 }
 
-impl Curves<3, 2> for SwigluBackward<'_> {
+impl Curves<3, 2> for SwigluCurve {
     #[inline(always)]
     fn at<L: Lanes>(lanes: L, [g, a, b]: [L::V; 3]) -> [L::V; 2] {
         let (y, slope) = silu(lanes, a);

@@ -5,42 +5,12 @@
 //! the constants with the least bias found). A generator that goes from number to number, as torch's does, takes twenty
 //! times as long and has one thread.
 
+use crate::number::Number;
 use crate::simd::{self, Job, Lanes, Level};
 use crate::threads::{self, Pieces};
 
 /// Numbers of one job.
 const PIECE: usize = 16_384;
-
-/// A number that can be dropped.
-pub trait Number: Copy + Default + Send + Sync {
-    /// The product, rounded to this type.
-    #[must_use]
-    fn times(self, factor: f32) -> Self;
-}
-
-impl Number for f32 {
-    #[inline(always)]
-    fn times(self, factor: f32) -> Self {
-        self * factor
-    }
-}
-
-/// The upper half of a float32.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(transparent)]
-pub struct Bf16(pub u16);
-
-impl Number for Bf16 {
-    /// To the nearest, ties to even.
-    #[inline(always)]
-    fn times(self, factor: f32) -> Self {
-        let bits = (f32::from_bits(u32::from(self.0) << 16) * factor).to_bits();
-        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-        // Of NaN the carry could make another number.
-        let is_nan = bits & 0x7fff_ffff > 0x7f80_0000;
-        Self(if is_nan { bits >> 16 | 0x40 } else { rounded } as u16)
-    }
-}
 
 /// Numbers are dropped where their hash is below this.
 #[expect(clippy::cast_sign_loss, reason = "a rate is none below 0")]
@@ -116,6 +86,7 @@ impl<N: Number> Job for Dropped<'_, N> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::number::Bf16;
     use proptest::prelude::*;
 
     fn levels() -> impl Iterator<Item = Level> {
@@ -143,8 +114,8 @@ mod tests {
 
         #[test]
         fn bf16_is_rounded_to_the_nearest(bits in any::<u16>(), factor in 1.0..3.0f32) {
-            let exact = f64::from(f32::from_bits(u32::from(bits) << 16)) * f64::from(factor);
-            let found = f32::from_bits(u32::from(Bf16(bits).times(factor).0) << 16);
+            let exact = f64::from(Bf16(bits).wide()) * f64::from(factor);
+            let found = Bf16(bits).times(factor).wide();
             if exact.is_nan() {
                 prop_assert!(found.is_nan());
             } else if found.is_finite() && exact.abs() > 1e-37 {

@@ -2,6 +2,7 @@
 //! time of their arithmetic for. No Python, no printing.
 //!
 //! - [`attention`]: softmax(q kᵀ / √K) v, causal or not, with or without a window, and its gradients.
+//! - [`number`]: float32 and bf16, as activations and dropout read them.
 //! - [`activation`]: GELU, SiLU, squared ReLU with their derivatives in one pass; SwiGLU.
 //! - [`dropout`]: of float32 and bf16, without a mask in memory.
 //! - [`norm`]: RMSNorm and its gradients.
@@ -20,6 +21,7 @@ pub mod attention;
 pub mod dropout;
 pub mod naive;
 pub mod norm;
+pub mod number;
 pub mod simd;
 pub mod threads;
 mod tile;

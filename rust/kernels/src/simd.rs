@@ -6,15 +6,19 @@
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{
-    __m256, __m512, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_max_ps, _mm_max_ss, _mm_movehl_ps, _mm_shuffle_ps,
-    _mm256_add_epi32, _mm256_add_ps, _mm256_blendv_ps, _mm256_castpd_ps, _mm256_castps_si256, _mm256_castps256_ps128,
-    _mm256_castsi256_ps, _mm256_div_ps, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_max_ps,
-    _mm256_min_ps, _mm256_mul_ps, _mm256_permute2f128_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_shuffle_ps,
-    _mm256_slli_epi32, _mm256_storeu_ps, _mm256_sub_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps, _mm512_add_epi32,
-    _mm512_add_ps, _mm512_castps_pd, _mm512_castps_si512, _mm512_castps512_ps256, _mm512_castsi512_ps,
-    _mm512_cmplt_epi32_mask, _mm512_div_ps, _mm512_extractf64x4_pd, _mm512_fmadd_ps, _mm512_loadu_ps,
-    _mm512_mask_blend_ps, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_setzero_si512, _mm512_slli_epi32, _mm512_storeu_ps, _mm512_sub_ps,
+    __m256, __m512, _CMP_UNORD_Q, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_max_ps, _mm_max_ss,
+    _mm_movehl_ps, _mm_shuffle_ps, _mm_storeu_si128, _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256,
+    _mm256_blendv_epi8, _mm256_blendv_ps, _mm256_castpd_ps, _mm256_castps_si256, _mm256_castps256_ps128,
+    _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cmp_ps, _mm256_cvtepu16_epi32, _mm256_div_ps,
+    _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_max_ps, _mm256_min_ps,
+    _mm256_mul_ps, _mm256_or_si256, _mm256_packus_epi32, _mm256_permute2f128_ps, _mm256_permute4x64_epi64,
+    _mm256_set1_epi32, _mm256_set1_ps, _mm256_shuffle_ps, _mm256_slli_epi32, _mm256_srli_epi32, _mm256_storeu_ps,
+    _mm256_storeu_si256, _mm256_sub_ps, _mm256_unpackhi_ps, _mm256_unpacklo_ps, _mm512_add_epi32, _mm512_add_ps,
+    _mm512_and_si512, _mm512_castps_pd, _mm512_castps_si512, _mm512_castps512_ps256, _mm512_castsi512_ps,
+    _mm512_cmp_ps_mask, _mm512_cmplt_epi32_mask, _mm512_cvtepi32_epi16, _mm512_cvtepu16_epi32, _mm512_div_ps,
+    _mm512_extractf64x4_pd, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_blend_ps, _mm512_mask_or_epi32,
+    _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512,
+    _mm512_slli_epi32, _mm512_srli_epi32, _mm512_storeu_ps, _mm512_sub_ps,
 };
 
 pub use bytekiln_simd::{Level, VARIABLE};
@@ -71,6 +75,31 @@ pub(crate) trait Lanes: Copy {
     /// # Safety
     /// `WIDTH` floats can be written at `to`, which needs no alignment.
     unsafe fn store(self, to: *mut f32, v: Self::V);
+    /// `WIDTH` bf16 numbers, the upper halves of floats.
+    ///
+    /// # Safety
+    /// They can be read at `from`.
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const u16) -> Self::V {
+        let mut wide = [0.0; MOST_LANES];
+        for (i, wide) in wide.iter_mut().enumerate().take(Self::WIDTH) {
+            // SAFETY: the caller's.
+            *wide = f32::from_bits(u32::from(unsafe { from.add(i).read_unaligned() }) << 16);
+        }
+        // SAFETY: the array holds the widest vector.
+        unsafe { self.load(wide.as_ptr()) }
+    }
+    /// The nearest bf16 numbers, ties to even; NaN stays NaN.
+    ///
+    /// # Safety
+    /// `WIDTH` can be written at `to`.
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16, v: Self::V) {
+        for (i, x) in self.spread(v).into_iter().enumerate().take(Self::WIDTH) {
+            // SAFETY: the caller's.
+            unsafe { to.add(i).write_unaligned(to_bf16(x)) };
+        }
+    }
     /// a + b.
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
     /// a - b.
@@ -151,6 +180,14 @@ pub(crate) trait Lanes: Copy {
     }
 }
 
+/// The nearest bf16 number, ties to even; NaN stays NaN.
+#[inline(always)]
+pub(crate) fn to_bf16(x: f32) -> u16 {
+    let bits = x.to_bits();
+    // Of NaN the carry could make another number.
+    if x.is_nan() { (bits >> 16 | 0x40) as u16 } else { (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16 }
+}
+
 /// The level without instructions to ask for: four floats, which compilers turn into SSE2 or NEON.
 #[derive(Clone, Copy)]
 pub(crate) struct Portable(());
@@ -226,7 +263,7 @@ impl Lanes for Portable {
 macro_rules! intrinsics {
     ($type:ident, $vector:ty, $width:literal, $splat:ident $load:ident $store:ident $add:ident $sub:ident $mul:ident
      $div:ident $mul_add:ident $max:ident $min:ident, |$of:ident, $a:ident, $b:ident| $blend:expr,
-     |$shifted:ident| $power:expr, $sum:ident $greatest:ident) => {
+     |$shifted:ident| $power:expr, $sum:ident $greatest:ident $load_bf16:ident $store_bf16:ident) => {
         impl Lanes for $type {
             type V = $vector;
             const WIDTH: usize = $width;
@@ -244,6 +281,16 @@ macro_rules! intrinsics {
             unsafe fn store(self, to: *mut f32, v: $vector) {
                 // SAFETY: the caller's.
                 unsafe { $store(to, v) }
+            }
+            #[inline(always)]
+            unsafe fn load_bf16(self, from: *const u16) -> $vector {
+                // SAFETY: the caller's.
+                unsafe { $load_bf16(from) }
+            }
+            #[inline(always)]
+            unsafe fn store_bf16(self, to: *mut u16, v: $vector) {
+                // SAFETY: the caller's.
+                unsafe { $store_bf16(to, v) }
             }
             #[inline(always)]
             fn add(self, a: $vector, b: $vector) -> $vector {
@@ -364,6 +411,52 @@ unsafe fn turn_with_avx2(from: *const f32, from_row: usize, to: *mut f32, to_row
     }
 }
 
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn load_8_bf16(from: *const u16) -> __m256 {
+    // SAFETY: the caller's.
+    let halves = unsafe { _mm_loadu_si128(from.cast()) };
+    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)))
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn store_8_bf16(to: *mut u16, v: __m256) {
+    let bits = _mm256_castps_si256(v);
+    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+    let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
+    let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
+    let wide = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, is_nan));
+    let narrow = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(wide, wide));
+    // SAFETY: the caller's.
+    unsafe { _mm_storeu_si128(to.cast(), _mm256_castsi256_si128(narrow)) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f,avx2")]
+unsafe fn load_16_bf16(from: *const u16) -> __m512 {
+    // SAFETY: the caller's.
+    let halves = unsafe { _mm256_loadu_si256(from.cast()) };
+    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f,avx2")]
+unsafe fn store_16_bf16(to: *mut u16, v: __m512) {
+    let bits = _mm512_castps_si512(v);
+    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+    let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    let is_nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+    let wide = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x40_0000));
+    // SAFETY: the caller's.
+    unsafe { _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(wide))) }
+}
+
 /// Eight floats.
 #[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy)]
@@ -378,7 +471,7 @@ intrinsics!(Avx2, __m256, 8,
         let bits = _mm256_slli_epi32::<23>(_mm256_castps_si256(shifted));
         _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(0x3f80_0000)))
     },
-    sum_of_8 greatest_of_8
+    sum_of_8 greatest_of_8 load_8_bf16 store_8_bf16
 );
 
 /// Sixteen floats.
@@ -395,5 +488,5 @@ intrinsics!(Avx512, __m512, 16,
         let bits = _mm512_slli_epi32::<23>(_mm512_castps_si512(shifted));
         _mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_set1_epi32(0x3f80_0000)))
     },
-    sum_of_16 greatest_of_16
+    sum_of_16 greatest_of_16 load_16_bf16 store_16_bf16
 );

@@ -3,8 +3,9 @@
 use bytekiln_bpe::Error;
 use bytekiln_kernels::activation::{self, Kind};
 use bytekiln_kernels::attention::{self, Input, Output, Shape, Sight, Strides};
-use bytekiln_kernels::dropout::{Bf16, dropout as dropped};
+use bytekiln_kernels::dropout::dropout as dropped;
 use bytekiln_kernels::norm;
+use bytekiln_kernels::number::Bf16;
 use bytekiln_kernels::simd::Level;
 use bytekiln_kernels::threads::{self, Parallel};
 use pyo3::prelude::*;
@@ -81,6 +82,19 @@ pub fn borrow_threads(gomp_parallel: Address) {
     }
 }
 
+/// Runs what is generic over the numbers' type for the one that is meant.
+macro_rules! of_type {
+    ($bf16:expr, |$number:ident| $work:expr) => {
+        if $bf16 {
+            type $number = Bf16;
+            $work
+        } else {
+            type $number = f32;
+            $work
+        }
+    };
+}
+
 fn kind_of(py: Python<'_>, name: &str) -> PyResult<Kind> {
     Kind::from_name(name).ok_or_else(|| {
         to_python(py, &Error::Config(format!("activation: found {name}; expected gelu, gelu_tanh, silu or relu2")))
@@ -93,25 +107,30 @@ pub fn activation_forward(
     py: Python<'_>,
     threads: usize,
     kind: &str,
+    bf16: bool,
     len: usize,
     x: Address,
     y: Address,
 ) -> PyResult<()> {
     let (kind, level) = (kind_of(py, kind)?, level(py)?);
     py.detach(|| {
-        // SAFETY: `kernels.py` holds the tensors, contiguous and of this length, and has just made y.
-        let (x, y) = unsafe { (read(x, len), write(y, len)) };
-        activation::forward(level, threads, kind, x, y);
+        of_type!(bf16, |Number| {
+            // SAFETY: `kernels.py` holds the tensors, contiguous and of this length and type, and has just made y.
+            let (x, y) = unsafe { (read::<Number>(x, len), write(y, len)) };
+            activation::forward(level, threads, kind, x, y);
+        });
     });
     Ok(())
 }
 
 /// dx = g f'(x) over `len` numbers.
 #[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "an operator of torch has as many")]
 pub fn activation_backward(
     py: Python<'_>,
     threads: usize,
     kind: &str,
+    bf16: bool,
     len: usize,
     g: Address,
     x: Address,
@@ -119,9 +138,11 @@ pub fn activation_backward(
 ) -> PyResult<()> {
     let (kind, level) = (kind_of(py, kind)?, level(py)?);
     py.detach(|| {
-        // SAFETY: as in `activation_forward`.
-        let (g, x, dx) = unsafe { (read(g, len), read(x, len), write(dx, len)) };
-        activation::backward(level, threads, kind, g, x, dx);
+        of_type!(bf16, |Number| {
+            // SAFETY: as in `activation_forward`.
+            let (g, x, dx) = unsafe { (read::<Number>(g, len), read(x, len), write(dx, len)) };
+            activation::backward(level, threads, kind, g, x, dx);
+        });
     });
     Ok(())
 }
@@ -141,27 +162,33 @@ pub fn dropout(
 ) -> PyResult<()> {
     let level = level(py)?;
     py.detach(|| {
-        if bf16 {
+        of_type!(bf16, |Number| {
             // SAFETY: as in `activation_forward`.
-            let (x, y) = unsafe { (read::<Bf16>(x, len), write(y, len)) };
+            let (x, y) = unsafe { (read::<Number>(x, len), write(y, len)) };
             dropped(level, threads, seed, rate, x, y);
-        } else {
-            // SAFETY: the same.
-            let (x, y) = unsafe { (read::<f32>(x, len), write(y, len)) };
-            dropped(level, threads, seed, rate, x, y);
-        }
+        });
     });
     Ok(())
 }
 
 /// y = silu(a) · b over `len` numbers.
 #[pyfunction]
-pub fn swiglu_forward(py: Python<'_>, threads: usize, len: usize, a: Address, b: Address, y: Address) -> PyResult<()> {
+pub fn swiglu_forward(
+    py: Python<'_>,
+    threads: usize,
+    bf16: bool,
+    len: usize,
+    a: Address,
+    b: Address,
+    y: Address,
+) -> PyResult<()> {
     let level = level(py)?;
     py.detach(|| {
-        // SAFETY: as in `activation_forward`.
-        let (a, b, y) = unsafe { (read(a, len), read(b, len), write(y, len)) };
-        activation::swiglu(level, threads, a, b, y);
+        of_type!(bf16, |Number| {
+            // SAFETY: as in `activation_forward`.
+            let (a, b, y) = unsafe { (read::<Number>(a, len), read(b, len), write(y, len)) };
+            activation::swiglu(level, threads, a, b, y);
+        });
     });
     Ok(())
 }
@@ -172,6 +199,7 @@ pub fn swiglu_forward(py: Python<'_>, threads: usize, len: usize, a: Address, b:
 pub fn swiglu_backward(
     py: Python<'_>,
     threads: usize,
+    bf16: bool,
     len: usize,
     g: Address,
     a: Address,
@@ -181,9 +209,12 @@ pub fn swiglu_backward(
 ) -> PyResult<()> {
     let level = level(py)?;
     py.detach(|| {
-        // SAFETY: as in `activation_forward`.
-        let (g, a, b, da, db) = unsafe { (read(g, len), read(a, len), read(b, len), write(da, len), write(db, len)) };
-        activation::swiglu_backward(level, threads, g, a, b, da, db);
+        of_type!(bf16, |Number| {
+            // SAFETY: as in `activation_forward`.
+            let ((g, a, b), da, db) =
+                unsafe { ((read::<Number>(g, len), read(a, len), read(b, len)), write(da, len), write(db, len)) };
+            activation::swiglu_backward(level, threads, g, a, b, da, db);
+        });
     });
     Ok(())
 }
