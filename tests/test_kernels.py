@@ -187,7 +187,8 @@ def stays_of(seed: int, rate: float, place: int) -> bool:
         x = (x ^ x >> 15) * 0xD35A2D97 & 0xFFFFFFFF
         return x ^ x >> 15
 
-    return mixed(mixed(place ^ seed & 0xFFFFFFFF) ^ seed >> 32) >= round(rate * 2**32)
+    beyond = (place >> 32) * 0x9E3779B9 & 0xFFFFFFFF
+    return mixed(mixed((place ^ seed) & 0xFFFFFFFF) ^ seed >> 32 ^ beyond) >= round(rate * 2**32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bytekiln import cli_plan
+from bytekiln.attention import sdpa_attention
 from bytekiln.checkpoint import Checkpoint, save_checkpoint
 from bytekiln.config import UNLIMITED_STEPS, RunConfig, from_flat, load_config
 from bytekiln.errors import ConfigError
@@ -24,7 +25,19 @@ from bytekiln.hardware import PEAKS, Peak, measure, mfu, peak_flops
 from bytekiln.metrics import read_metrics
 from bytekiln.model import TransformerLM
 from bytekiln.optim import make_optimizer
-from bytekiln.plan import BATCHES_WITHOUT_VALIDATION, HELD, RESERVE, largest_batch, length_of, make_plan
+from bytekiln.plan import (
+    BATCHES_WITHOUT_VALIDATION,
+    COMPILED,
+    HELD,
+    REHEARSED_PARAMETERS,
+    RESERVE,
+    largest_batch,
+    length_of,
+    make_plan,
+    windows_to_rehearse,
+)
+from bytekiln.prepare import resolved
+from bytekiln.rehearsal import Timed, rehearse
 from conftest import Result
 from lm_runs import ONE_THREAD, tiny, tokens
 
@@ -272,8 +285,7 @@ def test_the_whole_plan(tmp_path: Path) -> None:
     parts = memory["weights"] + memory["gradients"] + memory["optimizer"] + memory["activations"] + memory["loss"]
     assert max(memory["weights"] + memory["optimizer"], memory["activations"]) < memory["total"] <= parts
     assert said["steps"] == 40 and said["tokens"] == 40 * 3 * 8
-    # 40 steps and 3 evaluations of 100 batches of training data; a forward is a third of a step
-    assert plan.time.run_s == pytest.approx((40 + 3 * 100 / 3) * plan.time.step_s)
+    assert plan.time.run_s == pytest.approx(40 * plan.time.step_s + 3 * plan.time.evaluation_s)
     assert plan.checkpoints == 4 + 1
 
     lm = TransformerLM(plan.config.model)
@@ -453,6 +465,105 @@ def test_a_plan_for_a_gpu_that_is_not_here() -> None:
         make_plan(config, memory=10, gpu="Voodoo 2")
     with pytest.raises(ConfigError, match="--memory: found nothing"):
         make_plan(config, gpu="A100")  # which comes with 40 and with 80 GB
+    with pytest.raises(ConfigError, match="precision: found bf16; expected auto, fp16 or fp32"):
+        make_plan(config.with_(precision="bf16"), memory=10**10, gpu="V100")
+
+
+def test_a_gpu_keeps_the_masks_that_the_core_does_without() -> None:
+    config = from_flat({**SMALL, "precision": "fp32", "compile": False, "dropout": 0.5, "attention_dropout": False})
+    here, there = (Simulation(config, CPU, sdpa_attention, foreign=foreign).step(3) for foreign in (False, True))
+    places = 3 * SMALL["context_length"] * SMALL["d_model"]
+    assert there.activations >= here.activations + places
+
+
+def test_the_time_is_that_of_steps_taken_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Micro-steps by their windows, an update once a step, a forward a third of a micro-step."""
+    asked = []
+
+    def rehearse(config: RunConfig, device: torch.device, batch_size: int) -> Timed:
+        asked.append((config.model.d_model, device.type, batch_size))
+        return Timed(0.1, 1.0)
+
+    monkeypatch.setattr("bytekiln.plan.rehearse", rehearse)
+    config = from_flat({**SMALL, "grad_accum_steps": 4, "max_steps": 10, "eval_interval": 0, "num_eval_batches": 30})
+    plan = make_plan(config, memory=10**10, largest=False)
+    assert asked == [(SMALL["d_model"], "cpu", 3)]
+    assert plan.time.step_s == pytest.approx(4 * 0.1 + 1.0)
+    assert plan.time.evaluation_s == pytest.approx(30 * 0.1 / 3)
+    assert plan.time.run_s == pytest.approx(10 * 1.4 + 2 * 1.0)
+    assert plan.time.basis == "measured now: steps of 3 windows"
+    limited = make_plan(config.with_(max_time=8.0, max_steps=10**9), memory=10**10, largest=False)
+    assert (limited.length.steps, limited.length.ends_by) == (4, "max_time"), "8 s less two evaluations, 1.4 s a step"
+    compiled = make_plan(config.with_(compile=True), memory=10**10, largest=False)
+    assert compiled.time.basis.endswith("; compiled 80% of that")
+    assert compiled.time.step_s == pytest.approx(COMPILED * 0.4 + 1.0)
+
+
+def test_no_steps_are_taken_where_they_are_too_long_or_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = from_flat({**SMALL, "batch_size": 8})
+    part = Footprint(*[0] * 9)
+    parts = part._replace(weights=10**8, gradients=10**8, optimizer=2 * 10**8, activations=8 * 10**8, loss=0)
+    fixed = RESERVE["cpu"] + 4 * 10**8
+    assert windows_to_rehearse(config, 0.4, part, 10**12) == 8
+    assert windows_to_rehearse(config, 4.0, part, 10**12) == 1
+    assert windows_to_rehearse(config, 8 * 2.9, part, 10**12) == 1
+    assert windows_to_rehearse(config, 8 * 3.1, part, 10**12) == 0, "a window takes more than three seconds"
+    everything = fixed + round(HELD["cpu"] * 8 * 10**8)
+    assert windows_to_rehearse(config, 0.4, parts, 2 * everything + 10) == 8
+    assert windows_to_rehearse(config, 0.4, parts, 2 * everything - 10) == 0
+    large = config.with_(d_model=1024, num_heads=4, num_layers=12)
+    assert windows_to_rehearse(large, 0.4, part, 10**12) == 0, f"more than {REHEARSED_PARAMETERS:,} parameters"
+
+    def no_room(*_: object) -> Timed:
+        raise MemoryError
+
+    monkeypatch.setattr("bytekiln.plan.rehearse", no_room)
+    plan = make_plan(config, memory=10**10, largest=False)
+    assert plan.time.step_s > 0 and "products" in plan.time.basis
+    monkeypatch.setattr("bytekiln.plan.rehearse", lambda *_: pytest.fail("it was rehearsed"))
+    make_plan(config, memory=1, largest=False)
+    make_plan(config, gpu="H100", memory=80 * 10**9, largest=False)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"objective": "mlm", "windows": "packed", "document_mask": True, "attention": "sdpa"},
+        {"ffn": "moe", "num_experts": 4, "router_noise": 0.1},
+        {"precision": "fp16", "dropout": 0.2},
+        {"precision": "bf16", "optimizer": "muon", "averaging": "ema"},
+    ],
+    ids=lambda v: ",".join(map(str, v)),
+)
+def test_whatever_is_planned_can_be_rehearsed(values: dict[str, object]) -> None:
+    """And torch's generator is where it was."""
+    config = resolved(from_flat({**SMALL, "max_steps": 5, **values}), SMALL["vocab_size"], CPU, lambda _: None)
+    before = torch.get_rng_state()
+    timed = rehearse(config, CPU, 2)
+    assert 0 < timed.micro_step_s < 60 and 0 < timed.update_s < 60
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_rehearsal_ends_with_the_first_long_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, taken = from_flat({**SMALL, "max_steps": 5, "precision": "fp32", "compile": False}), []
+
+    def step(*_: object) -> Timed:
+        taken.append(1)
+        clock[0] += 4.0
+        return Timed(3.0, 1.0)
+
+    clock = [0.0]
+    monkeypatch.setattr("bytekiln.rehearsal._step", step)
+    monkeypatch.setattr("bytekiln.rehearsal.time.perf_counter", lambda: clock[0])
+    assert rehearse(config, CPU, 1) == Timed(3.0, 1.0) and len(taken) == 1
+
+    def out_of_memory(*_: object) -> Timed:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr("bytekiln.rehearsal._step", out_of_memory)
+    with pytest.raises(MemoryError):
+        rehearse(config, CPU, 1)
 
 
 @pytest.mark.alone
@@ -475,7 +586,8 @@ def test_a_step_takes_as_long_as_planned(
     (tmp_path / "c.toml").write_text(config.to_toml(), "utf-8")
     found = []
     for _ in range(3):
-        said = command("lm-plan", "c.toml", "--json", "--memory=1", env=ONE_THREAD).stdout
+        said = command("lm-plan", "c.toml", "--json", "--memory=4G", env=ONE_THREAD).stdout
+        assert "steps of" in json.loads(said)["time_basis"]
         command("lm-train", "c.toml", "--overwrite", env=ONE_THREAD)
         taken = [r.step_time_s for r in read_metrics(tmp_path / "run/metrics.csv") if r.step > 2]
         found.append(json.loads(said)["step_time_s"] / statistics.median(taken))

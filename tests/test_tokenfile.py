@@ -301,5 +301,6 @@ def test_a_written_file_is_found_from_another_folder(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     written = bytekiln.encode_files(tokenizer, "text.txt", "ids.npy")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert written.path == Path("ids.npy")
+    assert written.path == tmp_path / "ids.npy"
+    written.verify()
     assert tokenizer.decode(written.array) == "the kiln is warm"

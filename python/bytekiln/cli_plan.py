@@ -243,7 +243,8 @@ def _parser(*, everything: bool) -> Parser:
         "lm-plan",
         usage="lm-plan [PRESET | CONFIG.toml | CONFIG.json | RUN] [flags of lm-train]",
         description="Say what a run will need before it runs: parameters, FLOPs a token, memory, time, disk, and the "
-        f"largest batch that fits. Nothing is trained or allocated. Presets: {', '.join(presets())}.",
+        "largest batch that fits. Nothing is written; on a CPU a few steps of a small model tell the time. "
+        f"Presets: {', '.join(presets())}.",
         examples=PLAN_EXAMPLES,
     )
     parser.add_argument("source", nargs="?", metavar="PRESET|CONFIG|RUN", help="what to plan; default: default")

@@ -34,7 +34,12 @@ from bytekiln.sweep.results import RANKED, TrialResult, best_repeats
 from bytekiln.sweep.spec import SweepSpec, Trial, changed, load_spec, sweep_presets, trials_of
 from bytekiln.sweep.table import typed
 
-SHAPELESS = ("lr", "min_lr", "seed", "run_name", "checkpoint_dir", "tensorboard_dir", "weight_decay", "beta1", "beta2")
+SHAPELESS = set(
+    "lr min_lr min_lr_ratio seed run_name out_dir save_dir checkpoint_dir metrics_path tensorboard_dir weight_decay "
+    "beta1 beta2 eps momentum decay_lr decay_steps decay_fraction warmup_steps warmup_fraction warmup_rule schedule "
+    "ema_decay embedding_lr_scale head_lr_scale scalar_lr_scale init head_init zero_init_projections sampling "
+    "rope_theta norm_eps".split()
+)
 """Fields that change nothing of what a run costs."""
 
 

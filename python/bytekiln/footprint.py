@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bytekiln import kernels
 from bytekiln.attention import Attend
 from bytekiln.averaging import make_averaging
 from bytekiln.config import RunConfig
@@ -190,15 +192,19 @@ class _Hollow(TransformerLM):
 class Simulation:
     """A run's model and optimizer without contents, whose step can be traced at any batch size."""
 
-    def __init__(self, config: RunConfig, device: torch.device, attend: Attend | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, device: torch.device, attend: Attend | None = None, *, foreign: bool = False
+    ) -> None:
         """Build them and take one empty update, so that the optimizer's state is there.
 
         Args:
             config: the run, complete (`prepare.resolved`).
             device: where it will run.
             attend: the attention kernel, None: the model's own choice.
+            foreign: it stands for a device where the core's kernels are not, as a GPU that is not here.
         """
         self.config, self.device = config, device
+        self._kernels = kernels.left_to_torch if foreign else nullcontext
         self._fake = FakeTensorMode()
         self._storages = Storages(GRANULE.get(device.type, 64))
         with self._fake, self._storages, torch.device(device):
@@ -231,7 +237,7 @@ class Simulation:
         Of several micro-steps the last is traced: gradients stand from the first one on.
         """
         s, c = self._storages, self.config
-        with self._fake, s, torch.device(self.device):
+        with self._kernels(), self._fake, s, torch.device(self.device):
             s.forget_peaks()
             self._model.train()
             s.work = batch_size * c.model.context_length * c.model.expert_top_k

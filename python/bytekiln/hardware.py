@@ -248,6 +248,19 @@ def memory_bytes(device: torch.device) -> int:
     return machine
 
 
+def available_bytes() -> int:
+    """Memory that nobody uses, of a container at most what it may have; all of it where nothing tells."""
+    import torch
+
+    limit = memory_bytes(torch.device("cpu"))
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:
+        return limit
+    free = next((line for line in lines if line.startswith("MemAvailable:")), None)
+    return limit if free is None else min(limit, int(free.split()[1]) * 1024)
+
+
 def describe(device: torch.device) -> dict[str, str]:
     """Device, processors, memory and system of this machine, for a report."""
     import platform

@@ -7,7 +7,7 @@ They use as many threads as torch, and torch's own where it has GNU's OpenMP or 
 depends on their number.
 
 They are operators, so that a compiled model, a simulation without contents and a profile see each as one node, under
-the names `bytekiln::…`. The gradient of a gradient is not there, and asking for it is an error.
+the names `bytekiln::…`. The gradient of a gradient is there for dropout alone; asking for another is an error.
 
 Shapes are suffixes of names: B batch, T queries, S keys, H heads of queries, G heads of keys and values, K head width.
 """
@@ -15,7 +15,8 @@ Shapes are suffixes of names: B batch, T queries, S keys, H heads of queries, G 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -30,6 +31,7 @@ KINDS = ("gelu", "gelu_tanh", "silu", "relu2")
 """Activations of one argument."""
 
 _NUMBERS = (torch.float32, torch.bfloat16)
+_left_to_torch = False
 _SEEDS = 2**63 - 1
 """Seeds of dropout are below."""
 
@@ -73,7 +75,19 @@ def activates(x: Tensor) -> bool:
     Not where anything is compiled or transformed. A compiler fuses activations with their neighbours, which is better
     still, and draws masks itself.
     """
-    return x.is_cpu and x.dtype in _NUMBERS and not torch.compiler.is_compiling() and not _transformed()
+    taken = x.is_cpu and x.dtype in _NUMBERS and not _left_to_torch
+    return taken and not torch.compiler.is_compiling() and not _transformed()
+
+
+@contextmanager
+def left_to_torch() -> Iterator[None]:
+    """In here nothing `activates`: what torch keeps for the backward is what it keeps on a GPU."""
+    global _left_to_torch
+    before, _left_to_torch = _left_to_torch, True
+    try:
+        yield
+    finally:
+        _left_to_torch = before
 
 
 def normalises(x: Tensor) -> bool:

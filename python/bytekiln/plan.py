@@ -8,6 +8,7 @@ from quick measurements (`hardware`), and on a GPU from the published utilisatio
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from bytekiln.batch_search import largest_batch
 from bytekiln.config import RunConfig, stages_of
 from bytekiln.errors import BytekilnError, ConfigError
 from bytekiln.footprint import Footprint, Simulation
-from bytekiln.hardware import device_name, gpu_memory, measure, memory_bytes, peak_flops
+from bytekiln.hardware import available_bytes, device_name, gpu_memory, measure, memory_bytes, peak_flops
 from bytekiln.loss import CHUNK_BYTES
 from bytekiln.prepare import attention_of, find_device, resolved
 from bytekiln.rehearsal import rehearse
@@ -49,8 +50,10 @@ CALL_COSTS = 2.5
 REHEARSED_S, LONGEST_S = 0.5, 3.0
 """Steps that are taken to tell the time have as many windows as fit into the first; a model of which one window takes
 longer than the second, as far as its rates tell, is not tried."""
+REHEARSED_PARAMETERS = 30_000_000
+"""Nor a larger one, whose weights take a second to draw, and Muon's update several."""
 REHEARSED_MEMORY = 0.5
-"""Share of this machine's memory that they may take."""
+"""Share of the memory that is free, or of the limit that was given, that they may take."""
 UNEVEN = 4 * CHUNK_BYTES
 """Bytes by which a peak may lie beside a straight line: chunks of a loss are as even as the batch lets them be."""
 BATCHES_WITHOUT_VALIDATION = 100
@@ -69,6 +72,16 @@ class Estimate(NamedTuple):
     last_evaluation_s: float
     """Of the last one, which may read more."""
     run_s: float
+    basis: str
+
+
+class StepTime(NamedTuple):
+    """Seconds of a step's parts, and what they rest on."""
+
+    micro_step_s: float
+    """Forward and backward."""
+    update_s: float
+    """Clipping, optimizer and average, once a step; 0 where it is not told apart."""
     basis: str
 
 
@@ -158,8 +171,8 @@ def make_plan(config: RunConfig, memory: int | None = None, gpu: str | None = No
     Args:
         config: the run; `vocab_size` must be known.
         memory: bytes that it may take; None: what the device has.
-        gpu: plan for a GPU of this name, which need not be here: memory is simulated with the CPU's kernels, which keep
-            the same tensors but for attention with dropout, where they keep more.
+        gpu: plan for a GPU of this name, which need not be here: memory is simulated with torch's kernels for the CPU,
+            which keep the same tensors but for attention with dropout, where they keep more.
         largest: whether to look for the largest batch, which takes some ten times as long as the rest.
 
     Raises:
@@ -171,20 +184,21 @@ def make_plan(config: RunConfig, memory: int | None = None, gpu: str | None = No
     device = find_device(config.training.device)
     config = resolved(config, config.model.vocab_size, device, lambda _: None)
     m, t = config.model, config.training
-    simulation = Simulation(config, device, attention_of(config, device))
+    simulation = Simulation(config, device, attention_of(config, device), foreign=gpu is not None)
     footprint = simulation.step(t.batch_size)
     limit = memory if memory is not None else memory_bytes(device)
     kind, name = ("cuda", gpu) if gpu is not None else (device.type, device_name(device))
     batches = evaluation_batches(config)
     peak = peak_flops(name, t.precision)
-    micro_s, basis = micro_step_time(config, device, peak, footprint)
+    step = step_time(config, device, peak, footprint, limit)
+    micro_s = step.micro_step_s
     sets = 1 + bool(config.data.val_data and t.eval_train_data)
     evaluation_s = last_s = micro_s * sets * (batches or 0) / TRAINING_OVER_FORWARD
     if t.final_eval == "whole" and t.num_eval_batches:
         whole = evaluation_batches(config.with_(num_eval_batches=0)) if config.data.val_data else None
         last_s += micro_s * ((whole or batches or 0) - (batches or 0)) / TRAINING_OVER_FORWARD
-    length = length_of(config, micro_s, evaluation_s, last_s)
-    run_s = micro_s * length.tokens / (t.batch_size * m.context_length)
+    length = length_of(config, micro_s, evaluation_s, last_s, step.update_s)
+    run_s = micro_s * length.tokens / (t.batch_size * m.context_length) + step.update_s * length.steps
     run_s += evaluation_s * (evaluations(config, length.steps) - 1) + last_s
     flops = length.tokens * TRAINING_OVER_FORWARD * sum(forward_flops_by_part(m).values())
     expects = None
@@ -214,7 +228,7 @@ def make_plan(config: RunConfig, memory: int | None = None, gpu: str | None = No
         length=length,
         tokens_per_step=t.batch_size * t.grad_accum_steps * m.context_length,
         evaluation_batches=batches,
-        time=Estimate(micro_s * t.grad_accum_steps, evaluation_s, last_s, run_s, basis),
+        time=Estimate(micro_s * t.grad_accum_steps + step.update_s, evaluation_s, last_s, run_s, step.basis),
         checkpoint_bytes=simulation.checkpoint_bytes,
         checkpoints=checkpoints_kept(config, length.steps),
         prospect=expects,
@@ -238,6 +252,8 @@ def _for_gpu(config: RunConfig, gpu: str, memory: int | None) -> RunConfig:
         raise ConfigError(f"--memory: found nothing; expected the memory of the {gpu}, as --memory 80G")
     t = config.training
     best = "bf16" if peaks["bf16"] else "fp16"
+    if t.precision != "auto" and peaks[t.precision] is None:
+        raise ConfigError(f"precision: found {t.precision}; expected auto, {best} or fp32, which a {gpu} is fast in")
     return config.with_(
         device="cpu",
         attention="sdpa" if t.attention == "flex" else t.attention,
@@ -248,7 +264,11 @@ def _for_gpu(config: RunConfig, gpu: str, memory: int | None) -> RunConfig:
 
 
 def length_of(
-    config: RunConfig, micro_step_s: float = 0.0, evaluation_s: float = 0.0, last_s: float | None = None
+    config: RunConfig,
+    micro_step_s: float = 0.0,
+    evaluation_s: float = 0.0,
+    last_s: float | None = None,
+    update_s: float = 0.0,
 ) -> Length:
     """How far the run goes until its first limit, batch stages included.
 
@@ -257,6 +277,7 @@ def length_of(
         micro_step_s: time of a micro-step, by which `max_time` is spent.
         evaluation_s: time of an evaluation. As in `horizon` the one at the start counts, and the last is kept free.
         last_s: time of the last one; None: as the others.
+        update_s: what a step takes beside its micro-steps.
 
     >>> length_of(RunConfig().with_(context_length=8, batch_size=2, max_steps=100, batch_stages="0.5:3"))
     Length(steps=100, tokens=3200, ends_by='max_steps')
@@ -279,7 +300,9 @@ def length_of(
         each = {
             "max_steps": 1.0,
             "token_budget": float(t.batch_size * micro_steps * config.model.context_length),
-            "max_time": micro_step_s * micro_steps + (counted_s / t.eval_interval if t.eval_interval else 0.0),
+            "max_time": micro_step_s * micro_steps
+            + update_s
+            + (counted_s / t.eval_interval if t.eval_interval else 0.0),
         }
         left = {name: max(limit - done[name], 0.0) / each[name] for name, limit in limits.items() if each[name]}
         ends_by = min(left, key=lambda name: left[name])
@@ -296,14 +319,17 @@ def length_of(
     return Length(whole, round(whole * tokens / steps) if steps else round(each["token_budget"]), ends_by)
 
 
-def micro_step_time(
-    config: RunConfig, device: torch.device, peak: float | None, footprint: Footprint
-) -> tuple[float, str]:
-    """Seconds of a micro-step with its share of the update, and what they rest on.
+def step_time(
+    config: RunConfig, device: torch.device, peak: float | None, footprint: Footprint, memory: int
+) -> StepTime:
+    """What a step takes.
 
     On a device of known peak: 40 % of it. On a CPU: a few steps, taken now; where they are too long or too large for
     that, products at the rate of products of this width, all else at the rate of additions on tensors of this size, and
     the cost of calls, each measured now. Elsewhere: 40 % of the rate of products.
+
+    Args:
+        memory: bytes that a rehearsal may take, if as much is free.
     """
     m, t = config.model, config.training
     rows = t.batch_size * m.context_length
@@ -311,30 +337,37 @@ def micro_step_time(
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(t.precision, torch.float32)
     if peak is not None:
         basis = f"assuming {GPU_UTILISATION:.0%} of the peak, {peak / 1e12:,.0f} TFLOP/s"
-        return flops / (GPU_UTILISATION * peak), basis
+        return StepTime(flops / (GPU_UTILISATION * peak), 0.0, basis)
     speed = measure(device, dtype, rows, m.d_model)
-    rates = f"products {speed.flops_per_s / 1e9:,.0f} GFLOP/s, memory {speed.bytes_per_s / 1e9:,.0f} GB/s"
+    basis = f"measured now: products {speed.flops_per_s / 1e9:,.0f} GFLOP/s, memory {speed.bytes_per_s / 1e9:,.0f} GB/s"
     if device.type != "cpu":
-        return flops / (GPU_UTILISATION * speed.flops_per_s), f"measured now: {rates}"
-    micro_s = (
-        flops / speed.flops_per_s + footprint.moved / speed.bytes_per_s + CALL_COSTS * speed.call_s * footprint.calls
-    )
-    if windows := _windows_to_rehearse(t.batch_size, micro_s, footprint, device):
-        timed = rehearse(config, device, windows)
-        micro_s = timed.micro_step_s * t.batch_size / windows + timed.update_s / t.grad_accum_steps
-        rates = f"steps of {windows} window{'s' if windows > 1 else ''}; {rates}"
+        return StepTime(flops / (GPU_UTILISATION * speed.flops_per_s), 0.0, basis)
+    calls_s, update_s = CALL_COSTS * speed.call_s * footprint.calls, 0.0
+    micro_s = flops / speed.flops_per_s + footprint.moved / speed.bytes_per_s + calls_s
+    if windows := windows_to_rehearse(config, micro_s, footprint, min(memory, available_bytes())):
+        with suppress(MemoryError):  # somebody else has taken it meanwhile
+            timed = rehearse(config, device, windows)
+            micro_s, update_s = timed.micro_step_s * t.batch_size / windows, timed.update_s
+            basis = f"measured now: steps of {windows} window{'s' if windows > 1 else ''}"
     if t.compile is True and dtype is torch.float32:
-        micro_s, rates = micro_s * COMPILED, f"{rates}; compiled {COMPILED:.0%} of that"
-    return micro_s, f"measured now: {rates}"
+        micro_s, basis = micro_s * COMPILED, f"{basis}; compiled {COMPILED:.0%} of that"
+    return StepTime(micro_s, update_s, basis)
 
 
-def _windows_to_rehearse(batch_size: int, micro_s: float, footprint: Footprint, device: torch.device) -> int:
-    """Windows of the steps that are taken for their time, 0: none; `micro_s` is what a whole batch may take."""
-    windows = min(max(int(batch_size * REHEARSED_S / micro_s), 1), batch_size)
+def windows_to_rehearse(config: RunConfig, micro_s: float, footprint: Footprint, memory: int) -> int:
+    """Windows of the steps that are taken for their time, 0: none.
+
+    Args:
+        micro_s: what a whole micro-step may take.
+        footprint: of a whole step.
+        memory: bytes, of which `REHEARSED_MEMORY` may be taken.
+    """
+    batch = config.training.batch_size
+    windows = min(max(int(batch * REHEARSED_S / micro_s), 1), batch)
     fixed = RESERVE["cpu"] + footprint.weights + footprint.gradients + footprint.optimizer
-    needed = fixed + HELD["cpu"] * (footprint.activations + footprint.loss) * windows / batch_size
-    fits = needed < REHEARSED_MEMORY * memory_bytes(device)
-    return windows if fits and micro_s * windows / batch_size < LONGEST_S else 0
+    fits = fixed + HELD["cpu"] * (footprint.activations + footprint.loss) * windows / batch < REHEARSED_MEMORY * memory
+    small = parameter_count(config.model) <= REHEARSED_PARAMETERS
+    return windows if fits and small and micro_s * windows / batch < LONGEST_S else 0
 
 
 def evaluations(config: RunConfig, steps: int) -> int:

@@ -1,17 +1,19 @@
 """How long a run's steps take here: a few are taken, on random tokens, by the run's own learner.
 
 In: a complete config whose step fits into this machine. Out: seconds. Called by `plan`. No file of the run is read, and
-none is written.
+none is written; torch's generator is where it was afterwards.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from typing import NamedTuple
 
 import torch
 
+from bytekiln import _core
 from bytekiln.batch import Batch
 from bytekiln.config import RunConfig
 from bytekiln.footprint import has_documents
@@ -20,8 +22,8 @@ from bytekiln.prefetch import Prefetcher
 from bytekiln.prepare import keep_freed_memory
 from bytekiln.ranks import Ranks
 
-FEWEST, SECONDS = 3, 0.5
-"""Steps that are timed, and the time after which no more are begun."""
+FEWEST, SECONDS, MOST_SECONDS = 3, 0.5, 3.0
+"""Steps that are timed, and the time after which no more are begun; after the last one also if they are fewer."""
 
 
 class Timed(NamedTuple):
@@ -51,29 +53,40 @@ class RandomTokens:
 
 
 def rehearse(config: RunConfig, device: torch.device, batch_size: int) -> Timed:
-    """Take steps of one micro-step of `batch_size` windows, never compiled, and time them; a first one is not timed.
+    """Take steps of one micro-step of `batch_size` windows, never compiled, and time them.
+
+    The first one is not timed, unless it is so long that there is no other.
 
     Raises:
         ConfigError: parts of the config do not go together on this device.
-        MemoryError: the model does not fit.
+        MemoryError: the step does not fit.
     """
+    _core.simd_level()  # said now if the environment asks for one that is not here
     if device.type == "cpu":
         keep_freed_memory()  # as in the run
     config = config.with_(batch_size=batch_size, grad_accum_steps=1, compile=False)
-    learner = Learner(config, device, Ranks())
-    micro_steps_s: list[float] = []
-    updates_s: list[float] = []
-    with Prefetcher(RandomTokens(config), 0) as batches:
-        end = time.perf_counter() + SECONDS
-        for step in range(1 + FEWEST + 1000):
+    timed: list[Timed] = []
+    with torch.random.fork_rng(), Prefetcher(RandomTokens(config), 0) as batches:
+        try:
+            learner = Learner(config, device, Ranks())
             began = time.perf_counter()
-            if step > FEWEST and began > end:
-                break
-            found = learner.gradients(batches, step, 0, 1)
-            between = time.perf_counter()
-            windows = (0, batch_size)
-            read([learner.update(found, learner.clipped_norm(), step=step, windows=windows, lr=0.0, share=0.0)])
-            if step:
-                micro_steps_s.append(between - began)
-                updates_s.append(time.perf_counter() - between)
-    return Timed(statistics.median(micro_steps_s), statistics.median(updates_s))
+            for step in itertools.count():
+                timed.append(_step(learner, batches, step))
+                passed = time.perf_counter() - began
+                if passed > MOST_SECONDS or (step >= FEWEST and passed > SECONDS):
+                    break
+        except RuntimeError as exc:
+            if "memory" not in str(exc):
+                raise
+            raise MemoryError(str(exc)) from None
+    counted = timed[1:] or timed
+    return Timed(*(statistics.median(times) for times in zip(*counted, strict=True)))
+
+
+def _step(learner: Learner, batches: Prefetcher, step: int) -> Timed:
+    began = time.perf_counter()
+    found = learner.gradients(batches, step, 0, 1)
+    between = time.perf_counter()
+    windows = (0, learner.config.training.batch_size)
+    read([learner.update(found, learner.clipped_norm(), step=step, windows=windows, lr=0.0, share=0.0)])
+    return Timed(between - began, time.perf_counter() - between)

@@ -60,22 +60,24 @@ class TokenFile:
 
     @classmethod
     def later(cls, path: str | PathLike[str]) -> TokenFile:
-        """What `open` gives, opened when it is first asked for: whoever only writes a file loads no numpy."""
+        """What `open` gives, opened when it is first asked for: whoever only writes a file loads no numpy.
+
+        Its path is absolute, for the process may be in another folder by then.
+        """
         self = cls.__new__(cls)
-        # Absolute, for the process may be in another folder by then.
-        self.__dict__["_later"] = os.fspath(path), os.path.abspath(path)  # noqa: PTH100 - without pathlib
+        self.__dict__["_later"] = os.path.abspath(path)  # noqa: PTH100 - without pathlib
         return self
 
     def __getattr__(self, name: str) -> object:
         """Open a file that was to be opened later."""
         if name.startswith("_") or "_later" not in self.__dict__ or "array" in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        from pathlib import Path
+        if name == "path":
+            from pathlib import Path
 
-        given, place = self.__dict__["_later"]
-        if name != "path":
-            self.__dict__.update(TokenFile.open(place).__dict__)
-        self.path = Path(given)
+            self.path = Path(self.__dict__["_later"])
+        else:
+            self.__dict__.update(TokenFile.open(self.path).__dict__)
         return getattr(self, name)
 
     @classmethod

@@ -287,7 +287,7 @@ def search_parser(*, everything: bool) -> Parser:
     add("--scale", metavar="NAME", help="a smaller form that a sweep has, as cpu")
     add("--dataset", metavar="NAME", help="train on data/processed/NAME_{train,valid}.npy")
     add("--folder", metavar="DIR", help="the search's folder; default: NAME-search, here")
-    add("--dry-run", action="store_true", help="show the stages with their steps, FLOPs and time; run nothing")
+    add("--dry-run", action="store_true", help="show the stages with their steps, FLOPs and time; start none")
     add(
         "--jobs", type=_count, default=1, metavar="N", help=f"runs at once, which share the {cores()} cores; default: 1"
     )

@@ -129,7 +129,7 @@ def sweep_parser(pipelines: Iterable[str], *, everything: bool) -> Parser:
     add("--scale", metavar="NAME", help="a smaller form that the sweep has, as cpu")
     add("--dataset", metavar="NAME", help="train on data/processed/NAME_{train,valid}.npy")
     add("--folder", metavar="DIR", help="the sweep's folder; default: its name, here")
-    add("--dry-run", action="store_true", help="list the runs with parameters, FLOPs, time and disk; run nothing")
+    add("--dry-run", action="store_true", help="list the runs with parameters, FLOPs, time and disk; start none")
     add("--jobs", type=whole, metavar="N", help=f"runs at once, which share the {cores()} cores; default: 1")
     add("--stack", type=whole, nargs="?", const=TOGETHER, default=1, metavar="N",
         help=f"train up to N runs of one shape together in one process; bare: {TOGETHER}")  # fmt: skip

@@ -44,6 +44,11 @@ fn halves(seed: u64, place: u64) -> (u32, u32) {
 /// # Panics
 /// Lengths differ, or the rate is not in [0, 1).
 pub fn dropout<N: Number>(level: Level, threads: usize, seed: u64, rate: f64, x: &[N], y: &mut [N]) {
+    behind(0, level, threads, (seed, rate), x, y);
+}
+
+/// The same of numbers behind so many others, a multiple of [`PIECE`].
+fn behind<N: Number>(others: u64, level: Level, threads: usize, (seed, rate): (u64, f64), x: &[N], y: &mut [N]) {
     assert!((0.0..1.0).contains(&rate), "dropout: found rate {rate}");
     assert_eq!(x.len(), y.len());
     let y = Pieces::new(y, PIECE);
@@ -53,7 +58,8 @@ pub fn dropout<N: Number>(level: Level, threads: usize, seed: u64, rate: f64, x:
         // SAFETY: every index comes once.
         let y = unsafe { y.piece(index) };
         // A piece ends where 32 bits do, or earlier.
-        let (seed, first) = (halves(seed, from as u64), from as u32);
+        let from = others + from as u64;
+        let (seed, first) = (halves(seed, from), from as u32);
         simd::run(level, Dropped { seed, first, least: threshold(rate), scale: (1.0 / (1.0 - rate)) as f32, x, y });
     });
 }
@@ -85,6 +91,9 @@ impl<N: Number> Job for Dropped<'_, N> {
 
 #[cfg(test)]
 mod tests {
+    use std::cmp::Ordering;
+    use std::fmt::Debug;
+
     use super::*;
     use crate::number::Bf16;
     use proptest::prelude::*;
@@ -100,29 +109,46 @@ mod tests {
             rate in 0.0..0.999f64,
             len in 0usize..40_000,
             threads in 1usize..4,
+            pieces in prop::sample::select(vec![0, 1, (1 << 18) - 1, 1 << 18, 5 << 18]),
         ) {
             let x: Vec<f32> = (0..len as u16).map(|n| f32::from(n) - 100.0).collect();
-            let scale = (1.0 / (1.0 - rate)) as f32;
-            let expected: Vec<f32> =
-                x.iter().zip(0..).map(|(x, place)| if stays(seed, rate, place) { x * scale } else { 0.0 }).collect();
-            for level in levels() {
-                let mut y = vec![7.0; len];
-                dropout(level, threads, seed, rate, &x, &mut y);
-                prop_assert_eq!(&y, &expected, "{}", level.name());
-            }
+            let others = pieces * PIECE as u64;
+            holds(others, threads, (seed, rate), &x)?;
+            holds(others, threads, (seed, rate), &x.into_iter().map(Bf16::of).collect::<Vec<_>>())?;
         }
 
         #[test]
-        fn bf16_is_rounded_to_the_nearest(bits in any::<u16>(), factor in 1.0..3.0f32) {
-            let exact = f64::from(Bf16(bits).wide()) * f64::from(factor);
-            let found = Bf16(bits).times(factor).wide();
-            if exact.is_nan() {
-                prop_assert!(found.is_nan());
-            } else if found.is_finite() && exact.abs() > 1e-37 {
-                // Half of a last place of 8 bits, and the rounding of the product before it.
-                prop_assert!((f64::from(found) - exact).abs() <= exact.abs() * (1.0 / 256.0 + 1e-7), "{found} for {exact}");
-            }
+        fn bf16_is_rounded_to_the_nearest_and_ties_to_even(bits in any::<u32>(), tie in any::<bool>()) {
+            let x = f32::from_bits(if tie { bits & !0x7fff | 0x8000 } else { bits });
+            let found = Bf16::of(x);
+            prop_assume!(x.is_finite());
+            let [below, above] = [bits >> 16, (bits >> 16) + 1].map(|half| Bf16(half as u16));
+            let off = |half: Bf16| (f64::from(half.wide()) - f64::from(x)).abs();
+            prop_assume!(above.wide().is_finite());
+            let nearest = match off(below).total_cmp(&off(above)) {
+                Ordering::Less => below,
+                Ordering::Greater => above,
+                Ordering::Equal => if below.0 & 1 == 0 { below } else { above },
+            };
+            prop_assert_eq!(found, nearest, "{}", x);
         }
+    }
+
+    fn holds<N: Number + PartialEq + Debug>(
+        others: u64,
+        threads: usize,
+        (seed, rate): (u64, f64),
+        x: &[N],
+    ) -> Result<(), TestCaseError> {
+        let scale = (1.0 / (1.0 - rate)) as f32;
+        let kept = |(place, x): (u64, &N)| if stays(seed, rate, place) { x.times(scale) } else { N::default() };
+        let expected: Vec<N> = (others..).zip(x).map(kept).collect();
+        for level in levels() {
+            let mut y = x.to_vec();
+            behind(others, level, threads, (seed, rate), x, &mut y);
+            prop_assert_eq!(&y, &expected, "{}", level.name());
+        }
+        Ok(())
     }
 
     /// Shares of two hundred thousand within five deviations, of single numbers and of pairs of neighbours, rows and seeds.

@@ -96,7 +96,8 @@ pub fn text_of_ids<'py>(
     }
 }
 
-/// Counts where the ids lie in a list, while the interpreter waits: to copy them first would take longer, and hold it as long.
+/// Counts where the ids lie in a list, while the interpreter waits, and so it does while they are written. A copy of 100 million
+/// is 400 MB of fresh memory, which costs more than to read the list twice; but it would let others run after half of the time.
 /// None where there is no list, or something in it is no plain int that is a token's id: [`ids_of`] has other ways to read
 /// it, and [`counted`] tells what is the matter.
 fn counted_attached<'a>(

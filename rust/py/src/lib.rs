@@ -309,7 +309,8 @@ fn payload_checksum(py: Python<'_>, path: PathBuf, offset: u64) -> PyResult<Stri
     py.detach(|| checksum_of_file(&path, offset)).or_raise(py)
 }
 
-#[pymodule]
+/// The interpreter's lock is needed: `ids.rs` reads lists while nobody else can change them.
+#[pymodule(gil_used = true)]
 mod _core {
     use super::{Bound, PyModule, PyResult, UNICODE_VERSION};
     use pyo3::prelude::*;

@@ -19,9 +19,10 @@ const MOST_LINES: usize = 1 << 18;
 /// Ids kept for words with more than a slot has room for, before the table is emptied.
 const MOST_SPILLED: usize = 1 << 21;
 
-/// Lines that a look-up may pass over, as a mean and on top of that once. A table is at most five eighths full, so that words
+/// Lines that a look-up may pass over, as a mean, and so many on top of that once. A table is at most five eighths full, so that words
 /// of a language pass over less than one; words that were chosen to share a place would pass over thousands each.
-const MOST_WALKED: (u64, u64) = (32, 4096);
+const MOST_WALKED: u64 = 32;
+const WALKED_ONCE: u64 = 4096;
 
 /// Two slots, a cache line. Both are looked at without a branch: which of the two a word is in, no processor can foretell.
 #[derive(Debug, Clone, Copy)]
@@ -133,7 +134,7 @@ impl<I: Id> Table<I> {
         let (mut line, mut slot) = self.find(key, first);
         self.met += 1;
         self.walked += (line.wrapping_sub(first) & (self.lines.len() - 1)) as u64;
-        if self.walked > MOST_WALKED.0 * self.met + MOST_WALKED.1 {
+        if self.walked > MOST_WALKED * self.met + WALKED_ONCE {
             self.begin_anew();
             first = self.place(key);
             (line, slot) = self.find(key, first);
