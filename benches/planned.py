@@ -64,7 +64,8 @@ def measured(values: dict[str, object]) -> tuple[float, float]:
             "eval_interval": 0, "num_eval_batches": 1, "checkpoint_interval": 0, "warmup_steps": 1,
         }  # fmt: skip
         (folder / "c.toml").write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in given.items()), "utf-8")
-        plan = json.loads(said(folder, "lm-plan", "c.toml", "--json", "--memory", "1"))
+        plan = json.loads(said(folder, "lm-plan", "c.toml", "--json", "--memory", "8G"))
+        assert "steps of" in plan["time_basis"], plan["time_basis"]
         said(folder, "lm-train", "c.toml")
         rows = (folder / "run" / "metrics.csv").read_text("utf-8").splitlines()
         at = rows[0].split(",").index("step_time_s")

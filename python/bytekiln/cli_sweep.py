@@ -41,6 +41,8 @@ SHAPELESS = set(
     "rope_theta norm_eps".split()
 )
 """Fields that change nothing of what a run costs."""
+MOST_BASES = 3
+"""Of what times rest on, so many are said."""
 
 
 def sweep(argv: list[str]) -> int:
@@ -132,7 +134,6 @@ def dry_run(trials: Sequence[Trial], jobs: int) -> str:
     plans: dict[tuple[tuple[str, object], ...], Plan] = {}
     rows: list[tuple[str, ...]] = [("run", "parameters", "steps", "tokens", "FLOPs", "time", "disk")]
     total = [0.0, 0.0, 0.0]
-    basis = ""
     keyed: list[tuple[Trial, RunConfig, tuple[tuple[str, object], ...]]] = []
     for trial in trials:
         config = with_vocabulary(trial.config)
@@ -145,7 +146,6 @@ def dry_run(trials: Sequence[Trial], jobs: int) -> str:
     for trial, _, key in keyed:
         made = plans[key]
         flops, disk = made.flops_per_token * made.length.tokens, made.checkpoint_bytes * made.checkpoints
-        basis = made.time.basis
         total = [total[0] + flops, total[1] + made.time.run_s, total[2] + disk]
         rows.append(
             (
@@ -155,7 +155,10 @@ def dry_run(trials: Sequence[Trial], jobs: int) -> str:
         )  # fmt: skip
     rows.append(("all", "", "", "", human_count(total[0]), human_time(total[1]), human_bytes(total[2])))
     at_once = f"; {jobs} at once, if that slows none down: {human_time(total[1] / jobs)}" if jobs > 1 else ""
-    return f"{table(rows, indent='')}\n\n{len(trials)} runs; time {basis}{at_once}"
+    bases = sorted({made.time.basis for made in plans.values()})
+    if len(bases) > MOST_BASES:
+        bases = [*bases[:MOST_BASES], "…"]
+    return f"{table(rows, indent='')}\n\n{len(trials)} runs; time {' | '.join(bases)}{at_once}"
 
 
 def _check_ready(spec: SweepSpec, trials: Sequence[Trial]) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -231,6 +232,13 @@ def _time_of(work: Callable[[], None], seconds: float, device: torch.device) -> 
     return sorted(times)[len(times) // 4]
 
 
+CONTAINERS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Where Linux tells what a container may have, what it has, and what of that it would give back (cgroups 2 and 1)."""
+
+
 def memory_bytes(device: torch.device) -> int:
     """Memory of the device: of the GPU, or what this machine, or the container it runs in, has."""
     import torch
@@ -238,27 +246,38 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            allowed = Path(limit).read_text("ascii").strip()
-        except OSError:
-            continue
-        if allowed.isdecimal():
-            return min(machine, int(allowed))
+    for folder, limit, _, _ in CONTAINERS:
+        allowed = _number_in(folder / limit)
+        if allowed is not None:
+            return min(machine, allowed)
     return machine
 
 
-def available_bytes() -> int:
-    """Memory that nobody uses, of a container at most what it may have; all of it where nothing tells."""
+def available_bytes(machine: Path = Path("/proc/meminfo")) -> int:
+    """Memory of this machine that nobody uses, and of the container it runs in; all of it where nothing tells."""
     import torch
 
-    limit = memory_bytes(torch.device("cpu"))
+    free = [memory_bytes(torch.device("cpu"))]
+    with suppress(OSError):
+        lines = machine.read_text("ascii").splitlines()
+        free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    for folder, limit, usage, inactive in CONTAINERS:
+        allowed, used = _number_in(folder / limit), _number_in(folder / usage)
+        if allowed is None or used is None:
+            continue
+        with suppress(OSError):
+            lines = (folder / "memory.stat").read_text("ascii").splitlines()
+            used -= sum(int(line.split()[1]) for line in lines if line.startswith(f"{inactive} "))
+        free.append(max(allowed - used, 0))
+    return min(free)
+
+
+def _number_in(file: Path) -> int | None:
     try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        text = file.read_text("ascii").strip()
     except OSError:
-        return limit
-    free = next((line for line in lines if line.startswith("MemAvailable:")), None)
-    return limit if free is None else min(limit, int(free.split()[1]) * 1024)
+        return None
+    return int(text) if text.isdecimal() else None
 
 
 def describe(device: torch.device) -> dict[str, str]:

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias, cast
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 from torch.autograd import Function
 
@@ -75,13 +76,19 @@ def activates(x: Tensor) -> bool:
     Not where anything is compiled or transformed. A compiler fuses activations with their neighbours, which is better
     still, and draws masks itself.
     """
-    taken = x.is_cpu and x.dtype in _NUMBERS and not _left_to_torch
-    return taken and not torch.compiler.is_compiling() and not _transformed()
+    return not _left_to_torch and _takes(x)
+
+
+def _takes(x: Tensor) -> bool:
+    return x.is_cpu and x.dtype in _NUMBERS and not torch.compiler.is_compiling() and not _transformed()
 
 
 @contextmanager
 def left_to_torch() -> Iterator[None]:
-    """In here nothing `activates`: what torch keeps for the backward is what it keeps on a GPU."""
+    """In here nothing `activates`, and dropout is CUDA's: for the backward is kept what is kept on a GPU.
+
+    RMSNorm stays the core's: CUDA's keeps the same, torch's for the CPU more.
+    """
     global _left_to_torch
     before, _left_to_torch = _left_to_torch, True
     try:
@@ -92,7 +99,7 @@ def left_to_torch() -> Iterator[None]:
 
 def normalises(x: Tensor) -> bool:
     """Whether the core has RMSNorm for this tensor: as `activates`, float32 alone."""
-    return x.dtype == torch.float32 and activates(x)
+    return x.dtype == torch.float32 and _takes(x)
 
 
 def _transformed() -> bool:
@@ -137,6 +144,11 @@ def activation(x: Tensor, kind: str) -> Tensor:
         return cast(Tensor, _Activation.apply(x, kind))
     with torch._C._AutoDispatchBelowAutograd():
         return cast(Tensor, _ops.activation(x, kind))
+
+
+def torch_dropout(x: Tensor, rate: float) -> Tensor:
+    """torch's own, which on CUDA keeps a byte a number for the backward, and on a CPU a mask of x's type."""
+    return torch.native_dropout(x, rate, True)[0] if _left_to_torch else F.dropout(x, rate)
 
 
 def dropout(x: Tensor, rate: float) -> Tensor:

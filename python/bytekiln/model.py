@@ -338,7 +338,7 @@ class Block(nn.Module):
 
 
 def _dropout(x_BxTxD: Tensor, rate: float) -> Tensor:
-    return kernels.dropout(x_BxTxD, rate) if kernels.activates(x_BxTxD) else F.dropout(x_BxTxD, rate)
+    return (kernels.dropout if kernels.activates(x_BxTxD) else kernels.torch_dropout)(x_BxTxD, rate)
 
 
 class Features(NamedTuple):

@@ -256,7 +256,7 @@ def _for_gpu(config: RunConfig, gpu: str, memory: int | None) -> RunConfig:
         raise ConfigError(f"precision: found {t.precision}; expected auto, {best} or fp32, which a {gpu} is fast in")
     return config.with_(
         device="cpu",
-        attention="sdpa" if t.attention == "flex" else t.attention,
+        attention="sdpa" if t.attention in ("auto", "flex", "native") else t.attention,
         flash="torch",
         precision=best if t.precision == "auto" else t.precision,
         compile=True if t.compile == "auto" else t.compile,

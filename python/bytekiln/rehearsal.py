@@ -1,7 +1,7 @@
 """How long a run's steps take here: a few are taken, on random tokens, by the run's own learner.
 
 In: a complete config whose step fits into this machine. Out: seconds. Called by `plan`. No file of the run is read, and
-none is written; torch's generator is where it was afterwards.
+none is written; torch's generator for the CPU is where it was afterwards.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def rehearse(config: RunConfig, device: torch.device, batch_size: int) -> Timed:
         keep_freed_memory()  # as in the run
     config = config.with_(batch_size=batch_size, grad_accum_steps=1, compile=False)
     timed: list[Timed] = []
-    with torch.random.fork_rng(), Prefetcher(RandomTokens(config), 0) as batches:
+    with torch.random.fork_rng(devices=[]), Prefetcher(RandomTokens(config), 0) as batches:
         try:
             learner = Learner(config, device, Ranks())
             began = time.perf_counter()
@@ -76,7 +76,7 @@ def rehearse(config: RunConfig, device: torch.device, batch_size: int) -> Timed:
                 if passed > MOST_SECONDS or (step >= FEWEST and passed > SECONDS):
                     break
         except RuntimeError as exc:
-            if "memory" not in str(exc):
+            if not isinstance(exc, torch.OutOfMemoryError) and "allocate memory" not in str(exc):
                 raise
             raise MemoryError(str(exc)) from None
     counted = timed[1:] or timed

@@ -90,7 +90,7 @@ class StackedLinear(nn.Module):
 
     def together(self, x: Tensor, maps: Sequence[StackedLinear]) -> list[Tensor]:
         """Several of them, this one first, of one x: where a single run's maps go one way, so do these."""
-        if not kernels.activates(x) or any(m.bias is not None for m in maps):
+        if not kernels.normalises(x) or any(m.bias is not None for m in maps):
             return [m(x) for m in maps]
         ys_KxNxE = _Products.apply(self._by_run(x), *(m.weight for m in maps))
         return [y.view(*x.shape[:-1], -1) for y in ys_KxNxE]

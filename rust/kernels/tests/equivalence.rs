@@ -6,6 +6,7 @@ use bytekiln_kernels::activation::{self, Kind};
 use bytekiln_kernels::attention::{self, Input, Output, Shape, Sight, Strides};
 use bytekiln_kernels::naive;
 use bytekiln_kernels::norm;
+use bytekiln_kernels::number::Bf16;
 use bytekiln_kernels::simd::Level;
 use proptest::prelude::*;
 
@@ -59,6 +60,38 @@ fn activations_keep_their_limits() {
         let (y, slope) = activated(level, 1, Kind::Relu2, &x);
         assert_eq!((y[2], slope[2], y[3], slope[3]), (f32::INFINITY, f32::INFINITY, 0.0, 0.0));
         assert!(y[4].is_nan() && slope[4].is_nan());
+    }
+}
+
+/// Of every bit pattern at every level: computed in float32 and rounded once, on pieces and threads of any number.
+#[test]
+fn bf16_is_what_float32_gives_rounded() {
+    let bits = |x: &[Bf16]| x.iter().map(|x| x.0).collect::<Vec<u16>>();
+    let halves: Vec<Bf16> = (0..=u16::MAX).map(Bf16).collect();
+    let wide: Vec<f32> = halves.iter().map(|x| x.wide()).collect();
+    let (g, wide_g): (Vec<Bf16>, Vec<f32>) = halves.iter().rev().map(|&x| (x, x.wide())).unzip();
+    let rounded = |x: &[f32]| x.iter().map(|&x| Bf16::of(x).0).collect::<Vec<u16>>();
+    for level in levels() {
+        // All of them, and lengths that fill no vector.
+        for len in (0..40).chain([halves.len()]) {
+            let (x, wide, g, wide_g) = (&halves[..len], &wide[..len], &g[..len], &wide_g[..len]);
+            let (mut y, mut z) = (vec![Bf16(7); len], vec![Bf16(7); len]);
+            let (mut wide_y, mut wide_z) = (vec![0.0; len], vec![0.0; len]);
+            for kind in Kind::ALL {
+                activation::forward(level, 2, kind, x, &mut y);
+                activation::forward(level, 1, kind, wide, &mut wide_y);
+                assert!(bits(&y) == rounded(&wide_y), "{kind:?} at {}", level.name());
+                activation::backward(level, 2, kind, g, x, &mut y);
+                activation::backward(level, 1, kind, wide_g, wide, &mut wide_y);
+                assert!(bits(&y) == rounded(&wide_y), "{kind:?} backward at {}", level.name());
+            }
+            activation::swiglu(level, 2, x, g, &mut y);
+            activation::swiglu(level, 1, wide, wide_g, &mut wide_y);
+            assert!(bits(&y) == rounded(&wide_y), "SwiGLU at {}", level.name());
+            activation::swiglu_backward(level, 2, g, x, g, &mut y, &mut z);
+            activation::swiglu_backward(level, 1, wide_g, wide, wide_g, &mut wide_y, &mut wide_z);
+            assert!((bits(&y), bits(&z)) == (rounded(&wide_y), rounded(&wide_z)), "SwiGLU backward at {}", level.name());
+        }
     }
 }
 
