@@ -277,3 +277,26 @@ def test_a_state_that_says_nothing_is_begun_anew(text: str, tmp_path: Path) -> N
     again.prepare([tmp_path / "own.txt"])
     assert again.state["version"] == bytekiln.__version__ and again.state["corpus"]["documents"] == [2, 1]
     os.close(again.lock)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_between_fork_and_exec_ends_the_command_in_silence(number: signal.Signals) -> None:
+    """There the demo's handlers are in place in a process that is not the demo."""
+    code = f"""
+import os, signal, sys
+from bytekiln import demo
+demo._handle_signals()
+child = os.fork()
+if child == 0:
+    os.kill(os.getpid(), {int(number)})
+    print("went on")
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+try:
+    os.kill(os.getpid(), {int(number)})
+except (KeyboardInterrupt, demo.Stopped) as stop:
+    print(type(stop).__name__)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    expected = "KeyboardInterrupt" if number == signal.SIGINT else "Stopped"
+    assert (run.stdout, run.stderr) == (f"{128 + number}\n{expected}\n", "")

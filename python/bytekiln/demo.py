@@ -298,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="D", help="folder for everything (demo)")
     parser.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="tokens (default: 4096)")
     parser.add_argument("train_flags", nargs="*", metavar="FLAG", help="after --: flags for lm-train")
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    _handle_signals()
     try:
         args = parser.parse_args(argv)
         demo = Demo(args.out, args.vocab_size, args.train_flags)
@@ -322,8 +322,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _on_sigterm(_signal: int, _frame: object) -> NoReturn:
-    raise Stopped(143)
+def _handle_signals() -> None:
+    """SIGTERM ends the demo as Ctrl-C does. A command between fork and exec has our handlers, too: it just ends."""
+    mine = os.getpid()
+
+    def end(number: int, _frame: object) -> NoReturn:
+        if os.getpid() != mine:
+            os._exit(128 + number)
+        raise KeyboardInterrupt if number == signal.SIGINT else Stopped(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+        signal.signal(signal.SIGINT, end)
 
 
 if __name__ == "__main__":
