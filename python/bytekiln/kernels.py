@@ -240,11 +240,8 @@ class _Dropout(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
-        return (
-            dropout_of(g, ctx.rate, *ctx.saved_tensors),
-            None,
-            None,
-        )  # a linear map and its own transpose: a graph of it is right, too
+        # A linear map and its own transpose: a graph of it is right, too.
+        return dropout_of(g, ctx.rate, *ctx.saved_tensors), None, None
 
 
 class _SwiGLU(Function):

@@ -286,14 +286,14 @@ proptest! {
         let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
         let (eps, ones) = (1e-5f32, vec![1.0; width]);
         let mut exact = [vec![], vec![], vec![0.0; width]];
-        // Of the gradient by x two terms of this size cancel, in rows of one number altogether.
-        let mut term = 0f64;
+        // Of a row's gradient by x two terms of this size cancel, in rows of one number altogether.
+        let mut terms = vec![];
         for (x, g) in x.chunks(width).zip(g.chunks(width)) {
             let w = weight.as_deref().map_or(ones.clone(), wide);
             let [y, by_x, by_weight] = naive::rms_norm(&wide(x), &w, f64::from(eps), &wide(g));
             let square = wide(x).iter().map(|x| x * x).sum::<f64>() / width as f64;
             let most = wide(g).iter().zip(&w).fold(0f64, |most, (g, w)| most.max((g * w).abs()));
-            term = term.max(most / (square + f64::from(eps)).sqrt());
+            terms.push(most / (square + f64::from(eps)).sqrt());
             exact[0].extend(y);
             exact[1].extend(by_x);
             for (sum, part) in exact[2].iter_mut().zip(by_weight) {
@@ -312,9 +312,10 @@ proptest! {
             prop_assert_eq!(&one, &made(3), "{:?}: threads change nothing", level);
             // Terms of the size of the greatest cancel in a sum of `width` or of `rows` of them.
             for (n, (made, exact)) in one.iter().zip(&exact).enumerate() {
-                let greatest = exact.iter().fold(if n == 1 { term } else { 0.0 }, |most, x| most.max(x.abs()));
-                let bound = greatest.max(1e-3) * 4e-6 * (rows.max(width) as f64).sqrt();
-                for (made, exact) in made.iter().zip(exact) {
+                let greatest = exact.iter().fold(1e-3f64, |most, x| most.max(x.abs()));
+                for (i, (made, exact)) in made.iter().zip(exact).enumerate() {
+                    let term = if n == 1 { terms[i / width] } else { 0.0 };
+                    let bound = greatest.max(term) * 4e-6 * (rows.max(width) as f64).sqrt();
                     prop_assert!((f64::from(*made) - exact).abs() < bound, "{level:?} {n}: {made} for {exact}, within {bound:e}");
                 }
             }
