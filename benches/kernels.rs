@@ -8,6 +8,8 @@ use std::hint::black_box;
 use bytekiln_kernels::activation::{self, Kind};
 use bytekiln_kernels::attention::{self, Input, Output, Shape, Sight, Strides};
 use bytekiln_kernels::dropout::dropout;
+use bytekiln_kernels::linear::{self, Before, Gradients, Linear, Map};
+use bytekiln_kernels::norm::Norm;
 use bytekiln_kernels::number::Bf16;
 use bytekiln_kernels::simd::Level;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
@@ -49,6 +51,49 @@ fn activations(c: &mut Criterion) {
         group.bench_function(BenchmarkId::new("SwiGLU backward", level.name()), |bench| {
             bench.iter(|| activation::swiglu_backward(level, 1, black_box(&x), &x, &x, &mut y, &mut z));
         });
+    }
+}
+
+/// Products alone count: 2 · rows · ins · outs, twice that in a backward.
+fn linears(c: &mut Criterion) {
+    let mut group = c.benchmark_group("linear");
+    let rows = 768;
+    let norm = [vec![1.0; 128], vec![0.0; 128]];
+    let layer_norm = Before::Norm(Norm { centred: true, eps: 1e-5, weight: &norm[0], bias: Some(&norm[1]) });
+    for (name, before, ins, outs) in [
+        ("norm, q k v", layer_norm, 128, [128; 3].as_slice()),
+        ("out", Before::Nothing, 128, &[128]),
+        ("norm, up", layer_norm, 128, &[512]),
+        ("gelu, down", Before::Activation(Kind::Gelu), 512, &[128]),
+    ] {
+        let all: usize = outs.iter().sum();
+        let x = numbers(rows * ins, 1);
+        let weights: Vec<Vec<f32>> = outs.iter().map(|outs| numbers(outs * ins, 2)).collect();
+        let maps: Vec<Map<'_>> = weights.iter().map(|weight| Map { weight, bias: None }).collect();
+        let linear = Linear { ins, before, x: [&x, &[]], maps: &maps };
+        let g: Vec<Vec<f32>> = outs.iter().map(|outs| numbers(rows * outs, 3)).collect();
+        for level in levels() {
+            group.throughput(Throughput::Elements((2 * rows * ins * all) as u64));
+            group.bench_function(BenchmarkId::new(name, level.name()), |bench| {
+                let mut y = g.clone();
+                let mut y: Vec<&mut [f32]> = y.iter_mut().map(Vec::as_mut_slice).collect();
+                bench.iter(|| linear::forward(level, 1, black_box(&linear), None, &mut y));
+            });
+            group.throughput(Throughput::Elements((4 * rows * ins * all) as u64));
+            group.bench_function(BenchmarkId::new(format!("{name}, backward"), level.name()), |bench| {
+                let g: Vec<&[f32]> = g.iter().map(Vec::as_slice).collect();
+                let (mut dx, mut dweights, mut dnorm) = (x.clone(), weights.clone(), norm.clone());
+                let [dw, db] = &mut dnorm;
+                let norm = if matches!(before, Before::Norm(_)) { [&mut dw[..], &mut db[..]] } else { [&mut [][..], &mut []] };
+                let mut to = Gradients {
+                    x: [&mut dx, &mut []],
+                    weights: dweights.iter_mut().map(Vec::as_mut_slice).collect(),
+                    biases: outs.iter().map(|_| [].as_mut_slice()).collect(),
+                    norm,
+                };
+                bench.iter(|| linear::backward(level, 1, black_box(&linear), &g, &mut to));
+            });
+        }
     }
 }
 
@@ -109,5 +154,5 @@ fn attentions(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, activations, dropouts, attentions);
+criterion_group!(benches, activations, linears, dropouts, attentions);
 criterion_main!(benches);

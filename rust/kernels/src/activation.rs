@@ -166,6 +166,40 @@ fn map<L: Lanes, C: Curves<N, M>, T: Number, const N: usize, const M: usize>(
     }
 }
 
+/// y = f(x) of one piece.
+#[inline(always)]
+pub(crate) fn of_piece<L: Lanes>(lanes: L, kind: Kind, x: &[f32], y: &mut [f32]) {
+    match kind {
+        Kind::Gelu => map::<L, Gelu, f32, 1, 1>(lanes, [x], [y]),
+        Kind::GeluTanh => map::<L, GeluTanh, f32, 1, 1>(lanes, [x], [y]),
+        Kind::Silu => map::<L, Silu, f32, 1, 1>(lanes, [x], [y]),
+        Kind::Relu2 => map::<L, Relu2, f32, 1, 1>(lanes, [x], [y]),
+    }
+}
+
+/// y = f(x) and dx = g f'(x) of one piece, f being worked out once.
+#[inline(always)]
+pub(crate) fn both_of_piece<L: Lanes>(lanes: L, kind: Kind, g: &[f32], x: &[f32], y: &mut [f32], dx: &mut [f32]) {
+    match kind {
+        Kind::Gelu => map::<L, Gelu, f32, 2, 2>(lanes, [g, x], [y, dx]),
+        Kind::GeluTanh => map::<L, GeluTanh, f32, 2, 2>(lanes, [g, x], [y, dx]),
+        Kind::Silu => map::<L, Silu, f32, 2, 2>(lanes, [g, x], [y, dx]),
+        Kind::Relu2 => map::<L, Relu2, f32, 2, 2>(lanes, [g, x], [y, dx]),
+    }
+}
+
+/// [`swiglu`] of one piece.
+#[inline(always)]
+pub(crate) fn swiglu_of_piece<L: Lanes>(lanes: L, a: &[f32], b: &[f32], y: &mut [f32]) {
+    map::<L, SwigluCurve, f32, 2, 1>(lanes, [a, b], [y]);
+}
+
+/// [`swiglu`] of one piece and its gradients [da, db].
+#[inline(always)]
+pub(crate) fn both_of_swiglu<L: Lanes>(lanes: L, [g, a, b]: [&[f32]; 3], y: &mut [f32], [da, db]: [&mut [f32]; 2]) {
+    map::<L, SwigluCurve, f32, 3, 3>(lanes, [g, a, b], [y, da, db]);
+}
+
 struct Forward<'a, N> {
     kind: Kind,
     x: &'a [N],
@@ -221,6 +255,13 @@ macro_rules! curves {
             #[inline(always)]
             fn at<L: Lanes>(lanes: L, [g, x]: [L::V; 2]) -> [L::V; 1] {
                 [lanes.mul(g, $function(lanes, x).1)]
+            }
+        }
+        impl Curves<2, 2> for $name {
+            #[inline(always)]
+            fn at<L: Lanes>(lanes: L, [g, x]: [L::V; 2]) -> [L::V; 2] {
+                let (y, slope) = $function(lanes, x);
+                [y, lanes.mul(g, slope)]
             }
         }
     )*};
@@ -326,5 +367,13 @@ impl Curves<3, 2> for SwigluCurve {
     fn at<L: Lanes>(lanes: L, [g, a, b]: [L::V; 3]) -> [L::V; 2] {
         let (y, slope) = silu(lanes, a);
         [lanes.mul(lanes.mul(g, b), slope), lanes.mul(g, y)]
+    }
+}
+
+impl Curves<3, 3> for SwigluCurve {
+    #[inline(always)]
+    fn at<L: Lanes>(lanes: L, [g, a, b]: [L::V; 3]) -> [L::V; 3] {
+        let (y, slope) = silu(lanes, a);
+        [lanes.mul(y, b), lanes.mul(lanes.mul(g, b), slope), lanes.mul(g, y)]
     }
 }

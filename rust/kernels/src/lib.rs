@@ -5,7 +5,8 @@
 //! - [`number`]: float32 and bf16, as activations and dropout read them.
 //! - [`activation`]: GELU, SiLU, squared ReLU with their derivatives in one pass; SwiGLU.
 //! - [`dropout`]: of float32 and bf16, without a mask in memory.
-//! - [`norm`]: RMSNorm and its gradients.
+//! - [`norm`]: RMSNorm and its gradients; LayerNorm as part of a linear map.
+//! - [`linear`]: linear maps with the norm or activation before and the residual behind them, and all gradients.
 //! - [`naive`]: the same in float64, slow and readable: the specification.
 //!
 //! All arithmetic is written once, over the vectors of [`simd`]; which instructions they are is decided at run time.
@@ -19,6 +20,7 @@
 pub mod activation;
 pub mod attention;
 pub mod dropout;
+pub mod linear;
 pub mod naive;
 pub mod norm;
 pub mod number;

@@ -74,6 +74,124 @@ pub fn backward(
     }
 }
 
+/// A norm as it stands before a linear map.
+#[derive(Clone, Copy, Debug)]
+pub struct Norm<'a> {
+    /// LayerNorm (Ba et al. 2016), (x - mean) / √(variance + ε) · w + b; else RMSNorm.
+    pub centred: bool,
+    /// ε.
+    pub eps: f32,
+    /// w.
+    pub weight: &'a [f32],
+    /// b.
+    pub bias: Option<&'a [f32]>,
+}
+
+impl Norm<'_> {
+    pub(crate) fn check(self, width: usize) {
+        assert!(self.weight.len() == width && self.bias.is_none_or(|bias| bias.len() == width), "norm of {width}");
+    }
+
+    /// Numbers of w and of b.
+    pub(crate) fn lens(self) -> [usize; 2] {
+        [self.weight.len(), self.bias.map_or(0, <[f32]>::len)]
+    }
+
+    /// A row's mean, 0 without centring, and 1 / √(variance + ε).
+    #[inline(always)]
+    fn of<L: Lanes>(self, lanes: L, x: &[f32]) -> (f32, f32) {
+        #[expect(clippy::cast_precision_loss, reason = "widths are small")]
+        let share = 1.0 / x.len() as f32;
+        let mean =
+            if self.centred { share * fold(lanes, [x], |lanes, sum, [x]| lanes.add(sum, x), |[x]| x) } else { 0.0 };
+        let m = lanes.splat(mean);
+        let vector = |lanes: L, sum: L::V, [x]: [L::V; 1]| {
+            let c = lanes.sub(x, m);
+            lanes.mul_add(c, c, sum)
+        };
+        let square = fold(lanes, [x], vector, |[x]| (x - mean) * (x - mean));
+        (mean, 1.0 / (square * share + self.eps).sqrt())
+    }
+}
+
+/// The norm of a row.
+#[inline(always)]
+pub(crate) fn of_row<L: Lanes>(lanes: L, norm: Norm<'_>, x: &[f32], y: &mut [f32]) {
+    let (mean, scale) = norm.of(lanes, x);
+    let (m, s) = (lanes.splat(mean), lanes.splat(scale));
+    match norm.bias {
+        None => map(
+            lanes,
+            [x, norm.weight],
+            y,
+            |lanes, [x, w]| lanes.mul(lanes.mul(lanes.sub(x, m), s), w),
+            |[x, w]| (x - mean) * scale * w,
+        ),
+        Some(bias) => map(
+            lanes,
+            [x, norm.weight, bias],
+            y,
+            |lanes, [x, w, b]| lanes.mul_add(lanes.mul(lanes.sub(x, m), s), w, b),
+            |[x, w, b]| (x - mean) * scale * w + b,
+        ),
+    }
+}
+
+/// The norm of a row and the gradients by it; those by w, then b, are added to `sums`.
+///
+/// With x̂ = (x - mean) s and h = g w: dx = s (h - mean(h) - x̂ mean(h x̂)), without mean(h) where nothing was centred;
+/// dw = g x̂, db = g.
+#[inline(always)]
+pub(crate) fn both_of_row<L: Lanes>(
+    lanes: L,
+    norm: Norm<'_>,
+    g: &[f32],
+    x: &[f32],
+    y: &mut [f32],
+    dx: &mut [f32],
+    sums: &mut [f32],
+) {
+    of_row(lanes, norm, x, y);
+    let (mean, scale) = norm.of(lanes, x);
+    let (m, s, w) = (lanes.splat(mean), lanes.splat(scale), norm.weight);
+    #[expect(clippy::cast_precision_loss, reason = "widths are small")]
+    let share = 1.0 / x.len() as f32;
+    let hat = |lanes: L, x: L::V| lanes.mul(lanes.sub(x, m), s);
+    let along = share
+        * fold(
+            lanes,
+            [g, x, w],
+            |lanes, sum, [g, x, w]| lanes.mul_add(lanes.mul(g, w), hat(lanes, x), sum),
+            |[g, x, w]| g * w * ((x - mean) * scale),
+        );
+    let level = if norm.centred {
+        share * fold(lanes, [g, w], |lanes, sum, [g, w]| lanes.mul_add(g, w, sum), |[g, w]| g * w)
+    } else {
+        0.0
+    };
+    let (a, l) = (lanes.splat(along), lanes.splat(level));
+    map(
+        lanes,
+        [g, x, w],
+        dx,
+        |lanes, [g, x, w]| {
+            lanes.mul(s, lanes.sub(lanes.sub(lanes.mul(g, w), l), lanes.mul(hat(lanes, x), a)))
+        },
+        |[g, x, w]| scale * (g * w - level - (x - mean) * scale * along),
+    );
+    let (by_weight, by_bias) = sums.split_at_mut(w.len());
+    add(
+        lanes,
+        [g, x],
+        by_weight,
+        |lanes, sum, [g, x]| lanes.mul_add(g, hat(lanes, x), sum),
+        |[g, x]| g * ((x - mean) * scale),
+    );
+    if !by_bias.is_empty() {
+        add(lanes, [g], by_bias, |lanes, sum, [g]| lanes.add(sum, g), |[g]| g);
+    }
+}
+
 /// Rows, and how many of them a job takes.
 fn rows_of(width: usize, len: usize) -> (usize, usize) {
     assert!(width > 0 && len.is_multiple_of(width));

@@ -42,6 +42,26 @@ impl<'a, T> Pieces<'a, T> {
         Self { start: out.as_mut_ptr(), len: out.len(), size, of: PhantomData }
     }
 
+    /// All of it, to be read.
+    ///
+    /// # Safety
+    /// Nobody writes any piece meanwhile.
+    pub(crate) unsafe fn whole(&self) -> &[T] {
+        // SAFETY: what `new` was given.
+        unsafe { std::slice::from_raw_parts(self.start, self.len) }
+    }
+
+    /// `len` numbers from a place on, whatever the size of the pieces.
+    ///
+    /// # Safety
+    /// They are all there, and no number is anybody else's meanwhile.
+    #[expect(clippy::mut_from_ref, reason = "they are disjoint")]
+    pub(crate) unsafe fn from(&self, at: usize, len: usize) -> &mut [T] {
+        debug_assert!(at + len <= self.len);
+        // SAFETY: inside the slice that `new` was given, by the caller's word.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(at), len) }
+    }
+
     /// # Safety
     /// No index twice.
     #[expect(clippy::mut_from_ref, reason = "the pieces are disjoint")]
@@ -210,6 +230,43 @@ pub fn share(threads: usize, jobs: usize, job: impl Fn(usize) + Sync) {
     }
 }
 
+/// [`share`] of jobs that come in stages: no job begins before all jobs of the stages before it are done.
+///
+/// One meeting of the threads instead of one a stage: who is done waits for the others awake. `job` is given the stage
+/// and the index in it.
+pub fn share_in_stages<const N: usize>(threads: usize, stages: [usize; N], job: impl Fn(usize, usize) + Sync) {
+    let (done, broken) = (AtomicUsize::new(0), AtomicBool::new(false));
+    share(threads, stages.iter().sum(), |index| {
+        let (mut stage, mut first) = (0, 0);
+        while index - first >= stages[stage] {
+            first += stages[stage];
+            stage += 1;
+        }
+        // Jobs are taken in order: whatever this one waits for is being done.
+        let mut turns = 0;
+        while done.load(Ordering::Acquire) < first {
+            if broken.load(Ordering::Relaxed) {
+                return;
+            }
+            turns += 1;
+            if turns < SPINS { hint::spin_loop() } else { thread::yield_now() }
+        }
+        let panic = Broken(&broken);
+        job(stage, index - first);
+        std::mem::forget(panic);
+        done.fetch_add(1, Ordering::Release);
+    });
+}
+
+/// Says so when a job panics: nobody waits for it.
+struct Broken<'a>(&'a AtomicBool);
+
+impl Drop for Broken<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// The pool that lends `threads - 1` threads; none where the system gives no threads.
 fn pool(threads: usize) -> Option<&'static ThreadPool> {
     let slot = &POOLS[threads];
@@ -241,7 +298,7 @@ fn pool(threads: usize) -> Option<&'static ThreadPool> {
 
 #[cfg(test)]
 mod tests {
-    use super::share;
+    use super::{share, share_in_stages};
     use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
     #[test]
@@ -260,6 +317,24 @@ mod tests {
                 });
             }
         });
+    }
+
+    #[test]
+    fn a_stage_begins_when_the_one_before_is_done() {
+        for round in 0..300 {
+            let stages = [round % 7, (round * 5) % 11, 0, (round * 3) % 13];
+            let done = [const { AtomicUsize::new(0) }; 4];
+            share_in_stages(1 + round % 4, stages, |stage, index| {
+                assert!(index < stages[stage]);
+                for before in 0..stage {
+                    assert_eq!(done[before].load(Relaxed), stages[before]);
+                }
+                done[stage].fetch_add(1, Relaxed);
+            });
+            assert_eq!(done.map(AtomicUsize::into_inner), stages);
+        }
+        let told = std::panic::catch_unwind(|| share_in_stages(3, [4, 4], |stage, index| assert!(stage + index != 3)));
+        assert!(told.is_err());
     }
 
     #[test]
