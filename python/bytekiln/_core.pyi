@@ -26,6 +26,8 @@ __all__ = [
     "dropout",
     "encode_files",
     "find_inputs",
+    "linear_backward",
+    "linear_forward",
     "payload_checksum",
     "rms_norm_backward",
     "rms_norm_forward",
@@ -326,6 +328,28 @@ def rms_norm_backward(
     weight: int,
     dx: int,
     dweight: int,
+) -> None: ...
+def linear_forward(
+    threads: int,
+    sizes: tuple[int, int],
+    before: tuple[str, float],
+    x: tuple[int, int],
+    norm: tuple[int, int],
+    maps: list[tuple[int, int, int]],
+    residual: int,
+    y: list[int],
+) -> None: ...
+def linear_backward(
+    threads: int,
+    sizes: tuple[int, int],
+    before: tuple[str, float],
+    x: tuple[int, int],
+    norm: tuple[int, int],
+    maps: list[tuple[int, int, int]],
+    g: list[int],
+    dx: tuple[int, int],
+    dmaps: list[tuple[int, int]],
+    dnorm: tuple[int, int],
 ) -> None: ...
 def activation_forward(threads: int, kind: str, bf16: bool, len: int, x: int, y: int) -> None: ...
 def activation_backward(threads: int, kind: str, bf16: bool, len: int, g: int, x: int, dx: int) -> None: ...

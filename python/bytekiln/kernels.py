@@ -38,7 +38,7 @@ _SEEDS = 2**63 - 1
 
 _Strided: TypeAlias = tuple[int, tuple[int, int, int]]
 
-_library: Any = cast(Any, torch.library.Library)("bytekiln", "DEF")  # torch leaves it untyped
+library: Any = cast(Any, torch.library.Library)("bytekiln", "DEF")  # torch leaves it untyped
 _SIGHT = "bool causal, int window"
 for _schema in (
     "activation(Tensor x, str kind) -> Tensor",
@@ -52,7 +52,7 @@ for _schema in (
     "scaled_dot_product_attention_backward(Tensor g, Tensor q, Tensor k, Tensor v, Tensor out, Tensor log_sums, "
     f"{_SIGHT}) -> (Tensor, Tensor, Tensor)",
 ):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 _ops: Any = torch.ops.bytekiln
 
 
@@ -108,7 +108,7 @@ def _transformed() -> bool:
     return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
 
 
-def _hold(name: str, *tensors: Tensor, bf16: bool = False) -> None:
+def hold(name: str, *tensors: Tensor, bf16: bool = False) -> None:
     """The core is given addresses and one length: whatever differs would be read from foreign memory.
 
     Raises:
@@ -124,16 +124,16 @@ def _hold(name: str, *tensors: Tensor, bf16: bool = False) -> None:
 
 
 def _checked(name: str, *tensors: Tensor) -> list[Tensor]:
-    """The tensors as the core reads them, contiguous and aligned; raises as `_hold`."""
-    _hold(name, *tensors, bf16=True)
-    return [_aligned(x.contiguous()) for x in tensors]
+    """The tensors as the core reads them, contiguous and aligned; raises as `hold`."""
+    hold(name, *tensors, bf16=True)
+    return [aligned(x.contiguous()) for x in tensors]
 
 
 def _is_bf16(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
     """A copy where numbers stand at odd addresses, as of a buffer that was cut anywhere."""
     return x.clone() if x.data_ptr() % x.element_size() else x
 
@@ -203,7 +203,7 @@ class _Products(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        _refuse_a_graph()
+        refuse_a_graph()
         x, *weights = ctx.saved_tensors
         rows, wanted = x.reshape(-1, x.shape[-1]), ctx.needs_input_grad
         g_rows = [g.reshape(-1, g.shape[-1]) for g in gradients]
@@ -226,7 +226,7 @@ class _Activation(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
-        _refuse_a_graph()
+        refuse_a_graph()
         return cast(Tensor, _ops.activation_backward(g, *ctx.saved_tensors, ctx.kind)), None
 
 
@@ -253,7 +253,7 @@ class _SwiGLU(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-        _refuse_a_graph()
+        refuse_a_graph()
         return cast("tuple[Tensor, Tensor]", _ops.swiglu_backward(g, *ctx.saved_tensors))
 
 
@@ -269,7 +269,7 @@ class _RMSNorm(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        _refuse_a_graph()
+        refuse_a_graph()
         if g is None:
             return (None,) * 3
         dx, dweight = _ops.rms_norm_backward(g, *ctx.saved_tensors)
@@ -280,7 +280,7 @@ def _rms_norm_with_gradient(x: Tensor, weight: Tensor | None, eps: float) -> tup
     return cast("tuple[Tensor, Tensor]", _RMSNorm.apply(x, weight, eps))
 
 
-def _refuse_a_graph() -> None:
+def refuse_a_graph() -> None:
     # Autograd would take the slope for a constant and give wrong numbers. Grad mode is on in a backward if and only if
     # it was called with create_graph.
     if torch.is_grad_enabled():
@@ -313,7 +313,7 @@ def _dropout(x: Tensor, rate: float, seed: Tensor) -> Tensor:
                          "float32 or bf16 on the CPU")  # fmt: skip
     if seed.dtype != torch.int64 or seed.dim() or not seed.is_cpu:
         raise ValueError(f"dropout: found seed {seed.dtype} {tuple(seed.shape)}; expected one int64 on the CPU")
-    x, number = _aligned(x.contiguous()), int(seed.item()) % 2**64
+    x, number = aligned(x.contiguous()), int(seed.item()) % 2**64
     y = torch.empty_like(x)
     _core.dropout(torch.get_num_threads(), number, rate, _is_bf16(x), x.numel(), x.data_ptr(), y.data_ptr())
     return y
@@ -338,22 +338,22 @@ def _swiglu_backward(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def _rows(x: Tensor) -> Tensor:
     """The tensor with its rows one behind the other in memory, in whatever order."""
     if x.is_contiguous() or (x.dim() == 4 and x.transpose(1, 2).is_contiguous()):
-        return _aligned(x)
+        return aligned(x)
     return x.contiguous()
 
 
 def _checked_weight(x: Tensor, weight: Tensor | None) -> Tensor:
-    """The weight, or an empty one; raises as `_hold`."""
+    """The weight, or an empty one; raises as `hold`."""
     if weight is None:
         return x.new_empty(0)
-    _hold("rms_norm", weight)
+    hold("rms_norm", weight)
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: found weight {tuple(weight.shape)} for {tuple(x.shape)}; expected {x.shape[-1:]}")
-    return _aligned(weight.contiguous())
+    return aligned(weight.contiguous())
 
 
 def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    _hold("rms_norm", x)
+    hold("rms_norm", x)
     x, w = _rows(x), _checked_weight(x, weight)
     y, width = torch.empty_like(x), max(1, x.shape[-1])
     scales = x.new_empty(x.numel() // width)
@@ -364,10 +364,10 @@ def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Ten
 
 
 def _rms_norm_backward(g: Tensor, x: Tensor, scales: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    _hold("rms_norm_backward", g, x)
+    hold("rms_norm_backward", g, x)
     x, w = _rows(x), _checked_weight(x, weight)
     width = max(1, x.shape[-1])
-    _hold("rms_norm_backward", scales, x.new_empty(x.numel() // width))
+    hold("rms_norm_backward", scales, x.new_empty(x.numel() // width))
     if g.stride() != x.stride() or g.data_ptr() % g.element_size():
         g = torch.empty_like(x).copy_(g)
     dx, dw = torch.empty_like(x), torch.zeros_like(w)
@@ -427,7 +427,7 @@ class _Attention(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        _refuse_a_graph()
+        refuse_a_graph()
         if g is None:
             return (None,) * 5
         return (*_ops.scaled_dot_product_attention_backward(g, *ctx.saved_tensors, *ctx.sight), None, None)
@@ -481,8 +481,8 @@ def _backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, causal: bool, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     sizes = _sizes(q, k, v)
-    _hold("attention_backward", q, g, out)
-    _hold("attention_backward", log_sums, q[..., 0].transpose(1, 2))
+    hold("attention_backward", q, g, out)
+    hold("attention_backward", log_sums, q[..., 0].transpose(1, 2))
     (g, g_at), (out, out_at) = _strided(g), _strided(out)
     (q, q_at), (k, k_at), (v, v_at) = _strided(q), _strided(k), _strided(v)
     log_sums = log_sums.contiguous()
@@ -522,10 +522,10 @@ for _name, _do, _shapes in (
         lambda g, q, k, v, *_: (_made(q), _made(k), _made(v)),
     ),
 ):
-    _library.impl(_name, _do, "CPU")
-    torch.library.register_fake(f"bytekiln::{_name}", _shapes, lib=_library)
-_library.impl("scaled_dot_product_attention", _attention_with_gradient, "Autograd")
-_library.impl("activation", activation, "Autograd")
-_library.impl("dropout", dropout_of, "Autograd")
-_library.impl("swiglu", swiglu, "Autograd")
-_library.impl("rms_norm", _rms_norm_with_gradient, "Autograd")
+    library.impl(_name, _do, "CPU")
+    torch.library.register_fake(f"bytekiln::{_name}", _shapes, lib=library)
+library.impl("scaled_dot_product_attention", _attention_with_gradient, "Autograd")
+library.impl("activation", activation, "Autograd")
+library.impl("dropout", dropout_of, "Autograd")
+library.impl("swiglu", swiglu, "Autograd")
+library.impl("rms_norm", _rms_norm_with_gradient, "Autograd")

@@ -47,6 +47,7 @@ from bytekiln import kernels
 from bytekiln.attention import Attend, KVCache, Sight, look, native_attention
 from bytekiln.config import ModelConfig
 from bytekiln.errors import ConfigError
+from bytekiln.linear import NOTHING, Before, added, are_plain, linear, takes
 from bytekiln.positions import RotaryEmbedding, add_previous
 
 __all__ = ["Features", "KVCache", "RotaryEmbedding", "TransformerLM"]
@@ -71,6 +72,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
+    @property
+    def before(self) -> Before:
+        """The same as the beginning of a linear map."""
+        return Before("rms", self.weight, None, self.eps)
+
     def forward(self, x_BxTxD: Tensor) -> Tensor:
         """Normalise the last axis."""
         return rms_norm(x_BxTxD, self.weight, self.eps)
@@ -86,6 +92,11 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
+    @property
+    def before(self) -> Before:
+        """The same as the beginning of a linear map."""
+        return Before("layer", self.weight, self.bias, self.eps)
+
     def forward(self, x_BxTxD: Tensor) -> Tensor:
         """Normalise the last axis."""
         bias = None if self.bias is None else _as(x_BxTxD, self.bias)
@@ -97,9 +108,15 @@ def _as(x: Tensor, weight: Tensor) -> Tensor:
     return weight if weight.dtype == x.dtype else weight.to(x.dtype)
 
 
+class NoNorm(nn.Identity):
+    """What stands where a norm would."""
+
+    before = NOTHING
+
+
 def _norm(config: ModelConfig) -> nn.Module:
     if config.norm == "none":
-        return nn.Identity()
+        return NoNorm()
     D, eps = config.d_model, config.norm_eps
     return RMSNorm(D, eps) if config.norm == "rms" else LayerNorm(D, eps, config.bias)
 
@@ -140,8 +157,24 @@ class Attention(nn.Module):
 
     def forward(self, x_BxTxD: Tensor, this: Pass) -> Tensor:
         """Mix the positions, those in the cache included."""
+        qkv = _of_one(x_BxTxD, self.q_proj, self.k_proj, self.v_proj)
+        return self.output_proj(self._mixed(x_BxTxD, qkv, this))  # type: ignore[no-any-return]
+
+    def behind(self, norm: nn.Module, x_BxTxD: Tensor, this: Pass, to_BxTxD: Tensor | None) -> Tensor | None:
+        """`self(norm(x))`, plus `to` where it is given, in few operations of the core; None: it does not take them."""
+        maps = self.q_proj, self.k_proj, self.v_proj
+        if not takes(x_BxTxD) or not are_plain(norm, *maps, self.output_proj) or self._forward_hooks:
+            return None
+        before = cast(Before, norm.before)
+        if self.value_embeddings is not None:  # their gates read the rows, too
+            x_BxTxD, before = norm(x_BxTxD), NOTHING
+        mixed_BxTxD = self._mixed(x_BxTxD, linear(x_BxTxD, maps, before), this)
+        return added(mixed_BxTxD, to_BxTxD, self.output_proj)
+
+    def _mixed(self, x_BxTxD: Tensor, qkv: Sequence[Tensor], this: Pass) -> Tensor:
+        """What the output projection is given, B×T×D; of x, which was mapped, only the gates read."""
         B, T, _ = x_BxTxD.shape
-        q, k, v = _of_one(x_BxTxD, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = qkv
         q = q.view(B, T, self.num_heads, -1).transpose(1, 2)
         k, v = (y.view(B, T, self.num_kv_heads, -1).transpose(1, 2) for y in (k, v))
         if self.value_embeddings is not None:  # modded-nanogpt's; the gates are nanochat's, and start at 1
@@ -157,7 +190,7 @@ class Attention(nn.Module):
         if this.cache is not None:
             k, v = this.cache.extend(self.layer, k, v)
         out_BxHxTxK = self.attend(q, k, v, self.dropout if self.training else 0.0, this.sight)
-        return self.output_proj(out_BxHxTxK.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
+        return out_BxHxTxK.transpose(1, 2).flatten(-2)
 
 
 def _of_one(x_BxTxD: Tensor, *maps: nn.Linear) -> Sequence[Tensor]:
@@ -198,6 +231,14 @@ class FeedForward(nn.Module):
         """The same function at every position; `this` is for experts only."""
         made = _of_one(x_BxTxD, self.w1, self.w3) if self.kind == "swiglu" else (self.w1(x_BxTxD),)
         return self.w2(_activation(self.kind, *made))  # type: ignore[no-any-return]
+
+    def behind(self, norm: nn.Module, x_BxTxD: Tensor, _: Pass, to_BxTxD: Tensor | None) -> Tensor | None:
+        """As `Attention.behind`."""
+        maps = (self.w1, self.w3) if self.kind == "swiglu" else (self.w1,)
+        if not takes(x_BxTxD) or not are_plain(norm, *maps, self.w2) or self._forward_hooks:
+            return None
+        h_BxTxF, *gated = linear(x_BxTxD, maps, cast(Before, norm.before))
+        return added(h_BxTxF, to_BxTxD, self.w2, Before(self.kind), *gated)
 
 
 def looped_experts(
@@ -327,10 +368,19 @@ class Block(nn.Module):
     def forward(self, x_BxTxD: Tensor, this: Pass) -> Tensor:
         """One layer."""
         if self.pre:
-            x_BxTxD = x_BxTxD + self._dropped(self.attn(self.ln1(x_BxTxD), this))
-            return x_BxTxD + self._dropped(self.ffn(self.ln2(x_BxTxD), this))
+            x_BxTxD = self._plus(self.attn, self.ln1, x_BxTxD, this)
+            return self._plus(self.ffn, self.ln2, x_BxTxD, this)
         x_BxTxD = self.ln1(x_BxTxD + self._dropped(self.attn(x_BxTxD, this)))
         return self.ln2(x_BxTxD + self._dropped(self.ffn(x_BxTxD, this)))  # type: ignore[no-any-return]
+
+    def _plus(self, part: nn.Module, norm: nn.Module, x_BxTxD: Tensor, this: Pass) -> Tensor:
+        """x + part(norm(x))."""
+        drops = self.dropout and self.training
+        if isinstance(part, Attention | FeedForward):
+            made = part.behind(norm, x_BxTxD, this, None if drops else x_BxTxD)
+            if made is not None:
+                return x_BxTxD + self._dropped(made) if drops else made
+        return x_BxTxD + self._dropped(part(norm(x_BxTxD), this))
 
     def _dropped(self, x_BxTxD: Tensor) -> Tensor:
         # A call less where there is none: at 4 × 128 on one core such calls were 1 % of a step.

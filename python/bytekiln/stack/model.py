@@ -27,6 +27,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor, nn
 
 from bytekiln import kernels
+from bytekiln.linear import Before
 from bytekiln.loss import chunked_cross_entropy, positions_at_once
 from bytekiln.model import LayerNorm, RMSNorm, rms_norm
 from bytekiln.objective import Objective
@@ -77,6 +78,8 @@ class _Products(torch.autograd.Function):
 
 class StackedLinear(nn.Module):
     """`nn.Linear` of K runs."""
+
+    stands_for = nn.Linear
 
     def __init__(self, weight_KxExD: nn.Parameter, bias_KxE: nn.Parameter | None) -> None:
         """The parameters of all runs."""
@@ -130,6 +133,11 @@ class StackedNorm(nn.Module):
         super().__init__()
         self.rms, self.eps = isinstance(own, RMSNorm), own.eps
         self.weight, self.bias = weight_KxD, bias_KxD
+
+    @property
+    def before(self) -> Before:
+        """As the norm's own."""
+        return Before("rms" if self.rms else "layer", self.weight, self.bias, self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis."""

@@ -4,7 +4,8 @@ use bytekiln_bpe::Error;
 use bytekiln_kernels::activation::{self, Kind};
 use bytekiln_kernels::attention::{self, Input, Output, Shape, Sight, Strides};
 use bytekiln_kernels::dropout::dropout as dropped;
-use bytekiln_kernels::norm;
+use bytekiln_kernels::linear::{self, Before, Gradients, Linear, Map};
+use bytekiln_kernels::norm::{self, Norm};
 use bytekiln_kernels::number::Bf16;
 use bytekiln_kernels::simd::Level;
 use bytekiln_kernels::threads::{self, Parallel};
@@ -337,6 +338,115 @@ pub fn rms_norm_backward(
         // SAFETY: as above.
         let (dx, dweight) = unsafe { (write(dx, rows * width), write(dweight, if has_weight { width } else { 0 })) };
         norm::backward(level, threads, width, g, x, scales, weight, dx, dweight);
+    });
+    Ok(())
+}
+
+/// (weight, bias or 0, rows of the weight)
+type MapAt = (Address, Address, usize);
+
+/// What stands before a linear map, by its name; `norm` holds a norm's weight and bias, 0 for none.
+///
+/// # Safety
+/// As for [`read`], of `ins` numbers each.
+unsafe fn before_of<'a>(
+    py: Python<'_>,
+    (name, eps): (&str, f32),
+    norm: (Address, Address),
+    ins: usize,
+) -> PyResult<Before<'a>> {
+    Ok(match name {
+        "none" => Before::Nothing,
+        "swiglu" => Before::Swiglu,
+        "rms" | "layer" => {
+            // SAFETY: the caller's.
+            let (weight, bias) = unsafe { (read(norm.0, ins), (norm.1 != 0).then(|| read(norm.1, ins))) };
+            Before::Norm(Norm { centred: name == "layer", eps, weight, bias })
+        }
+        kind => Before::Activation(kind_of(py, kind)?),
+    })
+}
+
+/// # Safety
+/// As for [`read`].
+unsafe fn maps_of<'a>(maps: &[MapAt], ins: usize) -> Vec<Map<'a>> {
+    // SAFETY: the caller's.
+    let of = |&(weight, bias, outs): &MapAt| unsafe {
+        Map { weight: read(weight, outs * ins), bias: (bias != 0).then(|| read(bias, outs)) }
+    };
+    maps.iter().map(of).collect()
+}
+
+/// y = f(x) Wᵀ + b of several W, plus `residual` unless it is 0; x's second is `SwiGLU`'s.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, clippy::needless_pass_by_value, reason = "what Python hands over")]
+pub fn linear_forward(
+    py: Python<'_>,
+    threads: usize,
+    sizes: (usize, usize),
+    before: (&str, f32),
+    x: (Address, Address),
+    norm: (Address, Address),
+    maps: Vec<MapAt>,
+    residual: Address,
+    y: Vec<Address>,
+) -> PyResult<()> {
+    let level = level(py)?;
+    let (rows, ins) = sizes;
+    // SAFETY: as in `activation_forward`, here and below.
+    let before = unsafe { before_of(py, before, norm, ins)? };
+    py.detach(|| {
+        let second = if matches!(before, Before::Swiglu) { rows * ins } else { 0 };
+        // SAFETY: as above.
+        let (x, made) = unsafe { ([read(x.0, rows * ins), read(x.1, second)], maps_of(&maps, ins)) };
+        let linear = Linear { ins, before, x, maps: &made };
+        // SAFETY: as above.
+        let residual = (residual != 0).then(|| unsafe { read(residual, rows * maps[0].2) });
+        // SAFETY: as above.
+        let mut y: Vec<&mut [f32]> = y.iter().zip(&maps).map(|(y, map)| unsafe { write(*y, rows * map.2) }).collect();
+        linear::forward(level, threads, &linear, residual, &mut y);
+    });
+    Ok(())
+}
+
+/// Gradients of `linear_forward` by x, by each map's weight and bias, and by the norm's; `residual`'s is g.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, clippy::needless_pass_by_value, reason = "what Python hands over")]
+pub fn linear_backward(
+    py: Python<'_>,
+    threads: usize,
+    sizes: (usize, usize),
+    before: (&str, f32),
+    x: (Address, Address),
+    norm: (Address, Address),
+    maps: Vec<MapAt>,
+    g: Vec<Address>,
+    dx: (Address, Address),
+    dmaps: Vec<(Address, Address)>,
+    dnorm: (Address, Address),
+) -> PyResult<()> {
+    let level = level(py)?;
+    let (rows, ins) = sizes;
+    // SAFETY: as in `activation_forward`, here and below.
+    let before = unsafe { before_of(py, before, norm, ins)? };
+    py.detach(|| {
+        let second = if matches!(before, Before::Swiglu) { rows * ins } else { 0 };
+        // SAFETY: as above.
+        let (x, made) = unsafe { ([read(x.0, rows * ins), read(x.1, second)], maps_of(&maps, ins)) };
+        let linear = Linear { ins, before, x, maps: &made };
+        // SAFETY: as above.
+        let g: Vec<&[f32]> = g.iter().zip(&maps).map(|(g, map)| unsafe { read(*g, rows * map.2) }).collect();
+        let len = |address: Address| if address == 0 { 0 } else { ins };
+        // SAFETY: as above.
+        let mut to = unsafe {
+            Gradients {
+                x: [write(dx.0, rows * ins), write(dx.1, second)],
+                weights: dmaps.iter().zip(&maps).map(|(to, map)| write(to.0, map.2 * ins)).collect(),
+                biases: dmaps.iter().zip(&maps).map(|(to, map)| write(to.1, if map.1 == 0 { 0 } else { map.2 })).collect(),
+                norm: [write(dnorm.0, len(norm.0)), write(dnorm.1, len(norm.1))],
+            }
+        };
+        linear::backward(level, threads, &linear, &g, &mut to);
     });
     Ok(())
 }

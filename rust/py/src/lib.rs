@@ -324,7 +324,7 @@ mod _core {
     #[pymodule_export]
     use super::kernels::{
         activation_backward, activation_forward, attention_backward, attention_forward, borrow_threads, dropout,
-        rms_norm_backward, rms_norm_forward, simd_level, swiglu_backward, swiglu_forward,
+        linear_backward, linear_forward, rms_norm_backward, rms_norm_forward, simd_level, swiglu_backward, swiglu_forward,
     };
 
     #[pymodule_init]
