@@ -21,6 +21,8 @@ __all__ = [
     "activation_forward",
     "attention_backward",
     "attention_forward",
+    "block_backward",
+    "block_forward",
     "borrow_threads",
     "default_max_memory",
     "dropout",
@@ -328,6 +330,28 @@ def rms_norm_backward(
     weight: int,
     dx: int,
     dweight: int,
+) -> None: ...
+def block_forward(
+    threads: int,
+    sizes: tuple[int, int, int, int, int, int, int],
+    kind: tuple[bool, int, str, float, bool, str],
+    parameters: list[int],
+    tables: tuple[int, int],
+    x: int,
+    kept: tuple[int, int],
+    y: int,
+) -> None: ...
+def block_backward(
+    threads: int,
+    sizes: tuple[int, int, int, int, int, int, int],
+    kind: tuple[bool, int, str, float, bool, str],
+    parameters: list[int],
+    tables: tuple[int, int],
+    x: int,
+    kept: tuple[int, int],
+    g: int,
+    dx: int,
+    dparameters: list[int],
 ) -> None: ...
 def linear_forward(
     threads: int,

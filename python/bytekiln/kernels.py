@@ -138,6 +138,11 @@ def aligned(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % x.element_size() else x
 
 
+def address(x: Tensor | None, part: int = 0, parts: int = 1) -> int:
+    """Where part number `part` of `parts` equal ones of a contiguous tensor begins; 0: there is no tensor."""
+    return 0 if x is None else x.data_ptr() + x.numel() // parts * part * x.element_size()
+
+
 def activation(x: Tensor, kind: str) -> Tensor:
     """The activation of the name `kind`, one of `KINDS`; keeps nothing but x for the backward."""
     if torch.is_grad_enabled() and x.requires_grad:
@@ -288,7 +293,8 @@ def refuse_a_graph() -> None:
                            "gradient here: torch's own functions have one, which float64 goes through")  # fmt: skip
 
 
-def _same(x: Tensor) -> Tensor:
+def same(x: Tensor) -> Tensor:
+    """A contiguous tensor of the same shape and type."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -496,11 +502,11 @@ def _backward(
 # --- what the operators do with real tensors, with tensors that have no contents, and where a gradient is wanted -----
 
 for _name, _do, _shapes in (
-    ("activation", _activation, lambda x, kind: _same(x)),
-    ("activation_backward", _activation_backward, lambda g, x, kind: _same(x)),
-    ("dropout", _dropout, lambda x, rate, seed: _same(x)),
-    ("swiglu", _swiglu, lambda a, b: _same(a)),
-    ("swiglu_backward", _swiglu_backward, lambda g, a, b: (_same(a), _same(b))),
+    ("activation", _activation, lambda x, kind: same(x)),
+    ("activation_backward", _activation_backward, lambda g, x, kind: same(x)),
+    ("dropout", _dropout, lambda x, rate, seed: same(x)),
+    ("swiglu", _swiglu, lambda a, b: same(a)),
+    ("swiglu_backward", _swiglu_backward, lambda g, a, b: (same(a), same(b))),
     (
         "rms_norm",
         _rms_norm,

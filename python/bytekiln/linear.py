@@ -149,7 +149,7 @@ def _results(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
 
 def _gradients(*given: Tensor | None) -> list[Tensor]:
     """A tensor for each that is there."""
-    return [torch.empty_like(p, memory_format=torch.contiguous_format) for p in given if p is not None]
+    return [kernels.same(p) for p in given if p is not None]
 
 
 class _Given(NamedTuple):
@@ -197,13 +197,6 @@ def _given(
                   rows)  # fmt: skip
 
 
-def _at(tensor: Tensor | None, run: int, runs: int) -> int:
-    """Address of a run's part; 0: there is none."""
-    if tensor is None:
-        return 0
-    return tensor.data_ptr() + tensor.numel() // runs * run * tensor.element_size()
-
-
 def _forward(
     x: Tensor, second: Tensor | None, before: str, eps: float, norm: Tensor | None, norm_bias: Tensor | None,
     weights: Sequence[Tensor], biases: Sequence[Tensor | None], residual: Tensor | None
@@ -217,18 +210,18 @@ def _forward(
         return made
     for run in range(given.runs):
         x_at, second_at, residual_at, *norm_at = (
-            _at(t, run, given.runs) for t in (given.x, given.second, residual, *given.norm)
+            kernels.address(t, run, given.runs) for t in (given.x, given.second, residual, *given.norm)
         )
         _core.linear_forward(
             torch.get_num_threads(), given.sizes(), (before, eps), (x_at, second_at), tuple(norm_at),
-            _maps(given, run), residual_at, [_at(y, run, given.runs) for y in made],
+            _maps(given, run), residual_at, [kernels.address(y, run, given.runs) for y in made],
         )  # fmt: skip
     return made
 
 
 def _maps(given: _Given, run: int) -> list[tuple[int, int, int]]:
     return [
-        (_at(w, run, given.runs), _at(b, run, given.runs), w.shape[-2])
+        (kernels.address(w, run, given.runs), kernels.address(b, run, given.runs), w.shape[-2])
         for w, b in zip(given.weights, given.biases, strict=True)
     ]
 
@@ -249,12 +242,12 @@ def _backward(
     dx, dsecond, dnorm, dnorm_bias, *rest = [None if t is None else next(each) for t in of]
     count = len(weights)
     for run in range(given.runs):
-        x_at, second_at, dx_at, dsecond_at = (_at(t, run, given.runs) for t in (given.x, given.second, dx, dsecond))
-        norm_at, bias_at, dnorm_at, dbias_at = (_at(t, run, given.runs) for t in (*given.norm, dnorm, dnorm_bias))
+        x_at, second_at, dx_at, dsecond_at = (kernels.address(t, run, given.runs) for t in (given.x, given.second, dx, dsecond))
+        norm_at, bias_at, dnorm_at, dbias_at = (kernels.address(t, run, given.runs) for t in (*given.norm, dnorm, dnorm_bias))
         _core.linear_backward(
             torch.get_num_threads(), given.sizes(), (before, eps), (x_at, second_at), (norm_at, bias_at),
-            _maps(given, run), [_at(y, run, given.runs) for y in g], (dx_at, dsecond_at),
-            [(_at(rest[i], run, given.runs), _at(rest[count + i], run, given.runs)) for i in range(count)],
+            _maps(given, run), [kernels.address(y, run, given.runs) for y in g], (dx_at, dsecond_at),
+            [(kernels.address(rest[i], run, given.runs), kernels.address(rest[count + i], run, given.runs)) for i in range(count)],
             (dnorm_at, dbias_at),
         )  # fmt: skip
     return made

@@ -45,6 +45,7 @@ from torch import Tensor, nn
 
 from bytekiln import kernels
 from bytekiln.attention import Attend, KVCache, Sight, look, native_attention
+from bytekiln.block import Kind, block
 from bytekiln.config import ModelConfig
 from bytekiln.errors import ConfigError
 from bytekiln.linear import NOTHING, Before, added, are_plain, linear, takes
@@ -368,10 +369,42 @@ class Block(nn.Module):
     def forward(self, x_BxTxD: Tensor, this: Pass) -> Tensor:
         """One layer."""
         if self.pre:
+            if self._is_one_operation(x_BxTxD, this):
+                return self._in_one(x_BxTxD, this)
             x_BxTxD = self._plus(self.attn, self.ln1, x_BxTxD, this)
             return self._plus(self.ffn, self.ln2, x_BxTxD, this)
         x_BxTxD = self.ln1(x_BxTxD + self._dropped(self.attn(x_BxTxD, this)))
         return self.ln2(x_BxTxD + self._dropped(self.ffn(x_BxTxD, this)))  # type: ignore[no-any-return]
+
+    def _is_one_operation(self, x_BxTxD: Tensor, this: Pass) -> bool:
+        """Whether the core does all of it at once (`block`)."""
+        attn, ffn = self.attn, self.ffn
+        if not isinstance(ffn, FeedForward) or attn.attend is not native_attention or (self.dropout and self.training):
+            return False
+        if attn.value_embeddings is not None or this.cache is not None or this.sight.documents_BxS is not None:
+            return False
+        K = x_BxTxD.shape[-1] // attn.num_heads
+        return (
+            x_BxTxD.shape[1] > 1
+            and K % 8 == 0
+            and K <= kernels.WIDEST_HEAD
+            and takes(x_BxTxD)
+            and are_plain(self.ln1, self.ln2, attn.q_proj, attn.k_proj, attn.v_proj, attn.output_proj, *ffn.children())
+            and not (attn._forward_hooks or ffn._forward_hooks)
+        )
+
+    def _in_one(self, x_BxTxD: Tensor, this: Pass) -> Tensor:
+        attn, ffn = self.attn, self.ffn
+        before = [cast(Before, norm.before) for norm in (self.ln1, self.ln2)]
+        parameters: list[Tensor | None] = [p for b in before for p in (b.weight, b.bias)]
+        gate = ffn.w3 if ffn.kind == "swiglu" else None
+        for m in (attn.q_proj, attn.k_proj, attn.v_proj, attn.output_proj, ffn.w1, gate, ffn.w2):
+            parameters += (None, None) if m is None else (m.weight, m.bias)
+        rotary, T, sight = attn._rotary[0], x_BxTxD.shape[1], this.sight
+        tables = None if rotary is None else (rotary.cos_PxK2[:T], rotary.sin_PxK2[:T])
+        kind = Kind(attn.num_heads, attn.num_kv_heads, sight.causal, sight.window, before[0].kind, attn.norm_eps,
+                    attn.qk_norm, ffn.kind)  # fmt: skip
+        return block(x_BxTxD, kind, parameters, tables)
 
     def _plus(self, part: nn.Module, norm: nn.Module, x_BxTxD: Tensor, this: Pass) -> Tensor:
         """x + part(norm(x))."""

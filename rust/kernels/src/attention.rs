@@ -40,7 +40,7 @@ pub struct Shape {
 }
 
 impl Shape {
-    fn check(self) {
+    pub(crate) fn check(self) {
         let Self { heads, kv_heads, queries, keys, width, .. } = self;
         assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "attention: {heads} heads share {kv_heads}");
         assert!(queries <= keys, "attention: {queries} queries, {keys} keys");
@@ -199,10 +199,23 @@ pub fn forward(
     let out = &*out; // shared among the jobs of this call, and with nobody else
     let logs = Output::new(log_sums, Shape { width: 1, ..shape }, shape.heads, shape.queries);
     threads::share(threads, shape.batch * shape.kv_heads, |job| {
-        let (b, g) = (job / shape.kv_heads, job % shape.kv_heads);
-        SCRATCH.with_borrow_mut(|scratch| {
-            simd::run(level, Forward { shape, sight, b, g, q, k, v, out, logs: &logs, scratch });
-        });
+        forward_job(level, shape, sight, job, [q, k, v], out, &logs);
+    });
+}
+
+/// One of [`forward`]'s batch × `kv_heads` jobs; no two threads do the same.
+pub(crate) fn forward_job(
+    level: Level,
+    shape: Shape,
+    sight: Sight,
+    job: usize,
+    [q, k, v]: [Input<'_>; 3],
+    out: &Output<'_>,
+    logs: &Output<'_>,
+) {
+    let (b, g) = (job / shape.kv_heads, job % shape.kv_heads);
+    SCRATCH.with_borrow_mut(|scratch| {
+        simd::run(level, Forward { shape, sight, b, g, q, k, v, out, logs, scratch });
     });
 }
 
@@ -230,10 +243,26 @@ pub fn backward(
     assert_eq!(log_sums.len(), shape.batch * shape.queries * shape.heads);
     let (dq, dk, dv) = (&*dq, &*dk, &*dv); // shared among the jobs of this call, and with nobody else
     threads::share(threads, shape.batch * shape.kv_heads, |job| {
-        let (b, g) = (job / shape.kv_heads, job % shape.kv_heads);
-        SCRATCH.with_borrow_mut(|scratch| {
-            simd::run(level, Backward { shape, sight, b, g, dout, q, k, v, out, log_sums, dq, dk, dv, scratch });
-        });
+        backward_job(level, shape, sight, job, dout, [q, k, v], out, log_sums, [dq, dk, dv]);
+    });
+}
+
+/// One of [`backward`]'s batch × `kv_heads` jobs; no two threads do the same.
+#[expect(clippy::too_many_arguments, reason = "what an attention takes")]
+pub(crate) fn backward_job(
+    level: Level,
+    shape: Shape,
+    sight: Sight,
+    job: usize,
+    dout: Input<'_>,
+    [q, k, v]: [Input<'_>; 3],
+    out: Input<'_>,
+    log_sums: &[f32],
+    [dq, dk, dv]: [&Output<'_>; 3],
+) {
+    let (b, g) = (job / shape.kv_heads, job % shape.kv_heads);
+    SCRATCH.with_borrow_mut(|scratch| {
+        simd::run(level, Backward { shape, sight, b, g, dout, q, k, v, out, log_sums, dq, dk, dv, scratch });
     });
 }
 

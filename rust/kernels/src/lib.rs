@@ -6,6 +6,7 @@
 //! - [`activation`]: GELU, SiLU, squared ReLU with their derivatives in one pass; SwiGLU.
 //! - [`dropout`]: of float32 and bf16, without a mask in memory.
 //! - [`norm`]: RMSNorm and its gradients; LayerNorm as part of a linear map.
+//! - [`block`]: a whole block, forward and backward, one meeting of the threads each.
 //! - [`linear`]: linear maps with the norm or activation before and the residual behind them, and all gradients.
 //! - [`naive`]: the same in float64, slow and readable: the specification.
 //!
@@ -19,6 +20,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod block;
 pub mod dropout;
 pub mod linear;
 pub mod naive;

@@ -19,7 +19,7 @@ use crate::tile::{Left, ROWS, multiply};
 /// Widths in and out are multiples of this: of a panel at every level.
 pub const STEP: usize = 32;
 /// Rows of a job.
-const BLOCK: usize = 8 * ROWS;
+pub(crate) const BLOCK: usize = 8 * ROWS;
 /// Depth that a tile goes through before the next one takes its turn: a panel's part of 16 to 32 KiB.
 const DEPTH: usize = 256;
 /// Cache lines: what the widest loads should begin at.
@@ -110,12 +110,12 @@ impl Linear<'_> {
 
 thread_local! {
     /// What all threads of a call work in, and what each has for itself: kept, as fresh memory costs page faults.
-    static SHARED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-    static OWN: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    pub(crate) static SHARED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    pub(crate) static OWN: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
 /// `len` numbers from a cache line's beginning on.
-fn lines(scratch: &mut Vec<f32>, len: usize) -> &mut [f32] {
+pub(crate) fn lines(scratch: &mut Vec<f32>, len: usize) -> &mut [f32] {
     if scratch.len() < len + LINE {
         scratch.resize(len + LINE, 0.0);
     }
@@ -124,7 +124,7 @@ fn lines(scratch: &mut Vec<f32>, len: usize) -> &mut [f32] {
 }
 
 /// Jobs of a stage: what is cut in pieces of a size.
-fn cut(what: usize, size: usize) -> usize {
+pub(crate) fn cut(what: usize, size: usize) -> usize {
     what.div_ceil(size)
 }
 
@@ -250,6 +250,87 @@ pub fn backward(level: Level, threads: usize, linear: &Linear<'_>, g: &[&[f32]],
 }
 
 /// [`STEP`] rows of W, transposed: panels of ins × two vectors.
+#[inline(always)]
+pub(crate) fn pack_transposed<L: Lanes>(lanes: L, ins: usize, weight: &[f32], to: &mut [f32]) {
+    let panel = 2 * L::WIDTH;
+    assert!(weight.len() == STEP * ins && to.len() == STEP * ins && ins.is_multiple_of(8));
+    for out in (0..STEP).step_by(8) {
+        let (first, column) = (out / panel * panel, out % panel);
+        for i in (0..ins).step_by(8) {
+            // SAFETY: eight rows of eight numbers of both, whose sizes were asserted; a panel is a multiple of 8 wide
+            // and divides STEP.
+            unsafe {
+                let from = weight.as_ptr().add(out * ins + i);
+                lanes.turn(from, ins, to.as_mut_ptr().add(first * ins + i * panel + column), panel);
+            }
+        }
+    }
+}
+
+/// [`STEP`] columns of several W of the same width, one W behind the other: panels of all outs × two vectors.
+#[inline(always)]
+pub(crate) fn pack<L: Lanes>(_: L, ins: usize, maps: &[Map<'_>], column: usize, to: &mut [f32]) {
+    let panel = 2 * L::WIDTH;
+    let len = to.len() / (STEP / panel);
+    for (index, to) in to.chunks_exact_mut(len).enumerate() {
+        let column = column + index * panel;
+        let rows = maps.iter().flat_map(|map| map.weight.chunks_exact(ins));
+        for (to, from) in to.chunks_exact_mut(panel).zip(rows) {
+            to.copy_from_slice(&from[column..column + panel]);
+        }
+    }
+}
+
+/// y = a Wᵀ + b (+ residual) of a block of rows, W packed and transposed.
+#[inline(always)]
+pub(crate) fn forward_rows<L: Lanes>(
+    lanes: L,
+    ins: usize,
+    a: &[f32],
+    packed: &[f32],
+    bias: Option<&[f32]>,
+    residual: Option<&[f32]>,
+    y: &mut [f32],
+) {
+    let (rows, outs) = (a.len() / ins, packed.len() / ins);
+    match residual {
+        Some(residual) => y.copy_from_slice(residual),
+        None => y.fill(0.0),
+    }
+    if let Some(bias) = bias {
+        for y in y.chunks_exact_mut(outs) {
+            for (y, b) in y.iter_mut().zip(bias) {
+                *y += b;
+            }
+        }
+    }
+    add_product(lanes, rows, a, ins, packed, (ins, 0), y, outs);
+}
+
+/// A block's rows into panels two vectors wide of all rows: what [`ByWeight`] reads.
+///
+/// # Safety
+/// Nobody else has these rows of the panels, which hold `all_rows` × `ins` numbers.
+#[inline(always)]
+pub(crate) unsafe fn to_panels<L: Lanes>(
+    _: L,
+    ins: usize,
+    made: &[f32],
+    panels: &Pieces<'_>,
+    row: usize,
+    all_rows: usize,
+) {
+    let panel = 2 * L::WIDTH;
+    let rows = made.len() / ins;
+    for column in (0..ins).step_by(panel) {
+        // SAFETY: the caller's.
+        let to = unsafe { panels.from(column * all_rows + row * panel, rows * panel) };
+        for (to, from) in to.chunks_exact_mut(panel).zip(made.chunks_exact(ins)) {
+            to.copy_from_slice(&from[column..column + panel]);
+        }
+    }
+}
+
 struct PackTransposed<'a> {
     ins: usize,
     weight: &'a [f32],
@@ -260,23 +341,10 @@ impl Job for PackTransposed<'_> {
     type Out = ();
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
-        let (ins, panel) = (self.ins, 2 * L::WIDTH);
-        assert!(self.weight.len() == STEP * ins && self.to.len() == STEP * ins && ins.is_multiple_of(8));
-        for out in (0..STEP).step_by(8) {
-            let (first, column) = (out / panel * panel, out % panel);
-            for i in (0..ins).step_by(8) {
-                // SAFETY: eight rows of eight numbers of both, whose sizes were asserted; a panel is a multiple of 8
-                // wide and divides STEP.
-                unsafe {
-                    let from = self.weight.as_ptr().add(out * ins + i);
-                    lanes.turn(from, ins, self.to.as_mut_ptr().add(first * ins + i * panel + column), panel);
-                }
-            }
-        }
+        pack_transposed(lanes, self.ins, self.weight, self.to);
     }
 }
 
-/// [`STEP`] columns of all maps' W, one W behind the other: panels of all outs × two vectors.
 struct Pack<'a> {
     linear: &'a Linear<'a>,
     column: usize,
@@ -286,16 +354,8 @@ struct Pack<'a> {
 impl Job for Pack<'_> {
     type Out = ();
     #[inline(always)]
-    fn run<L: Lanes>(self, _: L) {
-        let panel = 2 * L::WIDTH;
-        let len = self.to.len() / (STEP / panel);
-        for (index, to) in self.to.chunks_exact_mut(len).enumerate() {
-            let column = self.column + index * panel;
-            let rows = self.linear.maps.iter().flat_map(|map| map.weight.chunks_exact(self.linear.ins));
-            for (to, from) in to.chunks_exact_mut(panel).zip(rows) {
-                to.copy_from_slice(&from[column..column + panel]);
-            }
-        }
+    fn run<L: Lanes>(self, lanes: L) {
+        pack(lanes, self.linear.ins, self.linear.maps, self.column, self.to);
     }
 }
 
@@ -303,7 +363,7 @@ impl Job for Pack<'_> {
 /// on are taken; `columns` of c.
 #[inline(always)]
 #[expect(clippy::too_many_arguments, reason = "a matrix product")]
-fn add_product<L: Lanes>(
+pub(crate) fn add_product<L: Lanes>(
     lanes: L,
     rows: usize,
     a: &[f32],
@@ -367,20 +427,10 @@ impl Job for Forward<'_> {
         let mut packed = packed;
         for (map, y) in linear.maps.iter().zip(y) {
             let outs = linear.outs(map);
-            match residual {
-                Some(residual) => y.copy_from_slice(&residual[row * outs..(row + rows) * outs]),
-                None => y.fill(0.0),
-            }
-            if let Some(bias) = map.bias {
-                for y in y.chunks_exact_mut(outs) {
-                    for (y, b) in y.iter_mut().zip(bias) {
-                        *y += b;
-                    }
-                }
-            }
             let (these, rest) = packed.split_at(outs * ins);
             packed = rest;
-            add_product(lanes, rows, a, ins, these, (ins, 0), y, outs);
+            let residual = residual.map(|residual| &residual[row * outs..(row + rows) * outs]);
+            forward_rows(lanes, ins, a, these, map.bias, residual, y);
         }
     }
 }
@@ -436,28 +486,22 @@ impl Job for Back<'_> {
                 a
             }
         };
-        let panel = 2 * L::WIDTH;
-        for column in (0..ins).step_by(panel) {
-            // SAFETY: rows `row` to `row + rows` of every panel are this job's; ins × all_rows numbers are there.
-            let to = unsafe { panels.from(column * all_rows + row * panel, rows * panel) };
-            for (to, from) in to.chunks_exact_mut(panel).zip(made.chunks_exact(ins)) {
-                to.copy_from_slice(&from[column..column + panel]);
-            }
-        }
+        // SAFETY: these rows are this job's.
+        unsafe { to_panels(lanes, ins, made, panels, row, all_rows) }
     }
 }
 
 /// A band of dW = gᵀ f(x), and of the bias's gradient.
-struct ByWeight<'a> {
-    ins: usize,
-    rows: usize,
-    outs: usize,
-    at: usize,
-    g: &'a [f32],
-    a: &'a [f32],
-    dweight: &'a mut [f32],
-    dbias: &'a mut [f32],
-    own: &'a mut Vec<f32>,
+pub(crate) struct ByWeight<'a> {
+    pub(crate) ins: usize,
+    pub(crate) rows: usize,
+    pub(crate) outs: usize,
+    pub(crate) at: usize,
+    pub(crate) g: &'a [f32],
+    pub(crate) a: &'a [f32],
+    pub(crate) dweight: &'a mut [f32],
+    pub(crate) dbias: &'a mut [f32],
+    pub(crate) own: &'a mut Vec<f32>,
 }
 
 impl Job for ByWeight<'_> {

@@ -192,6 +192,28 @@ pub(crate) fn both_of_row<L: Lanes>(
     }
 }
 
+/// x / √(mean x² + ε) in place; gives the scale for [`back_from_unit`].
+#[inline(always)]
+pub(crate) fn to_unit<L: Lanes>(lanes: L, x: &mut [f32], eps: f32) -> f32 {
+    let norm = Norm { centred: false, eps, weight: &[], bias: None };
+    let (_, scale) = norm.of(lanes, x);
+    for x in x {
+        *x *= scale;
+    }
+    scale
+}
+
+/// The gradient by [`to_unit`]'s argument from that by its result y, in place: s (g - y mean(g y)).
+#[inline(always)]
+pub(crate) fn back_from_unit<L: Lanes>(lanes: L, g: &mut [f32], y: &[f32], scale: f32) {
+    #[expect(clippy::cast_precision_loss, reason = "widths are small")]
+    let share = 1.0 / y.len() as f32;
+    let along = share * fold(lanes, [g, y], |lanes, sum, [g, y]| lanes.mul_add(g, y, sum), |[g, y]| g * y);
+    for (g, y) in g.iter_mut().zip(y) {
+        *g = scale * (*g - y * along);
+    }
+}
+
 /// Rows, and how many of them a job takes.
 fn rows_of(width: usize, len: usize) -> (usize, usize) {
     assert!(width > 0 && len.is_multiple_of(width));

@@ -51,6 +51,32 @@ impl<'a, T> Pieces<'a, T> {
         unsafe { std::slice::from_raw_parts(self.start, self.len) }
     }
 
+    /// How many numbers there are.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// All of it, to be written by several threads.
+    ///
+    /// # Safety
+    /// Each writes other numbers, and nobody reads any meanwhile.
+    #[expect(clippy::mut_from_ref, reason = "they write other numbers")]
+    pub(crate) unsafe fn all(&self) -> &mut [T] {
+        // SAFETY: what `new` was given.
+        unsafe { std::slice::from_raw_parts_mut(self.start, self.len) }
+    }
+
+    /// The numbers of `count` rows from `first` on, of `all` rows.
+    ///
+    /// # Safety
+    /// They are there, and no number is anybody else's meanwhile.
+    #[expect(clippy::mut_from_ref, reason = "they are disjoint")]
+    pub(crate) unsafe fn rows(&self, first: usize, count: usize, all: usize) -> &mut [T] {
+        let wide = self.len / all;
+        // SAFETY: the caller's.
+        unsafe { self.from(first * wide, count * wide) }
+    }
+
     /// `len` numbers from a place on, whatever the size of the pieces.
     ///
     /// # Safety

@@ -3,6 +3,7 @@
 use bytekiln_bpe::Error;
 use bytekiln_kernels::activation::{self, Kind};
 use bytekiln_kernels::attention::{self, Input, Output, Shape, Sight, Strides};
+use bytekiln_kernels::block::{self, Block, Maps};
 use bytekiln_kernels::dropout::dropout as dropped;
 use bytekiln_kernels::linear::{self, Before, Gradients, Linear, Map};
 use bytekiln_kernels::norm::{self, Norm};
@@ -447,6 +448,127 @@ pub fn linear_backward(
             }
         };
         linear::backward(level, threads, &linear, &g, &mut to);
+    });
+    Ok(())
+}
+
+/// (batch, places, width of the stream, heads, `kv_heads`, width of a head, width of the feed-forward)
+type BlockSizes = (usize, usize, usize, usize, usize, usize, usize);
+/// (causal, window, norm: none, rms or layer, its ε, norm of queries and keys, activation or swiglu)
+type BlockKind<'a> = (bool, usize, &'a str, f32, bool, &'a str);
+
+/// What the block's parameters are, from their addresses (0: none): weight and bias of both norms, of q, k, v, out, up,
+/// gate, down.
+///
+/// # Safety
+/// As for [`read`].
+unsafe fn block_of<'a>(
+    py: Python<'_>,
+    sizes: BlockSizes,
+    kind: BlockKind<'_>,
+    parameters: &[Address],
+    tables: (Address, Address),
+) -> PyResult<Block<'a>> {
+    let (batch, places, width, heads, kv_heads, head, wide) = sizes;
+    let (causal, window, norm, eps, qk_norm, activation) = kind;
+    assert_eq!(parameters.len(), 18, "kernels: weights and biases of two norms and seven maps");
+    // SAFETY: the caller's, here and below.
+    let bias = |at: usize, len| unsafe { (parameters[at] != 0).then(|| read(parameters[at], len)) };
+    let norm_of = |at: usize| {
+        bias(at, width).map(|weight| Norm { centred: norm == "layer", eps, weight, bias: bias(at + 1, width) })
+    };
+    let map = |at: usize, outs: usize, ins: usize| Map {
+        // SAFETY: as above.
+        weight: unsafe { read(parameters[at], outs * ins) },
+        bias: bias(at + 1, outs),
+    };
+    let kv = kv_heads * head;
+    let activation = if activation == "swiglu" { None } else { Some(kind_of(py, activation)?) };
+    // SAFETY: as above.
+    let table = |at: Address| unsafe { read(at, places * head / 2) };
+    Ok(Block {
+        shape: Shape { batch, heads, kv_heads, queries: places, keys: places, width: head },
+        sight: Sight { causal, window },
+        width,
+        norms: [norm_of(0), norm_of(2)],
+        rotary: (tables.0 != 0).then(|| [table(tables.0), table(tables.1)]),
+        qk_norm: qk_norm.then_some(eps),
+        activation,
+        maps: Maps {
+            qkv: [map(4, heads * head, width), map(6, kv, width), map(8, kv, width)],
+            out: map(10, width, heads * head),
+            up: map(12, wide, width),
+            gate: activation.is_none().then(|| map(14, wide, width)),
+            down: map(16, width, wide),
+        },
+    })
+}
+
+/// A whole block of a Transformer: y, and what the backward wants of it.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, clippy::needless_pass_by_value, reason = "what Python hands over")]
+pub fn block_forward(
+    py: Python<'_>,
+    threads: usize,
+    sizes: BlockSizes,
+    kind: BlockKind<'_>,
+    parameters: Vec<Address>,
+    tables: (Address, Address),
+    x: Address,
+    kept: (Address, usize),
+    y: Address,
+) -> PyResult<()> {
+    let level = level(py)?;
+    // SAFETY: as in `activation_forward`, here and below.
+    let block = unsafe { block_of(py, sizes, kind, &parameters, tables)? };
+    py.detach(|| {
+        let len = sizes.0 * sizes.1 * sizes.2;
+        // SAFETY: as above.
+        let (x, kept, y) = unsafe { (read(x, len), write(kept.0, kept.1), write(y, len)) };
+        block::forward(level, threads, &block, x, kept, y);
+    });
+    Ok(())
+}
+
+/// Gradients of `block_forward` by x and by all parameters that are there.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, clippy::needless_pass_by_value, reason = "what Python hands over")]
+pub fn block_backward(
+    py: Python<'_>,
+    threads: usize,
+    sizes: BlockSizes,
+    kind: BlockKind<'_>,
+    parameters: Vec<Address>,
+    tables: (Address, Address),
+    x: Address,
+    kept: (Address, usize),
+    g: Address,
+    dx: Address,
+    dparameters: Vec<Address>,
+) -> PyResult<()> {
+    let level = level(py)?;
+    // SAFETY: as in `activation_forward`, here and below.
+    let block = unsafe { block_of(py, sizes, kind, &parameters, tables)? };
+    assert_eq!(dparameters.len(), parameters.len());
+    py.detach(|| {
+        let (batch, places, width, heads, kv_heads, head, wide) = sizes;
+        let len = batch * places * width;
+        let (q, kv) = (heads * head, kv_heads * head);
+        let gradient = |at: usize, len: usize| {
+            // SAFETY: as above.
+            unsafe { write(dparameters[at], if parameters[at] == 0 { 0 } else { len }) }
+        };
+        let maps = [(4, q, width), (6, kv, width), (8, kv, width), (10, width, q), (12, wide, width), (14, wide, width),
+            (16, width, wide)];
+        let maps = maps.into_iter().filter(|&(at, ..)| parameters[at] != 0);
+        // SAFETY: as above.
+        let (x, kept, g, dx) = unsafe { (read(x, len), read(kept.0, kept.1), read(g, len), write(dx, len)) };
+        let mut to = block::Gradients {
+            x: dx,
+            maps: maps.map(|(at, outs, ins)| [gradient(at, outs * ins), gradient(at + 1, outs)]).collect(),
+            norms: [0, 2].map(|at| [gradient(at, width), gradient(at + 1, width)]),
+        };
+        block::backward(level, threads, &block, x, kept, g, &mut to);
     });
     Ok(())
 }

@@ -323,7 +323,8 @@ mod _core {
 
     #[pymodule_export]
     use super::kernels::{
-        activation_backward, activation_forward, attention_backward, attention_forward, borrow_threads, dropout,
+        activation_backward, activation_forward, attention_backward, attention_forward, block_backward,
+        block_forward, borrow_threads, dropout,
         linear_backward, linear_forward, rms_norm_backward, rms_norm_forward, simd_level, swiglu_backward, swiglu_forward,
     };
 
