@@ -65,10 +65,20 @@ def are_plain(*modules: nn.Module) -> bool:
 def _is_plain(m: nn.Module) -> bool:
     if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
         return False
-    if getattr(m, "stands_for", type(m)) is not nn.Linear:
-        return hasattr(m, "before")
-    E, D = cast(Tensor, m.weight).shape[-2:]
-    return m.weight.dtype == torch.float32 and E % STEP == 0 and D % STEP == 0
+    kind = type(m)  # what a module lacks is searched for long; its class is asked instead
+    if getattr(kind, "stands_for", kind) is not nn.Linear:
+        return hasattr(kind, "before")
+    weight = m._parameters["weight"]
+    if weight is None or weight.dtype != torch.float32:
+        return False
+    E, D = weight.shape[-2:]
+    return E % STEP == 0 and D % STEP == 0
+
+
+def parameters_of(m: nn.Module) -> Parameters:
+    """Weight and bias of a plain module, without the search that its attributes are found by."""
+    own = m._parameters
+    return cast(Tensor, own["weight"]), own.get("bias")
 
 
 def linear(
@@ -81,19 +91,18 @@ def linear(
 def added(
     x_NxD: Tensor,
     to_NxE: Tensor | None,
-    map: nn.Module,  # noqa: A002 - what it is
+    last: nn.Module,
     before: Before = NOTHING,
     second_NxD: Tensor | None = None,
 ) -> Tensor:
     """f(x) Wᵀ + b, plus `to` unless it is None, where `takes` and `are_plain`."""
-    return _apply(x_NxD, second_NxD, before, to_NxE, [map])[0]
+    return _apply(x_NxD, second_NxD, before, to_NxE, [last])[0]
 
 
 def _apply(
     x: Tensor, second: Tensor | None, before: Before, residual: Tensor | None, maps: Sequence[nn.Module]
 ) -> Sequence[Tensor]:
-    weights = [cast(Tensor, m.weight) for m in maps]
-    biases = [cast("Tensor | None", m.bias) for m in maps]
+    weights, biases = zip(*map(parameters_of, maps), strict=True)
     norm = before.weight, before.bias
     if torch.is_grad_enabled():
         return cast("Sequence[Tensor]", _Linear.apply(before.kind, before.eps, x, second, residual, *norm, *weights,

@@ -48,7 +48,7 @@ from bytekiln.attention import Attend, KVCache, Sight, look, native_attention
 from bytekiln.block import Kind, block
 from bytekiln.config import ModelConfig
 from bytekiln.errors import ConfigError
-from bytekiln.linear import NOTHING, Before, added, are_plain, linear, takes
+from bytekiln.linear import NOTHING, Before, added, are_plain, linear, parameters_of, takes
 from bytekiln.positions import RotaryEmbedding, add_previous
 
 __all__ = ["Features", "KVCache", "RotaryEmbedding", "TransformerLM"]
@@ -399,7 +399,7 @@ class Block(nn.Module):
         parameters: list[Tensor | None] = [p for b in before for p in (b.weight, b.bias)]
         gate = ffn.w3 if ffn.kind == "swiglu" else None
         for m in (attn.q_proj, attn.k_proj, attn.v_proj, attn.output_proj, ffn.w1, gate, ffn.w2):
-            parameters += (None, None) if m is None else (m.weight, m.bias)
+            parameters += (None, None) if m is None else parameters_of(m)
         rotary, T, sight = attn._rotary[0], x_BxTxD.shape[1], this.sight
         tables = None if rotary is None else (rotary.cos_PxK2[:T], rotary.sin_PxK2[:T])
         kind = Kind(attn.num_heads, attn.num_kv_heads, sight.causal, sight.window, before[0].kind, attn.norm_eps,

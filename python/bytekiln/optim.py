@@ -11,7 +11,8 @@ In: a model and its config. Out: an `Optimizer`; the loop steps it, `checkpoint`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -70,6 +71,10 @@ def groups_of(named: Sequence[tuple[str, nn.Parameter]], config: OptimizerConfig
     return found
 
 
+SHARED_FROM = 150_000
+"""Numbers of a tensor, on the average, from which on it is worth to share the work on it: waking a thread takes 50 µs."""
+
+
 class Rule(Protocol):
     """An update rule with its memory."""
 
@@ -97,6 +102,10 @@ class AdamW:
 
     def step(self, lr: float, take: Tensor | None) -> None:
         """See `Rule`."""
+        with _threads_that_pay([p for g in self.groups for p in g.bundle.parameters]):
+            self._step(lr, take)
+
+    def _step(self, lr: float, take: Tensor | None) -> None:
         c = self.config
         left_out = None if take is None else take.logical_not().to(torch.float32)
         for g, first, second, steps in zip(self.groups, self.first, self.second, self.steps, strict=True):
@@ -309,8 +318,26 @@ def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> Tensor
 
     The norm is a 0-D tensor on the device; nothing waits for it.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    if largest:
-        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    with _threads_that_pay(parameters):
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if largest:
+            nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     return norm
+
+
+@contextmanager
+def _threads_that_pay(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """In here torch has one thread where the tensors are small: an operation on each would wake the others in vain.
+
+    For 4 layers × 128 AdamW takes 0.7 ms on one thread and 2.5 on two, clipping 0.6 and 1.1.
+    """
+    threads = torch.get_num_threads()
+    alone = threads > 1 and parameters[0].is_cpu and sum(p.numel() for p in parameters) < SHARED_FROM * len(parameters)
+    if alone:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if alone:
+            torch.set_num_threads(threads)
