@@ -84,7 +84,8 @@ fn linears(c: &mut Criterion) {
                 let g: Vec<&[f32]> = g.iter().map(Vec::as_slice).collect();
                 let (mut dx, mut dweights, mut dnorm) = (x.clone(), weights.clone(), norm.clone());
                 let [dw, db] = &mut dnorm;
-                let norm = if matches!(before, Before::Norm(_)) { [&mut dw[..], &mut db[..]] } else { [&mut [][..], &mut []] };
+                let norm =
+                    if matches!(before, Before::Norm(_)) { [&mut dw[..], &mut db[..]] } else { [&mut [][..], &mut []] };
                 let mut to = Gradients {
                     x: [&mut dx, &mut []],
                     weights: dweights.iter_mut().map(Vec::as_mut_slice).collect(),

@@ -57,6 +57,7 @@ FLOORS = [
         "inspection",
         "inspect.pieces",
         "inspect.tables",
+        "kernels",
         "hardware",
         "accounting",
         "yardstick",
@@ -66,7 +67,7 @@ FLOORS = [
         "bundle",
     ],
     [
-        "kernels",
+        "linear",
         "encode_flags",
         "tokenizer_diff",
         "inspect.page",
@@ -79,6 +80,8 @@ FLOORS = [
     ],
     [
         "attention",
+        "block",
+        "norms",
         "positions",
         "muon",
         "averaging",

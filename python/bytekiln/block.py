@@ -6,8 +6,8 @@ meet once a block instead of at every product (`docs/performance.md` has what th
 tensor are kept: queries, keys, values, the attention's output, the stream between attention and feed-forward, and what
 the feed-forward's first matrices made. The gradient of a gradient is an error, as in `kernels`.
 
-Shapes: B windows, T positions, D width of the stream, H heads, G heads of keys and values, K their width, F width of the
-feed-forward; with R runs stacked (`stack`) every parameter has R in front, and the windows fall into R equal parts.
+Shapes: B windows, T positions, D width of the stream, H heads, G heads of keys and values, K their width, F width of
+the feed-forward; with R runs stacked (`stack`) every parameter has R in front, and the windows fall into R equal parts.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _shapes(x: Tensor, parameters: Sequence[Tensor | None], kind: Kind) -> tuple
 
 
 def _made(x: Tensor, parameters: Sequence[Tensor | None], cos: Tensor | None, sin: Tensor | None,
-          *kind: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 # fmt: skip
+          *kind: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
     return kernels.same(x), x.new_empty(_shapes(x, parameters, Kind(*kind))[2])
 
 
@@ -149,13 +149,16 @@ def _given(
     if (kind.activation == "swiglu") != (parameters[14] is not None) or kind.window < 0:
         raise ValueError(f"block: found {kind.activation}, window {kind.window}; expected W3 with swiglu alone, and a "
                          "window of 0 or more")  # fmt: skip
-    if kind.norm not in ("none", "rms", "layer") or any((kind.norm == "none") != (parameters[i] is None) for i in (0, 2)):
+    unnormed = parameters[0] is None and parameters[2] is None
+    normed = parameters[0] is not None and parameters[2] is not None
+    if not (unnormed if kind.norm == "none" else normed and kind.norm in ("rms", "layer")):
         raise ValueError(f"block: found norm {kind.norm}; expected none, or rms or layer and their weights")
     (B, T, D), (H, G) = x.shape, (kind.heads, kind.kv_heads)
     first = cast(Tensor, parameters[4])
     stacked, runs = first.shape[:-2], first.shape[:-2].numel()
     K, wide, kept = _shapes(x, parameters, kind)
-    if len(stacked) > 1 or not runs or B % runs or not G or H % G or T < 1 or not (0 < K <= kernels.WIDEST_HEAD) or K % 8:
+    heads = G and H % G == 0 and K % 8 == 0 and 0 < K <= kernels.WIDEST_HEAD
+    if not heads or len(stacked) > 1 or not runs or B % runs or T < 1:
         raise ValueError(f"block: found q {tuple(first.shape)} for {H} heads of queries, {G} of keys, {B} windows; "
                          "expected heads of a multiple of 8, and as many windows for each run")  # fmt: skip
     widths = {"D": D, "H·K": H * K, "G·K": G * K, "F": wide}
@@ -177,7 +180,7 @@ def _given(
 
 
 def _forward(x: Tensor, parameters: Sequence[Tensor | None], cos: Tensor | None, sin: Tensor | None,
-             *kind: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 # fmt: skip
+             *kind: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
     given = _given(x, parameters, cos, sin, Kind(*kind))
     y, kept = kernels.same(given.x), x.new_empty(given.kept)
     for run in range(given.runs if x.numel() else 0):
@@ -189,7 +192,7 @@ def _forward(x: Tensor, parameters: Sequence[Tensor | None], cos: Tensor | None,
 
 
 def _backward(g: Tensor, x: Tensor, kept: Tensor, parameters: Sequence[Tensor | None], cos: Tensor | None,
-              sin: Tensor | None, *kind: Any) -> list[Tensor]:  # noqa: ANN401 # fmt: skip
+              sin: Tensor | None, *kind: Any) -> list[Tensor]:  # fmt: skip
     given = _given(x, parameters, cos, sin, Kind(*kind))
     kernels.hold("block_backward", x, g)
     kernels.hold("block_backward", kept, x.new_empty(given.kept))

@@ -44,7 +44,7 @@ NOTHING = Before()
 
 
 def takes(x_NxD: Tensor) -> bool:
-    """Whether the core computes maps of these rows: float32 on the CPU, neither compiled nor transformed, enough rows."""
+    """Whether the core maps these rows: float32 on the CPU, neither compiled nor transformed, and enough of them."""
     D = x_NxD.shape[-1]
     return (
         kernels.normalises(x_NxD)
@@ -55,7 +55,7 @@ def takes(x_NxD: Tensor) -> bool:
 
 
 def are_plain(*modules: nn.Module) -> bool:
-    """Whether calling these modules is nothing but what they stand for: linear maps of widths that the core takes, norms.
+    """Whether these modules do nothing but what they stand for: norms, linear maps of widths that the core takes.
 
     Not where somebody listens to one of them (a hook), or another class took its place.
     """
@@ -79,6 +79,17 @@ def parameters_of(m: nn.Module) -> Parameters:
     """Weight and bias of a plain module, without the search that its attributes are found by."""
     own = m._parameters
     return cast(Tensor, own["weight"]), own.get("bias")
+
+
+def of_one(x_NxD: Tensor, *maps: nn.Linear) -> Sequence[Tensor]:
+    """What several linear maps make of one x. Modules that stand in for linear maps may know how (`together`)."""
+    together = getattr(maps[0], "together", None)
+    if together is not None:
+        return cast(Sequence[Tensor], together(x_NxD, maps))
+    plain = all(type(m) is nn.Linear and m.bias is None for m in maps)
+    if plain and kernels.normalises(x_NxD) and not torch.is_autocast_enabled("cpu"):
+        return kernels.products(x_NxD, [m.weight for m in maps])
+    return [m(x_NxD) for m in maps]
 
 
 def linear(
@@ -218,11 +229,11 @@ def _forward(
     if not given.rows:
         return made
     for run in range(given.runs):
-        x_at, second_at, residual_at, *norm_at = (
+        x_at, second_at, residual_at, norm_at, bias_at = (
             kernels.address(t, run, given.runs) for t in (given.x, given.second, residual, *given.norm)
         )
         _core.linear_forward(
-            torch.get_num_threads(), given.sizes(), (before, eps), (x_at, second_at), tuple(norm_at),
+            torch.get_num_threads(), given.sizes(), (before, eps), (x_at, second_at), (norm_at, bias_at),
             _maps(given, run), residual_at, [kernels.address(y, run, given.runs) for y in made],
         )  # fmt: skip
     return made
@@ -251,13 +262,14 @@ def _backward(
     dx, dsecond, dnorm, dnorm_bias, *rest = [None if t is None else next(each) for t in of]
     count = len(weights)
     for run in range(given.runs):
-        x_at, second_at, dx_at, dsecond_at = (kernels.address(t, run, given.runs) for t in (given.x, given.second, dx, dsecond))
-        norm_at, bias_at, dnorm_at, dbias_at = (kernels.address(t, run, given.runs) for t in (*given.norm, dnorm, dnorm_bias))
+        x_at, second_at, dx_at, dsecond_at, norm_at, bias_at, dnorm_at, dbias_at, *to = (
+            kernels.address(t, run, given.runs)
+            for t in (given.x, given.second, dx, dsecond, *given.norm, dnorm, dnorm_bias, *rest)
+        )
         _core.linear_backward(
             torch.get_num_threads(), given.sizes(), (before, eps), (x_at, second_at), (norm_at, bias_at),
             _maps(given, run), [kernels.address(y, run, given.runs) for y in g], (dx_at, dsecond_at),
-            [(kernels.address(rest[i], run, given.runs), kernels.address(rest[count + i], run, given.runs)) for i in range(count)],
-            (dnorm_at, dbias_at),
+            list(zip(to[:count], to[count:], strict=True)), (dnorm_at, dbias_at),
         )  # fmt: skip
     return made
 

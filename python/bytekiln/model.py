@@ -48,78 +48,14 @@ from bytekiln.attention import Attend, KVCache, Sight, look, native_attention
 from bytekiln.block import Kind, block
 from bytekiln.config import ModelConfig
 from bytekiln.errors import ConfigError
-from bytekiln.linear import NOTHING, Before, added, are_plain, linear, parameters_of, takes
+from bytekiln.linear import NOTHING, Before, added, are_plain, linear, of_one, parameters_of, takes
+from bytekiln.norms import norm_of, rms_norm
 from bytekiln.positions import RotaryEmbedding, add_previous
 
 __all__ = ["Features", "KVCache", "RotaryEmbedding", "TransformerLM"]
 
 GATE_WIDTH = 32
 """Places of a layer's input that the gates of its value embeddings read."""
-
-
-def rms_norm(x_xD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
-    """x / √(mean x² + eps) · weight over the last axis, by the core where it can."""
-    if kernels.normalises(x_xD) and (weight_D is None or weight_D.dtype == x_xD.dtype):
-        return kernels.rms_norm(x_xD, weight_D, eps)
-    return F.rms_norm(x_xD, x_xD.shape[-1:], None if weight_D is None else _as(x_xD, weight_D), eps)
-
-
-class RMSNorm(nn.Module):
-    """x / RMS(x) · weight (Zhang and Sennrich 2019)."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        """Weight 1 in every place; `eps` is added to the mean square."""
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    @property
-    def before(self) -> Before:
-        """The same as the beginning of a linear map."""
-        return Before("rms", self.weight, None, self.eps)
-
-    def forward(self, x_BxTxD: Tensor) -> Tensor:
-        """Normalise the last axis."""
-        return rms_norm(x_BxTxD, self.weight, self.eps)
-
-
-class LayerNorm(nn.Module):
-    """(x - mean) / deviation · weight + bias (Ba et al. 2016); without a bias it is nanoGPT's `bias=False`."""
-
-    def __init__(self, width: int, eps: float, bias: bool) -> None:
-        """Weight 1 and bias 0 in every place; `eps` is added to the variance."""
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
-
-    @property
-    def before(self) -> Before:
-        """The same as the beginning of a linear map."""
-        return Before("layer", self.weight, self.bias, self.eps)
-
-    def forward(self, x_BxTxD: Tensor) -> Tensor:
-        """Normalise the last axis."""
-        bias = None if self.bias is None else _as(x_BxTxD, self.bias)
-        return F.layer_norm(x_BxTxD, self.weight.shape, _as(x_BxTxD, self.weight), bias, self.eps)
-
-
-def _as(x: Tensor, weight: Tensor) -> Tensor:
-    """The weight in the type of a residual stream in bf16: torch's fused norms on a CPU take one type only."""
-    return weight if weight.dtype == x.dtype else weight.to(x.dtype)
-
-
-class NoNorm(nn.Identity):
-    """What stands where a norm would."""
-
-    before = NOTHING
-
-
-def _norm(config: ModelConfig) -> nn.Module:
-    if config.norm == "none":
-        return NoNorm()
-    D, eps = config.d_model, config.norm_eps
-    return RMSNorm(D, eps) if config.norm == "rms" else LayerNorm(D, eps, config.bias)
 
 
 class Pass:
@@ -158,7 +94,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BxTxD: Tensor, this: Pass) -> Tensor:
         """Mix the positions, those in the cache included."""
-        qkv = _of_one(x_BxTxD, self.q_proj, self.k_proj, self.v_proj)
+        qkv = of_one(x_BxTxD, self.q_proj, self.k_proj, self.v_proj)
         return self.output_proj(self._mixed(x_BxTxD, qkv, this))  # type: ignore[no-any-return]
 
     def behind(self, norm: nn.Module, x_BxTxD: Tensor, this: Pass, to_BxTxD: Tensor | None) -> Tensor | None:
@@ -194,17 +130,6 @@ class Attention(nn.Module):
         return out_BxHxTxK.transpose(1, 2).flatten(-2)
 
 
-def _of_one(x_BxTxD: Tensor, *maps: nn.Linear) -> Sequence[Tensor]:
-    """What several linear maps make of one x. Modules that stand in for linear maps may know how (`together`)."""
-    together = getattr(maps[0], "together", None)
-    if together is not None:
-        return cast(Sequence[Tensor], together(x_BxTxD, maps))
-    plain = all(type(m) is nn.Linear and m.bias is None for m in maps)
-    if plain and kernels.normalises(x_BxTxD) and not torch.is_autocast_enabled("cpu"):
-        return kernels.products(x_BxTxD, [m.weight for m in maps])
-    return [m(x_BxTxD) for m in maps]
-
-
 def _activation(kind: str, h: Tensor, gated: Tensor | None = None) -> Tensor:
     """The activation of h; for swiglu silu(h) · gated."""
     if kernels.activates(h):
@@ -230,7 +155,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BxTxD: Tensor, this: Pass | None = None) -> Tensor:
         """The same function at every position; `this` is for experts only."""
-        made = _of_one(x_BxTxD, self.w1, self.w3) if self.kind == "swiglu" else (self.w1(x_BxTxD),)
+        made = of_one(x_BxTxD, self.w1, self.w3) if self.kind == "swiglu" else (self.w1(x_BxTxD),)
         return self.w2(_activation(self.kind, *made))  # type: ignore[no-any-return]
 
     def behind(self, norm: nn.Module, x_BxTxD: Tensor, _: Pass, to_BxTxD: Tensor | None) -> Tensor | None:
@@ -361,7 +286,7 @@ class Block(nn.Module):
         """Parts of one layer."""
         super().__init__()
         self.pre = config.norm_position == "pre"
-        self.ln1, self.ln2 = _norm(config), _norm(config)
+        self.ln1, self.ln2 = norm_of(config), norm_of(config)
         self.attn = Attention(config, layer, attend, rotary)
         self.ffn = MixtureOfExperts(config) if config.ffn == "moe" else FeedForward(config, config.ffn, config.d_ff)
         self.dropout = config.dropout
@@ -394,7 +319,7 @@ class Block(nn.Module):
         )
 
     def _in_one(self, x_BxTxD: Tensor, this: Pass) -> Tensor:
-        attn, ffn = self.attn, self.ffn
+        attn, ffn = self.attn, cast(FeedForward, self.ffn)
         before = [cast(Before, norm.before) for norm in (self.ln1, self.ln2)]
         parameters: list[Tensor | None] = [p for b in before for p in (b.weight, b.bias)]
         gate = ffn.w3 if ffn.kind == "swiglu" else None
@@ -468,11 +393,11 @@ class TransformerLM(nn.Module):
         self.token_embeddings = nn.Embedding(V, D)
         self.position_embeddings = nn.Embedding(config.max_seq_len, D) if config.position == "learned" else None
         self.shift_lambdas = nn.Parameter(torch.empty(config.token_shift, D)) if config.token_shift else None
-        self.ln_embedding = _norm(config) if config.embedding_norm else None
+        self.ln_embedding = norm_of(config) if config.embedding_norm else None
         self.residual_lambdas = nn.Parameter(torch.empty(L)) if config.residual_lambdas else None
         self.x0_lambdas = nn.Parameter(torch.empty(L)) if config.residual_lambdas else None
         self.layers = nn.ModuleList(Block(config, i, self.attend, rotary) for i in range(L))
-        self.ln_final = _norm(config)
+        self.ln_final = norm_of(config)
         self.lm_head = None if config.tie_embeddings else nn.Linear(D, V, bias=False)
         self.initialise()
 

@@ -72,7 +72,8 @@ def groups_of(named: Sequence[tuple[str, nn.Parameter]], config: OptimizerConfig
 
 
 SHARED_FROM = 150_000
-"""Numbers of a tensor, on the average, from which on it is worth to share the work on it: waking a thread takes 50 µs."""
+"""Numbers of a tensor, on the average, from which on it is worth to share the work on it: waking a thread takes 50 µs.
+Torch shares from 32,768 on."""
 
 
 class Rule(Protocol):

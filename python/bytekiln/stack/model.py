@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from bytekiln import kernels
 from bytekiln.linear import Before
 from bytekiln.loss import chunked_cross_entropy, positions_at_once
-from bytekiln.model import LayerNorm, RMSNorm, rms_norm
+from bytekiln.norms import LayerNorm, RMSNorm, rms_norm
 from bytekiln.objective import Objective
 
 

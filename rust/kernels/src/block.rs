@@ -93,7 +93,10 @@ impl<'a> Block<'a> {
         let outs = [heads * width, kv_heads * width, kv_heads * width, self.width, wide];
         let outs = outs.into_iter().chain(self.maps.gate.map(|_| wide)).chain([self.width]);
         for ((map, ins), outs) in self.maps().into_iter().zip(outs) {
-            assert!(ins.is_multiple_of(STEP) && ins > 0 && outs.is_multiple_of(STEP) && outs > 0, "block: {ins}, {outs}");
+            assert!(
+                ins.is_multiple_of(STEP) && ins > 0 && outs.is_multiple_of(STEP) && outs > 0,
+                "block: {ins}, {outs}"
+            );
             assert!(map.weight.len() == ins * outs && map.bias.is_none_or(|bias| bias.len() == outs));
         }
         assert_eq!(self.activation.is_none(), self.maps.gate.is_some());
@@ -238,7 +241,9 @@ impl Job for Enter<'_> {
             linear::forward_rows(lanes, width, normed, packed, map.bias, None, y);
         }
         let heads = shape.heads + shape.kv_heads;
-        for (index, (q, k)) in rows_of(q, shape.heads, shape.width).zip(rows_of(k, shape.kv_heads, shape.width)).enumerate() {
+        for (index, (q, k)) in
+            rows_of(q, shape.heads, shape.width).zip(rows_of(k, shape.kv_heads, shape.width)).enumerate()
+        {
             let place = (row + index) % shape.queries;
             let mut scales = scales.get_mut(index * heads..(index + 1) * heads).unwrap_or_default().iter_mut();
             for head in q.chunks_exact_mut(shape.width).chain(k.chunks_exact_mut(shape.width)) {
@@ -404,10 +409,13 @@ pub fn backward(
                     simd::run(level, BackFromEnd { block, rows, g, kept, packed, between: &between, sums, own });
                 }),
                 2 => unsafe {
-                    let inputs = [block.input(q, shape.heads), block.input(k, shape.kv_heads), block.input(v, shape.kv_heads)];
-                    let (dout, out) = (block.input(between.mixed.whole(), shape.heads), block.input(mixed, shape.heads));
-                    let [dq, dk, dv] = [(&between.q, shape.heads), (&between.k, shape.kv_heads), (&between.v, shape.kv_heads)]
-                        .map(|(pieces, heads)| Output::new(pieces.all(), shape, heads, shape.queries));
+                    let inputs =
+                        [block.input(q, shape.heads), block.input(k, shape.kv_heads), block.input(v, shape.kv_heads)];
+                    let (dout, out) =
+                        (block.input(between.mixed.whole(), shape.heads), block.input(mixed, shape.heads));
+                    let [dq, dk, dv] =
+                        [(&between.q, shape.heads), (&between.k, shape.kv_heads), (&between.v, shape.kv_heads)]
+                            .map(|(pieces, heads)| Output::new(pieces.all(), shape, heads, shape.queries));
                     attention::backward_job(level, shape, block.sight, index, dout, inputs, out, logs, [&dq, &dk, &dv]);
                 },
                 3 => OWN.with_borrow_mut(|own| unsafe {

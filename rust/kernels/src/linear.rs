@@ -230,7 +230,10 @@ pub fn backward(level: Level, threads: usize, linear: &Linear<'_>, g: &[&[f32]],
                     // SAFETY: every band comes once.
                     let (dweight, dbias) = unsafe { (dweights[map].piece(at / band), dbiases[map].piece(at / band)) };
                     OWN.with_borrow_mut(|own| {
-                        simd::run(level, ByWeight { ins, rows, outs: outs[map], at, g: g[map], a, dweight, dbias, own });
+                        simd::run(
+                            level,
+                            ByWeight { ins, rows, outs: outs[map], at, g: g[map], a, dweight, dbias, own },
+                        );
                     });
                 }
             });

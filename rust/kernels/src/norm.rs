@@ -174,9 +174,7 @@ pub(crate) fn both_of_row<L: Lanes>(
         lanes,
         [g, x, w],
         dx,
-        |lanes, [g, x, w]| {
-            lanes.mul(s, lanes.sub(lanes.sub(lanes.mul(g, w), l), lanes.mul(hat(lanes, x), a)))
-        },
+        |lanes, [g, x, w]| lanes.mul(s, lanes.sub(lanes.sub(lanes.mul(g, w), l), lanes.mul(hat(lanes, x), a))),
         |[g, x, w]| scale * (g * w - level - (x - mean) * scale * along),
     );
     let (by_weight, by_bias) = sums.split_at_mut(w.len());

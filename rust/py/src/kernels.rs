@@ -443,7 +443,11 @@ pub fn linear_backward(
             Gradients {
                 x: [write(dx.0, rows * ins), write(dx.1, second)],
                 weights: dmaps.iter().zip(&maps).map(|(to, map)| write(to.0, map.2 * ins)).collect(),
-                biases: dmaps.iter().zip(&maps).map(|(to, map)| write(to.1, if map.1 == 0 { 0 } else { map.2 })).collect(),
+                biases: dmaps
+                    .iter()
+                    .zip(&maps)
+                    .map(|(to, map)| write(to.1, if map.1 == 0 { 0 } else { map.2 }))
+                    .collect(),
                 norm: [write(dnorm.0, len(norm.0)), write(dnorm.1, len(norm.1))],
             }
         };
@@ -558,8 +562,15 @@ pub fn block_backward(
             // SAFETY: as above.
             unsafe { write(dparameters[at], if parameters[at] == 0 { 0 } else { len }) }
         };
-        let maps = [(4, q, width), (6, kv, width), (8, kv, width), (10, width, q), (12, wide, width), (14, wide, width),
-            (16, width, wide)];
+        let maps = [
+            (4, q, width),
+            (6, kv, width),
+            (8, kv, width),
+            (10, width, q),
+            (12, wide, width),
+            (14, wide, width),
+            (16, width, wide),
+        ];
         let maps = maps.into_iter().filter(|&(at, ..)| parameters[at] != 0);
         // SAFETY: as above.
         let (x, kept, g, dx) = unsafe { (read(x, len), read(kept.0, kept.1), read(g, len), write(dx, len)) };

@@ -323,9 +323,9 @@ mod _core {
 
     #[pymodule_export]
     use super::kernels::{
-        activation_backward, activation_forward, attention_backward, attention_forward, block_backward,
-        block_forward, borrow_threads, dropout,
-        linear_backward, linear_forward, rms_norm_backward, rms_norm_forward, simd_level, swiglu_backward, swiglu_forward,
+        activation_backward, activation_forward, attention_backward, attention_forward, block_backward, block_forward,
+        borrow_threads, dropout, linear_backward, linear_forward, rms_norm_backward, rms_norm_forward, simd_level,
+        swiglu_backward, swiglu_forward,
     };
 
     #[pymodule_init]
