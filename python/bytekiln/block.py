@@ -12,7 +12,8 @@ the feed-forward; with R runs stacked (`stack`) every parameter has R in front, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,6 +26,9 @@ from bytekiln.linear import STEP
 PARAMETERS = 18
 """Weight and bias of: the norm before the attention, that before the feed-forward, q, k, v, the attention's output, W1,
 W3 (swiglu's), W2. None: there is no such thing."""
+
+
+_apart = False
 
 
 class Kind(NamedTuple):
@@ -60,6 +64,22 @@ def block(
         return cast("tuple[Tensor, Tensor]", _Block.apply(kind, *tables, x_BxTxD, *parameters))[0]
     with torch._C._AutoDispatchBelowAutograd():
         return cast(Tensor, _ops.block(x_BxTxD, parameters, *tables, *kind)[0])
+
+
+@contextmanager
+def taken_apart() -> Iterator[None]:
+    """In here no block is one operation: a profile can tell its products from its attention. No number changes."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
+
+
+def is_taken_apart() -> bool:
+    """Whether this is inside of `taken_apart`."""
+    return _apart
 
 
 class _Block(Function):
@@ -211,6 +231,21 @@ def _backward(g: Tensor, x: Tensor, kept: Tensor, parameters: Sequence[Tensor | 
     return made
 
 
+def _scratch(x: Tensor, parameters: Sequence[Tensor | None], kept: int) -> int:
+    matrices = [p for p in parameters[4::2] if p is not None]
+    runs = matrices[0].shape[:-2].numel()
+    return (sum(p.numel() for p in matrices) + kept) // runs
+
+
+def _scratch_of_backward(g: Tensor, x: Tensor, kept: Tensor, parameters: Sequence[Tensor | None], *_: object) -> int:
+    """The gradients of all that was kept, and what the matrices' are made of: f(x) of each."""
+    (B, T, D), out, up = x.shape, parameters[10], parameters[12]
+    assert out is not None and up is not None
+    return _scratch(x, parameters, kept.numel() + B * T * (2 * D + out.shape[-1] + up.shape[-2]))
+
+
+kernels.SCRATCH["bytekiln::block"] = lambda x, parameters, *_: _scratch(x, parameters, 0)
+kernels.SCRATCH["bytekiln::block_backward"] = _scratch_of_backward
 _library.impl("block", _forward, "CPU")
 _library.impl("block_backward", _backward, "CPU")
 torch.library.register_fake("bytekiln::block", _made, lib=_library)

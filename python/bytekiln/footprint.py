@@ -32,8 +32,11 @@ from bytekiln.optim import clip_gradients, make_optimizer
 
 GRANULE = {"cpu": 64, "cuda": 512}
 """Bytes to which torch's allocators round a block up."""
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "scaled_dot_product", "flex_attention")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "scaled_dot_product", "flex_attention", "bytekiln::linear",
+            "bytekiln::block")  # fmt: skip
 """Operations whose time is that of their products; what they read and write is not counted as moved."""
+FLOAT = 4
+"""Bytes of a number that the core computes with."""
 LOOKUPS = ("embedding", "index", "index_select", "gather")
 """Operations that read as much of their first argument as they give out."""
 CHUNKS_TRACED = 4
@@ -74,6 +77,8 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now: dict[str, int] = dict.fromkeys(Footprint._fields, 0)
         self.most = dict(self.now)
         self.live = self.peak = self.moved = self.calls = self.largest = 0
+        self.scratch = 0
+        """Bytes that the core's operators keep to work in."""
         self._granule = granule
         self._known: dict[int, tuple[str, int, weakref.ref[torch.UntypedStorage]]] = {}
 
@@ -94,6 +99,8 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         fresh = [t for t in made if self._follow(t)]
         name = func._schema.name.removeprefix("aten::")
+        if name in kernels.SCRATCH:
+            self.scratch = max(self.scratch, FLOAT * kernels.SCRATCH[name](*args))
         if (fresh or func._schema.is_mutable) and not any(p in name for p in PRODUCTS):
             read = [] if name in LOOKUPS else [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             self.moved += sum(t.numel() * t.element_size() for t in (*read, *fresh))
@@ -239,6 +246,7 @@ class Simulation:
         s, c = self._storages, self.config
         with self._kernels(), self._fake, s, torch.device(self.device):
             s.forget_peaks()
+            s.scratch = 0
             self._model.train()
             s.work = batch_size * c.model.context_length * c.model.expert_top_k
             if c.training.grad_accum_steps > 1:
@@ -264,7 +272,10 @@ class Simulation:
                 self._of_update = {name: n - now.get(name, 0) for name, n in most.items()}
             self._optimizer.zero_grad()
         more = self._of_update
-        return Footprint(*(max(n, now.get(name, 0) + more.get(name, 0)) for name, n in found._asdict().items()))
+        most = {name: max(n, now.get(name, 0) + more.get(name, 0)) for name, n in found._asdict().items()}
+        for name in ("activations", "total"):  # it stands through the update, too
+            most[name] += s.scratch
+        return Footprint(**most)
 
     def _update(self) -> None:
         take = torch.ones((), dtype=torch.bool)

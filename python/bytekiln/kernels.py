@@ -15,7 +15,7 @@ Shapes are suffixes of names: B batch, T queries, S keys, H heads of queries, G 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias, cast
 
@@ -37,6 +37,10 @@ _SEEDS = 2**63 - 1
 """Seeds of dropout are below."""
 
 _Strided: TypeAlias = tuple[int, tuple[int, int, int]]
+
+SCRATCH: dict[str, Callable[..., int]] = {}
+"""Numbers that the core works in, and keeps for the next call, by operator and its arguments; others need next to none.
+Whoever counts a step's memory (`footprint`) must know: torch does not see them."""
 
 library: Any = cast(Any, torch.library.Library)("bytekiln", "DEF")  # torch leaves it untyped
 _SIGHT = "bool causal, int window"
@@ -79,13 +83,18 @@ def activates(x: Tensor) -> bool:
     return not _left_to_torch and _takes(x)
 
 
+def is_left_to_torch() -> bool:
+    """Whether this is inside of `left_to_torch`."""
+    return _left_to_torch
+
+
 def _takes(x: Tensor) -> bool:
     return x.is_cpu and x.dtype in _NUMBERS and not torch.compiler.is_compiling() and not _transformed()
 
 
 @contextmanager
 def left_to_torch() -> Iterator[None]:
-    """In here nothing `activates`, and dropout is CUDA's: for the backward is kept what is kept on a GPU.
+    """In here nothing `activates`, no linear map is the core's, and dropout is CUDA's: what is kept is kept on a GPU.
 
     RMSNorm stays the core's: CUDA's keeps the same, torch's for the CPU more.
     """

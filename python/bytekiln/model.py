@@ -45,7 +45,7 @@ from torch import Tensor, nn
 
 from bytekiln import kernels
 from bytekiln.attention import Attend, KVCache, Sight, look, native_attention
-from bytekiln.block import Kind, block
+from bytekiln.block import Kind, block, is_taken_apart
 from bytekiln.config import ModelConfig
 from bytekiln.errors import ConfigError
 from bytekiln.linear import NOTHING, Before, added, are_plain, linear, of_one, parameters_of, takes
@@ -307,6 +307,8 @@ class Block(nn.Module):
         if not isinstance(ffn, FeedForward) or attn.attend is not native_attention or (self.dropout and self.training):
             return False
         if attn.value_embeddings is not None or this.cache is not None or this.sight.documents_BxS is not None:
+            return False
+        if is_taken_apart():
             return False
         K = x_BxTxD.shape[-1] // attn.num_heads
         return (

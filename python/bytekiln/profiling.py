@@ -5,7 +5,8 @@ folder `profile` of the run's. Called by `cli_lm`. Nothing is trained that lasts
 the profiler, whose time is the step's, and N under it, which tells the shares, since it slows down small operations.
 
 On a GPU the kernels are counted, each by the operation that launched it; on a CPU the operations of the main thread,
-which waits for its helpers. What is left of the time is idle: the device waited, or Python worked.
+which waits for its helpers. What is left of the time is idle: the device waited, or Python worked. Blocks that the core
+does in one operation are taken apart for it; norms and activations that it does on the way are part of the products.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bytekiln import objective
 from bytekiln.accounting import flops_per_token
+from bytekiln.block import taken_apart
 from bytekiln.config import RunConfig
 from bytekiln.console import human_time, table
 from bytekiln.errors import ConfigError
@@ -96,7 +98,7 @@ def profile_run(config: RunConfig, steps: int, notice: Callable[[str], object]) 
         step_s = (time.perf_counter() - began) / steps
         tokens_per_s = (run.tokens - before) / steps / step_s
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-        with _marked(run), profile(activities=activities, acc_events=True) as found:
+        with _marked(run), taken_apart(), profile(activities=activities, acc_events=True) as found:
             began = time.perf_counter()
             for _ in range(steps):
                 run.take_step(rate)

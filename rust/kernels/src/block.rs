@@ -128,11 +128,15 @@ impl<'a> Block<'a> {
     }
 }
 
-/// Cuts off the first `len` numbers.
-fn take<'a>(rest: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
-    let (piece, left) = std::mem::take(rest).split_at_mut(len);
-    *rest = left;
-    piece
+/// What is left of a slice that is cut up.
+struct Rest<'a>(&'a mut [f32]);
+
+impl<'a> Rest<'a> {
+    fn take(&mut self, len: usize) -> &'a mut [f32] {
+        let (piece, left) = std::mem::take(&mut self.0).split_at_mut(len);
+        self.0 = left;
+        piece
+    }
 }
 
 /// Job number `index` of those that pack: the map, and the group in it.
@@ -153,29 +157,29 @@ pub fn forward(level: Level, threads: usize, block: &Block<'_>, x: &[f32], kept:
     block.check(x);
     assert!(kept.len() == block.kept() && y.len() == x.len());
     let (rows, width, shape) = (block.rows(), block.width, block.shape);
-    let mut rest = kept;
-    let [q, k, v, mixed, logs, h, up, gate, scales] = block.parts().lens.map(|len| take(&mut rest, len));
-    let each = |numbers| Pieces::new(numbers, 1);
-    let [q, k, v, mixed, logs, h, up, gate, scales] = [q, k, v, mixed, logs, h, up, gate, scales].map(each);
+    let mut rest = Rest(kept);
+    let parts = block.parts().lens.map(|len| Pieces::new(rest.take(len), 1));
+    let [q, k, v, mixed, logs, h, up, gate, scales] = parts;
     let y = Pieces::new(y, 1);
     let maps = block.maps();
     let groups: Vec<usize> = maps.iter().map(|(map, ins)| map.weight.len() / ins / STEP).collect();
     SHARED.with_borrow_mut(|shared| {
-        let mut rest = lines(shared, maps.iter().map(|(map, _)| map.weight.len()).sum());
+        let mut rest = Rest(lines(shared, maps.iter().map(|(map, _)| map.weight.len()).sum()));
         let packed: Vec<Pieces<'_>> =
-            maps.iter().map(|(map, ins)| Pieces::new(take(&mut rest, map.weight.len()), STEP * ins)).collect();
+            maps.iter().map(|(map, ins)| Pieces::new(rest.take(map.weight.len()), STEP * ins)).collect();
         let stages = [groups.iter().sum(), cut(rows, BLOCK), shape.batch * shape.kv_heads, cut(rows, BLOCK)];
         threads::share_in_stages(threads, stages, |stage, index| {
             let row = index * BLOCK;
-            // SAFETY: what is read was written in stages that are over; what is written is this job's: every index
-            // comes once.
+            // What is read was written in stages that are over; what is written is this job's: every index comes once.
             match stage {
                 0 => {
                     let (map, group) = located(&groups, index);
                     let (weight, ins) = (maps[map].0.weight, maps[map].1);
                     let weight = &weight[group * STEP * ins..][..STEP * ins];
+                    // SAFETY: see above, here and below.
                     simd::run(level, PackTransposed { ins, weight, to: unsafe { packed[map].piece(group) } });
                 }
+                // SAFETY: see above.
                 1 => OWN.with_borrow_mut(|own| unsafe {
                     let count = BLOCK.min(rows - row);
                     let packed = [0, 1, 2].map(|i| packed[i].whole());
@@ -183,6 +187,7 @@ pub fn forward(level: Level, threads: usize, block: &Block<'_>, x: &[f32], kept:
                     let (x, scales) = (&x[row * width..(row + count) * width], scales.rows(row, count, rows));
                     simd::run(level, Enter { block, row, x, packed, qkv, scales, own });
                 }),
+                // SAFETY: see above.
                 2 => unsafe {
                     let heads = [shape.heads, shape.kv_heads, shape.kv_heads];
                     let inputs = [q.whole(), k.whole(), v.whole()];
@@ -191,6 +196,7 @@ pub fn forward(level: Level, threads: usize, block: &Block<'_>, x: &[f32], kept:
                     let logs = Output::new(logs.all(), Shape { width: 1, ..shape }, shape.heads, shape.queries);
                     attention::forward_job(level, shape, block.sight, index, inputs, &out, &logs);
                 },
+                // SAFETY: see above.
                 _ => OWN.with_borrow_mut(|own| unsafe {
                     let count = BLOCK.min(rows - row);
                     let packed: Vec<&[f32]> = packed[3..].iter().map(|packed| packed.whole()).collect();
@@ -381,26 +387,28 @@ pub fn backward(
         let between = [q.len(), k.len(), v.len(), h.len(), up.len(), gate.len(), mixed.len()];
         let panels = [x.len(), mixed.len(), h.len(), up.len()];
         let all = weights.iter().chain(&between).chain(&panels).sum::<usize>() + blocks * summed;
-        let mut rest = lines(shared, all);
+        let mut rest = Rest(lines(shared, all));
         let packed: [Pieces<'_>; 4] = std::array::from_fn(|i| {
-            let pieces = take(&mut rest, weights[i]);
+            let pieces = rest.take(weights[i]);
             Pieces::new(pieces, STEP * weights[i] / sets[i].1)
         });
-        let panels = panels.map(|len| Pieces::new(take(&mut rest, len), 1));
-        let [dq, dk, dv, dh, dup, dgate, dmixed] = between.map(|len| Pieces::new(take(&mut rest, len), 1));
+        let panels = panels.map(|len| Pieces::new(rest.take(len), 1));
+        let [dq, dk, dv, dh, dup, dgate, dmixed] = between.map(|len| Pieces::new(rest.take(len), 1));
         let between = Between { panels, q: dq, k: dk, v: dv, h: dh, up: dup, gate: dgate, mixed: dmixed };
-        rest.fill(0.0);
-        let sums = Pieces::new(rest, summed);
+        rest.0.fill(0.0);
+        let sums = Pieces::new(rest.0, summed);
         let stages = [groups.iter().sum(), blocks, shape.batch * shape.kv_heads, blocks, bands.len()];
         threads::share_in_stages(threads, stages, |stage, index| {
             let row = index * BLOCK;
-            // SAFETY: as in `forward`.
+            // As in `forward`: what is read is finished, what is written is this job's.
             match stage {
                 0 => {
                     let (set, group) = located(&groups, index);
                     let (maps, ins) = sets[set];
+                    // SAFETY: see above.
                     simd::run(level, Pack { ins, maps, column: group * STEP, to: unsafe { packed[set].piece(group) } });
                 }
+                // SAFETY: see above.
                 1 => OWN.with_borrow_mut(|own| unsafe {
                     let rows = row..rows.min(row + BLOCK);
                     let (_, sums) = sums.piece(index).split_at_mut(lens[0][0] + lens[0][1]);
@@ -408,6 +416,7 @@ pub fn backward(
                     let kept = [mixed, h, up, gate];
                     simd::run(level, BackFromEnd { block, rows, g, kept, packed, between: &between, sums, own });
                 }),
+                // SAFETY: see above.
                 2 => unsafe {
                     let inputs =
                         [block.input(q, shape.heads), block.input(k, shape.kv_heads), block.input(v, shape.kv_heads)];
@@ -418,6 +427,7 @@ pub fn backward(
                             .map(|(pieces, heads)| Output::new(pieces.all(), shape, heads, shape.queries));
                     attention::backward_job(level, shape, block.sight, index, dout, inputs, out, logs, [&dq, &dk, &dv]);
                 },
+                // SAFETY: see above.
                 3 => OWN.with_borrow_mut(|own| unsafe {
                     let rows = row..rows.min(row + BLOCK);
                     let (sums, _) = sums.piece(index).split_at_mut(lens[0][0] + lens[0][1]);
@@ -425,6 +435,7 @@ pub fn backward(
                     let (kept, packed) = ([q, k, scales], packed[0].whole());
                     simd::run(level, BackToStart { block, rows, x, kept, packed, between: &between, dx, sums, own });
                 }),
+                // SAFETY: see above.
                 _ => OWN.with_borrow_mut(|own| unsafe {
                     let Band { map, at, len } = bands[index];
                     let ins = maps[map].1;
@@ -536,14 +547,13 @@ impl<'a> Job for BackFromEnd<'a> {
         linear::add_product(lanes, count, g, width, packed[2], (width, 0), da, wide);
         dn.fill(0.0);
         let depth = if block.maps.gate.is_some() { 2 * wide } else { wide };
-        match block.activation {
-            Some(kind) => activation::both_of_piece(lanes, kind, da, up, a, dup),
-            None => {
-                // SAFETY: as above.
-                let dgate = unsafe { between.gate.from(first * wide, count * wide) };
-                activation::both_of_swiglu(lanes, [da, up, &gate[of(wide)]], a, [dup, dgate]);
-                linear::add_product(lanes, count, dgate, wide, packed[1], (depth, wide), dn, width);
-            }
+        if let Some(kind) = block.activation {
+            activation::both_of_piece(lanes, kind, da, up, a, dup);
+        } else {
+            // SAFETY: as above.
+            let dgate = unsafe { between.gate.from(first * wide, count * wide) };
+            activation::both_of_swiglu(lanes, [da, up, &gate[of(wide)]], a, [dup, dgate]);
+            linear::add_product(lanes, count, dgate, wide, packed[1], (depth, wide), dn, width);
         }
         linear::add_product(lanes, count, dup, wide, packed[1], (depth, 0), dn, width);
         let n: &[f32] = if let Some(norm) = block.norms[1] {

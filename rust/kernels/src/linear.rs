@@ -103,7 +103,7 @@ impl Linear<'_> {
         self.maps.iter().map(|map| self.outs(map)).sum()
     }
 
-    fn numbers<'a>(&'a self, index: usize, row: usize, rows: usize) -> &'a [f32] {
+    fn numbers(&self, index: usize, row: usize, rows: usize) -> &[f32] {
         &self.x[index][row * self.ins..(row + rows) * self.ins]
     }
 }

@@ -100,3 +100,27 @@ pub fn attention(shape: Shape, sight: Sight, [q, k, v]: [&[f64]; 3], dout: &[f64
     }
     (out, gradients)
 }
+
+/// A norm of a row, centred (`LayerNorm`) or not (RMSNorm): y, and the gradients of Σ y · `g` by x, weights and biases.
+pub fn norm(x: &[f64], centred: bool, weight: &[f64], bias: &[f64], eps: f64, g: &[f64]) -> [Vec<f64>; 4] {
+    #[expect(clippy::cast_precision_loss, reason = "widths are small")]
+    let width = x.len() as f64;
+    let mean = if centred { x.iter().sum::<f64>() / width } else { 0.0 };
+    let scale = 1.0 / (x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / width + eps).sqrt();
+    let hat: Vec<f64> = x.iter().map(|x| (x - mean) * scale).collect();
+    let h: Vec<f64> = g.iter().zip(weight).map(|(g, w)| g * w).collect();
+    let along = h.iter().zip(&hat).map(|(h, x)| h * x).sum::<f64>() / width;
+    let level = if centred { h.iter().sum::<f64>() / width } else { 0.0 };
+    [
+        hat.iter().zip(weight).zip(bias).map(|((x, w), b)| x * w + b).collect(),
+        h.iter().zip(&hat).map(|(h, x)| scale * (h - level - x * along)).collect(),
+        g.iter().zip(&hat).map(|(g, x)| g * x).collect(),
+        g.to_vec(),
+    ]
+}
+
+/// y = a Wᵀ + b of a row.
+pub fn linear(a: &[f64], weight: &[f64], bias: Option<&[f64]>) -> Vec<f64> {
+    let product = |row: &[f64]| row.iter().zip(a).map(|(w, a)| w * a).sum::<f64>();
+    weight.chunks(a.len()).enumerate().map(|(o, row)| product(row) + bias.map_or(0.0, |bias| bias[o])).collect()
+}
