@@ -71,7 +71,7 @@ def are_plain(*modules: nn.Module) -> bool:
 
 
 def _is_plain(m: nn.Module) -> bool:
-    if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+    if _is_listened_to(m):
         return False
     kind = type(m)  # what a module lacks is searched for long; its class is asked instead
     if getattr(kind, "stands_for", kind) is not nn.Linear:
@@ -81,6 +81,10 @@ def _is_plain(m: nn.Module) -> bool:
         return False
     E, D = weight.shape[-2:]
     return E % STEP == 0 and D % STEP == 0
+
+
+def _is_listened_to(m: nn.Module) -> bool:
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
 def parameters_of(m: nn.Module) -> Parameters:
@@ -94,7 +98,7 @@ def of_one(x_NxD: Tensor, *maps: nn.Linear) -> Sequence[Tensor]:
     together = getattr(maps[0], "together", None)
     if together is not None:
         return cast(Sequence[Tensor], together(x_NxD, maps))
-    plain = all(type(m) is nn.Linear and m.bias is None for m in maps)
+    plain = all(type(m) is nn.Linear and not _is_listened_to(m) and m.bias is None for m in maps)
     if plain and kernels.normalises(x_NxD) and not torch.is_autocast_enabled("cpu"):
         return kernels.products(x_NxD, [m.weight for m in maps])
     return [m(x_NxD) for m in maps]

@@ -530,9 +530,16 @@ impl Job for ByWeight<'_> {
                     }
                 }
                 if let Some(dbias) = dbias.get_mut(index * ROWS..index * ROWS + wide) {
-                    for from in to.chunks_exact(ROWS).take(deep) {
-                        for (sum, g) in dbias.iter_mut().zip(from) {
-                            *sum += g;
+                    // Sixteen rows first, then their sums: one after the other the rounding of all would add up.
+                    for rows in to[..deep * ROWS].chunks(16 * ROWS) {
+                        let mut sums = [0.0; ROWS];
+                        for row in rows.chunks_exact(ROWS) {
+                            for (sum, g) in sums.iter_mut().zip(row) {
+                                *sum += g;
+                            }
+                        }
+                        for (to, sum) in dbias.iter_mut().zip(sums) {
+                            *to += sum;
                         }
                     }
                 }
