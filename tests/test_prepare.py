@@ -351,11 +351,20 @@ def test_precision_follows_the_processor(
 def test_compile_auto_explains_itself(tmp_path: Path) -> None:
     said: list[str] = []
     for steps, on in ((6, False), (10**8, True)):
-        config = tiny(tmp_path, compile="auto", max_steps=steps)
+        config = tiny(tmp_path, compile="auto", max_steps=steps, norm_position="post")
         assert prepare.resolved(config, VOCAB, torch.device("cpu"), said.append).training.compile is on
     assert [re.sub(r"[\d,]+ s", "N s", line) for line in said] == [
         f"torch.compile: {word} (would save about N s of N s and costs about N s)" for word in ("off", "on")
     ]
+
+
+def test_blocks_of_the_core_are_not_compiled(tmp_path: Path) -> None:
+    said: list[str] = []
+    small = {"compile": "auto", "max_steps": 10**8, "d_model": 64, "d_ff": 128, "num_heads": 4, "num_kv_heads": 4}
+    for more, on in (({}, False), ({"dropout": 0.1}, True), ({"precision": "bf16"}, True), ({"d_ff": 100}, True)):
+        config = tiny(tmp_path, **{**small, "precision": "fp32", **more})
+        assert prepare.resolved(config, VOCAB, torch.device("cpu"), said.append).training.compile is on, more
+    assert said[0] == "torch.compile: off (the core's own blocks are faster than what it makes)"
 
 
 def test_a_failed_compile_is_said_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from bytekiln import _core, kernels
-from bytekiln.linear import STEP
+from bytekiln.config import ModelConfig
+from bytekiln.linear import STEP, WIDEST
 
 PARAMETERS = 18
 """Weight and bias of: the norm before the attention, that before the feed-forward, q, k, v, the attention's output, W1,
@@ -46,6 +47,18 @@ class Kind(NamedTuple):
     """Queries and keys are normalised (RMS, no weights) behind the positions, with the same eps."""
     activation: str
     """One of `kernels.KINDS`, or swiglu."""
+
+
+def is_one_operation(c: ModelConfig, precision: str) -> bool:
+    """Whether the blocks of such a model are one operation each while it is trained on a CPU, uncompiled."""
+    return (
+        precision == "fp32"
+        and c.d_model <= WIDEST
+        and all(width % STEP == 0 for width in (c.d_model, c.kv_width, c.d_ff))
+        and c.head_width % 8 == 0
+        and c.norm_position == "pre"
+        and not (c.ffn == "moe" or c.value_embeddings or c.dropout)
+    )
 
 
 def block(

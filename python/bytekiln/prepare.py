@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bytekiln.accounting import flops_per_token, parameter_count
 from bytekiln.attention import Attend, activate_flash, choose
 from bytekiln.batch import Batch
+from bytekiln.block import is_one_operation
 from bytekiln.checkpoint import Checkpoint, checkpoints_in, load_checkpoint, newest_whole, resolve
 from bytekiln.config import (
     UNLIMITED_STEPS,
@@ -233,7 +234,8 @@ def resolved(config: RunConfig, vocab_size: int, device: torch.device, say: Say)
     if t.precision == "auto":
         chosen["precision"] = "bf16" if _bf16_is_fast(device) else "fp32"
     if t.compile == "auto":
-        chosen["compile"], why = _worth_compiling(config.with_(vocab_size=vocab_size), device)
+        known = {name: chosen[name] for name in ("vocab_size", "precision") if name in chosen}
+        chosen["compile"], why = _worth_compiling(config.with_(**known), device)
         say(f"torch.compile: {'on' if chosen['compile'] else 'off'} ({why})")
     return config.with_(**chosen)
 
@@ -244,6 +246,8 @@ def _worth_compiling(config: RunConfig, device: torch.device) -> tuple[bool, str
         return (True, "a GPU, and more than 200 steps") if t.max_steps > 200 else (False, "200 steps or fewer")
     if device.type != "cpu":
         return False, f"not tried on {device.type}"
+    if is_one_operation(config.model, t.precision) and not config.data.document_mask:
+        return False, "the core's own blocks are faster than what it makes"
     tokens = t.max_steps * t.batch_size * t.grad_accum_steps * config.model.context_length
     seconds = flops_per_token(config.model) * tokens / (CPU_FLOPS_PER_THREAD * torch.get_num_threads())
     if t.max_time:
