@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,7 +20,10 @@ from torch.profiler import profile
 from bytekiln import block, kernels, linear
 from bytekiln.config import ModelConfig, from_flat
 from bytekiln.model import Block, KVCache, TransformerLM
-from bytekiln.optim import clip_gradients, make_optimizer
+from bytekiln.norms import LayerNorm, NoNorm
+from bytekiln.objective import Objective
+from bytekiln.optim import _threads_that_pay, clip_gradients, make_optimizer
+from bytekiln.stack.model import StackedObjective
 
 SMALL: dict[str, Any] = {"vocab_size": 50, "d_model": 64, "num_layers": 2, "num_heads": 4, "context_length": 24}
 IDS = torch.randint(0, 50, (3, 24), generator=torch.Generator().manual_seed(0))
@@ -86,7 +90,7 @@ def test_it_errs_no_more_than_torch(values: dict[str, Any]) -> None:
 @given(B=st.integers(1, 4), T=st.integers(2, 60), variant=st.sampled_from(VARIANTS), threads=st.integers(1, 4))
 def test_threads_and_parts_change_no_bit(B: int, T: int, variant: dict[str, Any], threads: int) -> None:
     model = model_of(**{**variant, "context_length": 60})
-    ids = torch.randint(0, 50, (max(B, -(-linear.LEAST_ROWS // T)), T))
+    ids = torch.randint(0, 50, (max(B, -(-linear.LEAST_ROWS // T)), T), generator=torch.Generator().manual_seed(T))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -121,22 +125,30 @@ def layer_outcome(model: TransformerLM, x: Tensor, threads: int) -> list[Tensor]
     return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
 
 
-@pytest.fixture
-def listened() -> Iterator[list[str]]:
-    """What hooks heard."""
-    yield []
+PARTS = ["ln1", "attn", "attn.q_proj", "attn.output_proj", "ffn", "ffn.w1", "ffn.w2", "ln2", ""]
 
 
-@pytest.mark.parametrize("name", ["ln1", "attn", "attn.q_proj", "attn.output_proj", "ffn", "ffn.w1", "ffn.w2", "ln2"])
-def test_whoever_listens_is_told(name: str, listened: list[str]) -> None:
-    model = model_of(ffn="gelu")
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
+@pytest.mark.parametrize("name", PARTS)
+def test_whoever_listens_is_told(name: str, kind: str) -> None:
+    model, heard = model_of(ffn="gelu"), []
     want = outcome(model)
-    model.layers[1].get_submodule(name).register_forward_hook(lambda *_: listened.append(name))
+    getattr(model.layers[1].get_submodule(name), f"register_{kind}_hook")(lambda *_: heard.append(name))
     found = outcome(model)
-    assert listened == [name]
+    assert heard == [name]
     for a, b in zip(want, found, strict=True):
         torch.testing.assert_close(a, b)
-    assert operators(model)["block"] == 1  # the other layer's
+    assert operators(model)["block"] == (1 if name else 2)  # the other layer's; a block's own hooks are called anyhow
+
+
+def test_whoever_listens_to_all_is_told() -> None:
+    model, heard = model_of(), []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: heard.append(type(m).__name__))
+    try:
+        outcome(model)
+    finally:
+        handle.remove()
+    assert heard.count("Linear") == 2 * 7 and heard.count("RMSNorm") == 5
 
 
 class Doubled(nn.Linear):
@@ -155,6 +167,107 @@ def test_a_stand_in_is_asked() -> None:
     found = operators(model)
     assert (found["block"], found["linear"]) == (0, 4)  # the attentions' maps
     assert not torch.allclose(outcome(model)[0], outcome(model_of())[0])
+
+
+class Sign(type(model_of().ln_final)):  # type: ignore[misc] # a norm of somebody's own
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sign()
+
+
+class Halved(type(model_of().layers[0].ffn)):  # type: ignore[misc] # a feed-forward of somebody's own
+    def forward(self, x: Tensor, this: Any = None) -> Tensor:
+        return 0.5 * super().forward(x, this)
+
+
+def of_other_class(m: nn.Module, other: type) -> nn.Module:
+    m.__class__ = other
+    return m
+
+
+def as_plain_tensor(m: nn.Module) -> None:
+    weight = m.weight.detach().clone()
+    del m.weight
+    m.weight = weight
+
+
+CHANGES: dict[str, Any] = {
+    "another norm second": lambda layer: setattr(layer, "ln2", LayerNorm(64, 1e-5, bias=True)),
+    "no norm second": lambda layer: setattr(layer, "ln2", NoNorm()),
+    "another epsilon": lambda layer: setattr(layer.ln1, "eps", 10.0),
+    "a norm of one's own": lambda layer: of_other_class(layer.ln1, Sign),
+    "a feed-forward of one's own": lambda layer: of_other_class(layer.ffn, Halved),
+    "another forward": lambda layer: setattr(layer.ffn.w2, "forward", lambda h: h[..., :64].tanh()),
+    "a weight that is none": lambda layer: as_plain_tensor(layer.attn.k_proj),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_changed_stays_changed(name: str) -> None:
+    model = model_of(ffn="gelu")
+    before = outcome(model)[0]
+    CHANGES[name](model.layers[0])
+    found = outcome(model)
+    with kernels.left_to_torch():
+        want = outcome(model)
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert name == "a weight that is none" or not torch.allclose(before, found[0], atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_model_is_torchs() -> None:
+    model = model_of().eval()
+    traced = torch.jit.trace(model, IDS)
+    torch.testing.assert_close(traced(IDS), model(IDS))
+
+
+def test_stacked_runs_are_single_ones_to_the_bit() -> None:
+    config = from_flat(
+        {**SMALL, "ffn": "gelu", "norm": "layer", "bias": True, "position": "learned", "precision": "fp32"}
+    )
+    targets = IDS.roll(-1)
+
+    def objectives() -> list[Objective]:
+        torch.manual_seed(3)
+        return [Objective(TransformerLM(config.model), config) for _ in range(3)]
+
+    single = objectives()
+    for run, objective in enumerate(single):
+        objective(IDS.roll(run, 1), targets.roll(run, 1)).total.backward()
+    stacked = StackedObjective(objectives())
+    batch = torch.cat([IDS.roll(run, 1) for run in range(3)])
+    found: Counter[str] = Counter()
+    with profile() as seen:
+        loss = stacked(batch, torch.cat([targets.roll(run, 1) for run in range(3)]), None, torch.ones(3))
+        loss.total.backward()
+    found.update(e.key for e in seen.key_averages())
+    assert found["bytekiln::block"] and found["bytekiln::block_backward"]
+    stacked.hand_out()
+    for own, objective in zip(stacked._own, single, strict=True):
+        for name, p in objective.model.named_parameters():
+            assert torch.equal(own[name].grad, p.grad), name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_no_memory_is_an_error_and_not_the_end() -> None:
+    code = """
+import resource, torch
+from bytekiln.config import ModelConfig
+from bytekiln.model import TransformerLM
+torch.set_num_threads(1)
+model = TransformerLM(ModelConfig(vocab_size=50, d_model=64, num_layers=1, num_heads=2, context_length=64))
+ids = torch.zeros(1500, 64, dtype=torch.int64)
+loss = model(ids).sum()
+held = 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmSize")).split()[1])
+resource.setrlimit(resource.RLIMIT_AS, (held + 200_000_000, resource.RLIM_INFINITY))
+try:
+    loss.backward()
+except MemoryError as e:
+    print(e)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "kernels: no memory to work in\n"), run.stderr
+    assert "panic" not in run.stderr
 
 
 def test_where_the_core_must_not() -> None:
@@ -258,6 +371,7 @@ def test_the_operators_refuse_what_would_be_foreign_memory() -> None:
     refused("rms or layer and their weights", changed={0: None})
     refused("heads of a multiple of 8", heads=3)
     refused("none of q, k, v", changed={4: None})
+    refused("bias without its weight", changed={15: torch.ones(256)})
     with pytest.raises(ValueError, match="one table"):
         op(x, parameters, torch.ones(8, 8), None, *kind)
     with pytest.raises(ValueError, match="block_backward"):
@@ -278,6 +392,9 @@ def test_the_operators_refuse_what_would_be_foreign_memory() -> None:
     refused_map("second tensor with swiglu alone", x, x, "gelu", 0.0, None, None, [weight], [None], None)
     refused_map("weight with rms and layer alone", x, None, "rms", 0.0, None, None, [weight], [None], None)
     refused_map("linear: found", x, None, "none", 0.0, None, None, [weight], [None], torch.randn(2, 8, 64))
+    refused_map("expected one map", x, None, "none", 0.0, None, None, [weight] * 2, [None] * 2, torch.randn(2, 8, 32))
+    refused_map("at least one", x, None, "none", 0.0, None, None, [], [], None)
+    refused_map("at least one", x, None, "none", 0.0, None, torch.ones(64), [weight], [None], None)
     refused_map(
         "as many rows for each run", x[:1, :7], None, "none", 0.0, None, None, [torch.randn(2, 32, 64)], [None], None
     )
@@ -293,19 +410,33 @@ def test_operators_alone_have_gradients() -> None:
 
 
 def test_clipping_and_updates_of_small_tensors_leave_the_threads_as_they_were() -> None:
-    before = torch.get_num_threads()
+    before, at_work, real = torch.get_num_threads(), [], torch._fused_adamw_
+
+    def watched(*given: Any, **more: Any) -> None:
+        at_work.append(torch.get_num_threads())
+        real(*given, **more)
+
     try:
         results = []
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            model = model_of()
+            model = model_of(d_model=256)
             optimizer = make_optimizer(model, from_flat({**SMALL, "lr": 1e-2}).optimizer)
+            torch.manual_seed(5)
             for p in optimizer.parameters:
-                p.grad = torch.ones_like(p)
+                p.grad = torch.randn_like(p)
+            assert max(p.numel() for p in optimizer.parameters) > 32_768  # torch would share the work on it
             norm = clip_gradients(optimizer.parameters, 1.0)
-            optimizer.step(1e-2)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch, "_fused_adamw_", watched)
+                optimizer.step(1e-2)
             assert torch.get_num_threads() == threads
             results.append([norm, *(p.detach().clone() for p in model.parameters())])
+        assert set(at_work) == {1}
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        assert clip_gradients([], 1.0) == 0
+        with pytest.raises(RuntimeError), _threads_that_pay(list(model.parameters())):
+            raise RuntimeError
+        assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

@@ -255,11 +255,9 @@ def test_without_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert demo.main(["--corpus", str(tmp_path / "missing"), "--out", str(tmp_path / "out")]) == 2
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    assert demo.main(["--corpus", str(tmp_path / "missing"), "--out", str(tmp_path / "out")]) == 2
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said.startswith("error: ") and "missing" in said
 
@@ -285,17 +283,17 @@ def test_a_signal_between_fork_and_exec_ends_the_command_in_silence(number: sign
     code = f"""
 import os, signal, sys
 from bytekiln import demo
-demo._handle_signals()
-child = os.fork()
-if child == 0:
-    os.kill(os.getpid(), {int(number)})
-    print("went on")
-    os._exit(0)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-try:
-    os.kill(os.getpid(), {int(number)})
-except (KeyboardInterrupt, demo.Stopped) as stop:
-    print(type(stop).__name__)
+with demo._signals_handled():
+    child = os.fork()
+    if child == 0:
+        os.kill(os.getpid(), {int(number)})
+        print("went on")
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    try:
+        os.kill(os.getpid(), {int(number)})
+    except (KeyboardInterrupt, demo.Stopped) as stop:
+        print(type(stop).__name__)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     expected = "KeyboardInterrupt" if number == signal.SIGINT else "Stopped"

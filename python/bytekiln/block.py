@@ -49,10 +49,13 @@ class Kind(NamedTuple):
     """One of `kernels.KINDS`, or swiglu."""
 
 
-def is_one_operation(c: ModelConfig, precision: str) -> bool:
-    """Whether the blocks of such a model are one operation each while it is trained on a CPU, uncompiled."""
+def is_one_operation(c: ModelConfig) -> bool:
+    """Whether the blocks of such a model are one operation each while it is trained: what its shape says about it.
+
+    In float32 on a CPU, uncompiled, and with an attention that sees no documents.
+    """
     return (
-        precision == "fp32"
+        c.head_width <= kernels.WIDEST_HEAD
         and c.d_model <= WIDEST
         and all(width % STEP == 0 for width in (c.d_model, c.kv_width, c.d_ff))
         and c.head_width % 8 == 0
@@ -81,7 +84,10 @@ def block(
 
 @contextmanager
 def taken_apart() -> Iterator[None]:
-    """In here no block is one operation: a profile can tell its products from its attention. No number changes."""
+    """In here no block is one operation: a profile can tell its products from its attention.
+
+    With `qk_norm` and rotary positions numbers are rounded otherwise, else they are the same to the bit.
+    """
     global _apart
     before, _apart = _apart, True
     try:
@@ -179,6 +185,9 @@ def _given(
     if x.dim() != 3 or len(parameters) != PARAMETERS or any(parameters[i] is None for i in (4, 6, 8, 10, 12, 16)):
         raise ValueError(f"block: found x {tuple(x.shape)} and {len(parameters)} parameters; expected B×T×D, and "
                          f"{PARAMETERS} of which none of q, k, v, out, w1, w2 is missing")  # fmt: skip
+    biases_alone = any(parameters[i] is None and parameters[i + 1] is not None for i in range(0, PARAMETERS, 2))
+    if biases_alone:
+        raise ValueError("block: found a bias without its weight; expected both, or neither")
     if (kind.activation == "swiglu") != (parameters[14] is not None) or kind.window < 0:
         raise ValueError(f"block: found {kind.activation}, window {kind.window}; expected W3 with swiglu alone, and a "
                          "window of 0 or more")  # fmt: skip
@@ -228,7 +237,7 @@ def _backward(g: Tensor, x: Tensor, kept: Tensor, parameters: Sequence[Tensor | 
               sin: Tensor | None, *kind: Any) -> list[Tensor]:  # fmt: skip
     given = _given(x, parameters, cos, sin, Kind(*kind))
     kernels.hold("block_backward", x, g)
-    kernels.hold("block_backward", kept, x.new_empty(given.kept))
+    kernels.hold_shape("block_backward", kept, (given.kept,))
     g, kept = kernels.aligned(g.contiguous()), kernels.aligned(kept.contiguous())
     made = _gradients(given.x, given.parameters)
     if not x.numel():

@@ -15,7 +15,8 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -298,7 +299,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="D", help="folder for everything (demo)")
     parser.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="tokens (default: 4096)")
     parser.add_argument("train_flags", nargs="*", metavar="FLAG", help="after --: flags for lm-train")
-    _handle_signals()
+    with _signals_handled():
+        return _run(parser, argv)
+
+
+def _run(parser: Parser, argv: list[str] | None) -> int:
     try:
         args = parser.parse_args(argv)
         demo = Demo(args.out, args.vocab_size, args.train_flags)
@@ -322,7 +327,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _handle_signals() -> None:
+@contextmanager
+def _signals_handled() -> Iterator[None]:
     """SIGTERM ends the demo as Ctrl-C does. A command between fork and exec has our handlers, too: it just ends."""
     mine = os.getpid()
 
@@ -331,9 +337,15 @@ def _handle_signals() -> None:
             os._exit(128 + number)
         raise KeyboardInterrupt if number == signal.SIGINT else Stopped(128 + number)
 
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     signal.signal(signal.SIGTERM, end)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+    if before[signal.SIGINT] is signal.default_int_handler:  # not where it is ignored
         signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from bytekiln.averaging import make_averaging
 from bytekiln.config import RunConfig
 from bytekiln.loss import every_chunk
 from bytekiln.model import Features, KVCache, TransformerLM
-from bytekiln.objective import Objective
+from bytekiln.objective import Objective, has_documents
 from bytekiln.optim import clip_gradients, make_optimizer
 
 GRANULE = {"cpu": 64, "cuda": 512}
@@ -167,12 +167,6 @@ class Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _add(self, kind: str, size: int) -> None:
         self.now[kind] += size
         self.most[kind] = max(self.most[kind], self.now[kind])
-
-
-def has_documents(config: RunConfig) -> bool:
-    """Whether batches number their documents: for the mask, or so that nothing sees the padding from both sides."""
-    mlm = config.training.objective == "mlm"
-    return config.data.document_mask or (mlm and config.data.windows != "stream")
 
 
 class _Hollow(TransformerLM):

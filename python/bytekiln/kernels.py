@@ -89,7 +89,8 @@ def is_left_to_torch() -> bool:
 
 
 def _takes(x: Tensor) -> bool:
-    return x.is_cpu and x.dtype in _NUMBERS and not torch.compiler.is_compiling() and not _transformed()
+    usual = x.is_cpu and x.dtype in _NUMBERS and not torch.compiler.is_compiling()
+    return usual and not _transformed() and torch._C._get_tracing_state() is None
 
 
 @contextmanager
@@ -130,6 +131,13 @@ def hold(name: str, *tensors: Tensor, bf16: bool = False) -> None:
             kinds = "float32 or bf16" if bf16 else "float32"
             found = f"{tuple(x.shape)} of {x.dtype} on {x.device} beside {tuple(first.shape)} of {first.dtype}"
             raise ValueError(f"{name}: found {found}; expected {kinds} on the CPU, all of one shape")
+
+
+def hold_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
+    """As `hold`, for one float32 tensor that must be of this shape."""
+    if not x.is_cpu or x.dtype != torch.float32 or tuple(x.shape) != tuple(shape):
+        found = f"{tuple(x.shape)} of {x.dtype} on {x.device}"
+        raise ValueError(f"{name}: found {found}; expected float32 on the CPU, {tuple(shape)}")
 
 
 def _checked(name: str, *tensors: Tensor) -> list[Tensor]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 
 from bytekiln import _core, kernels
@@ -28,6 +29,9 @@ WIDEST = 384
 LEAST_ROWS = 8
 """Fewer rows are left to torch."""
 
+_KINDS = (nn.Parameter, FakeTensor)
+"""Parameters with numbers of their own, or, where a step is only simulated, without contents."""
+_any_global_hook: Any = cast(Any, nn.modules.module)._has_any_global_hook
 Parameters: TypeAlias = "tuple[Tensor, Tensor | None]"
 """(weight, bias)"""
 
@@ -65,26 +69,39 @@ def takes(x_NxD: Tensor) -> bool:
 def are_plain(*modules: nn.Module) -> bool:
     """Whether these modules do nothing but what they stand for: norms, linear maps of widths that the core takes.
 
-    Not where somebody listens to one of them (a hook), or another class took its place.
+    Not where somebody listens to one of them (a hook), or another class or function took its place.
     """
-    return all(_is_plain(m) for m in modules)
+    return not _any_global_hook() and all(_is_plain(m) for m in modules)
+
+
+def is_untouched(m: nn.Module) -> bool:
+    """Whether calling a module is calling its class's `forward`: no hook, no function put in its place."""
+    return not (
+        m._forward_hooks
+        or m._forward_pre_hooks
+        or m._backward_hooks
+        or m._backward_pre_hooks
+        or "forward" in m.__dict__
+    )
 
 
 def _is_plain(m: nn.Module) -> bool:
-    if _is_listened_to(m):
+    if not is_untouched(m):
         return False
     kind = type(m)  # what a module lacks is searched for long; its class is asked instead
-    if getattr(kind, "stands_for", kind) is not nn.Linear:
-        return hasattr(kind, "before")
-    weight = m._parameters["weight"]
-    if weight is None or weight.dtype != torch.float32:
+    is_map = getattr(kind, "stands_for", kind) is nn.Linear
+    if not is_map and "before" not in kind.__dict__:  # not inherited: whoever inherits may compute otherwise
+        return False
+    own = m._parameters
+    weight = own.get("weight")
+    if any(p is not None and (type(p) not in _KINDS or p.dtype != torch.float32) for p in own.values()):
+        return False
+    if not is_map:
+        return weight is not None or kind.__dict__["before"] is NOTHING
+    if weight is None:
         return False
     E, D = weight.shape[-2:]
     return E % STEP == 0 and D % STEP == 0
-
-
-def _is_listened_to(m: nn.Module) -> bool:
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
 def parameters_of(m: nn.Module) -> Parameters:
@@ -98,8 +115,8 @@ def of_one(x_NxD: Tensor, *maps: nn.Linear) -> Sequence[Tensor]:
     together = getattr(maps[0], "together", None)
     if together is not None:
         return cast(Sequence[Tensor], together(x_NxD, maps))
-    plain = all(type(m) is nn.Linear and not _is_listened_to(m) and m.bias is None for m in maps)
-    if plain and kernels.normalises(x_NxD) and not torch.is_autocast_enabled("cpu"):
+    plain = all(type(m) is nn.Linear and is_untouched(m) and m.bias is None for m in maps)
+    if plain and not _any_global_hook() and kernels.normalises(x_NxD) and not torch.is_autocast_enabled("cpu"):
         return kernels.products(x_NxD, [m.weight for m in maps])
     return [m(x_NxD) for m in maps]
 
@@ -203,6 +220,8 @@ def _given(
     x: Tensor, second: Tensor | None, before: str, norm: Sequence[Tensor | None], weights: Sequence[Tensor],
     biases: Sequence[Tensor | None]
 ) -> _Given:  # fmt: skip
+    if not weights or (norm[0] is None and norm[1] is not None):
+        raise ValueError("linear: found no weights, or a norm's bias alone; expected at least one, and a norm's weight")
     D, stacked = x.shape[-1], weights[0].shape[:-2]
     runs = stacked.numel()
     rows = x.numel() // max(1, D)
@@ -236,6 +255,8 @@ def _forward(
     given = _given(x, second, before, (norm, norm_bias), weights, biases)
     made = _results(given.x, given.weights)
     if residual is not None:
+        if len(made) > 1:
+            raise ValueError(f"linear: found a residual for {len(made)} maps; expected one map")
         kernels.hold("linear", made[0], residual)
         residual = kernels.aligned(residual.contiguous())
     if not given.rows:
@@ -263,8 +284,8 @@ def _backward(
     norm_bias: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> list[Tensor]:  # fmt: skip
     given = _given(x, second, before, (norm, norm_bias), weights, biases)
-    for wanted, got in zip(_results(given.x, given.weights), g, strict=True):
-        kernels.hold("linear_backward", wanted, got)
+    for w, got in zip(given.weights, g, strict=True):
+        kernels.hold_shape("linear_backward", got, (*x.shape[:-1], w.shape[-2]))
     g = [kernels.aligned(y.contiguous()) for y in g]
     of = (given.x, given.second, *given.norm, *given.weights, *given.biases)
     made = _gradients(*of)

@@ -48,7 +48,7 @@ from bytekiln.attention import Attend, KVCache, Sight, look, native_attention
 from bytekiln.block import Kind, block, is_taken_apart
 from bytekiln.config import ModelConfig
 from bytekiln.errors import ConfigError
-from bytekiln.linear import NOTHING, Before, added, are_plain, linear, of_one, parameters_of, takes
+from bytekiln.linear import NOTHING, Before, added, are_plain, is_untouched, linear, of_one, parameters_of, takes
 from bytekiln.norms import norm_of, rms_norm
 from bytekiln.positions import RotaryEmbedding, add_previous
 
@@ -100,7 +100,7 @@ class Attention(nn.Module):
     def behind(self, norm: nn.Module, x_BxTxD: Tensor, this: Pass, to_BxTxD: Tensor | None) -> Tensor | None:
         """`self(norm(x))`, plus `to` where it is given, in few operations of the core; None: it does not take them."""
         maps = self.q_proj, self.k_proj, self.v_proj
-        if not takes(x_BxTxD) or not are_plain(norm, *maps, self.output_proj) or self._forward_hooks:
+        if not takes(x_BxTxD) or not are_plain(norm, *maps, self.output_proj):
             return None
         before = cast(Before, norm.before)
         if self.value_embeddings is not None:  # their gates read the rows, too
@@ -161,7 +161,7 @@ class FeedForward(nn.Module):
     def behind(self, norm: nn.Module, x_BxTxD: Tensor, _: Pass, to_BxTxD: Tensor | None) -> Tensor | None:
         """As `Attention.behind`."""
         maps = (self.w1, self.w3) if self.kind == "swiglu" else (self.w1,)
-        if not takes(x_BxTxD) or not are_plain(norm, *maps, self.w2) or self._forward_hooks:
+        if not takes(x_BxTxD) or not are_plain(norm, *maps, self.w2):
             return None
         h_BxTxF, *gated = linear(x_BxTxD, maps, cast(Before, norm.before))
         return added(h_BxTxF, to_BxTxD, self.w2, Before(self.kind), *gated)
@@ -302,23 +302,33 @@ class Block(nn.Module):
         return self.ln2(x_BxTxD + self._dropped(self.ffn(x_BxTxD, this)))  # type: ignore[no-any-return]
 
     def _is_one_operation(self, x_BxTxD: Tensor, this: Pass) -> bool:
-        """Whether the core does all of it at once (`block`)."""
+        """Whether the core does all of it at once (`block`). `block.is_one_operation` says it of a config."""
         attn, ffn = self.attn, self.ffn
-        if not isinstance(ffn, FeedForward) or attn.attend is not native_attention or (self.dropout and self.training):
+        if not (self._is_own(attn) and type(ffn) is FeedForward and self._is_own(ffn)) or is_taken_apart():
+            return False
+        if attn.attend is not native_attention or (self.dropout and self.training):
             return False
         if attn.value_embeddings is not None or this.cache is not None or this.sight.documents_BxS is not None:
             return False
-        if is_taken_apart():
+        rotary = attn._rotary[0]
+        if x_BxTxD.shape[1] < 2 or not (rotary is None or is_untouched(rotary)):
             return False
         K = x_BxTxD.shape[-1] // attn.num_heads
+        maps = (attn.q_proj, attn.k_proj, attn.v_proj, attn.output_proj, ffn.w1, ffn.w2)
+        gate = (ffn.w3,) if ffn.kind == "swiglu" else ()
+        if K % 8 or K > kernels.WIDEST_HEAD or not takes(x_BxTxD) or not are_plain(self.ln1, self.ln2, *maps, *gate):
+            return False
+        first, second = cast(Before, self.ln1.before), cast(Before, self.ln2.before)
         return (
-            x_BxTxD.shape[1] > 1
-            and K % 8 == 0
-            and K <= kernels.WIDEST_HEAD
-            and takes(x_BxTxD)
-            and are_plain(self.ln1, self.ln2, attn.q_proj, attn.k_proj, attn.v_proj, attn.output_proj, *ffn.children())
-            and not (attn._forward_hooks or ffn._forward_hooks)
+            first.kind == second.kind
+            and (first.eps == second.eps or first.kind == "none")
+            and (not attn.qk_norm or first.kind == "none" or attn.norm_eps == first.eps)
         )
+
+    @staticmethod
+    def _is_own(part: nn.Module) -> bool:
+        """Whether a part of a block may be gone around."""
+        return type(part) in (Attention, FeedForward) and is_untouched(part)
 
     def _in_one(self, x_BxTxD: Tensor, this: Pass) -> Tensor:
         attn, ffn = self.attn, cast(FeedForward, self.ffn)
@@ -329,15 +339,16 @@ class Block(nn.Module):
             parameters += (None, None) if m is None else parameters_of(m)
         rotary, T, sight = attn._rotary[0], x_BxTxD.shape[1], this.sight
         tables = None if rotary is None else (rotary.cos_PxK2[:T], rotary.sin_PxK2[:T])
-        kind = Kind(attn.num_heads, attn.num_kv_heads, sight.causal, sight.window, before[0].kind, attn.norm_eps,
-                    attn.qk_norm, ffn.kind)  # fmt: skip
+        eps = attn.norm_eps if before[0].kind == "none" else before[0].eps
+        kind = Kind(attn.num_heads, attn.num_kv_heads, sight.causal, sight.window, before[0].kind, eps, attn.qk_norm,
+                    ffn.kind)  # fmt: skip
         return block(x_BxTxD, kind, parameters, tables)
 
     def _plus(self, part: nn.Module, norm: nn.Module, x_BxTxD: Tensor, this: Pass) -> Tensor:
         """x + part(norm(x))."""
         drops = self.dropout and self.training
-        if isinstance(part, Attention | FeedForward):
-            made = part.behind(norm, x_BxTxD, this, None if drops else x_BxTxD)
+        if self._is_own(part):
+            made = cast(Attention | FeedForward, part).behind(norm, x_BxTxD, this, None if drops else x_BxTxD)
             if made is not None:
                 return x_BxTxD + self._dropped(made) if drops else made
         return x_BxTxD + self._dropped(part(norm(x_BxTxD), this))

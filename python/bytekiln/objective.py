@@ -20,6 +20,12 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Type of the matrix products by `precision`."""
 
 
+def has_documents(config: RunConfig) -> bool:
+    """Whether batches number their documents: for the mask, or so that nothing sees the padding from both sides."""
+    mlm = config.training.objective == "mlm"
+    return config.data.document_mask or (mlm and config.data.windows != "stream")
+
+
 class Loss(NamedTuple):
     """Sums over the real targets of a micro-batch."""
 

@@ -334,7 +334,8 @@ def _threads_that_pay(parameters: Sequence[Tensor]) -> Iterator[None]:
     For 4 layers × 128 AdamW takes 0.7 ms on one thread and 2.5 on two, clipping 0.6 and 1.1.
     """
     threads = torch.get_num_threads()
-    alone = threads > 1 and parameters[0].is_cpu and sum(p.numel() for p in parameters) < SHARED_FROM * len(parameters)
+    numbers = sum(p.numel() for p in parameters)
+    alone = threads > 1 and 0 < numbers < SHARED_FROM * len(parameters) and parameters[0].is_cpu
     if alone:
         torch.set_num_threads(1)
     try:

@@ -39,6 +39,7 @@ from bytekiln.errors import ConfigError, FileError, MismatchError
 from bytekiln.known import KNOWN
 from bytekiln.model import TransformerLM
 from bytekiln.muon import has_fast_bf16
+from bytekiln.objective import has_documents
 
 Say = Callable[[str], object]
 COMPILE_COST_S, COMPILE_GAIN, CPU_FLOPS_PER_THREAD = 30.0, 0.2, 5e10
@@ -246,7 +247,8 @@ def _worth_compiling(config: RunConfig, device: torch.device) -> tuple[bool, str
         return (True, "a GPU, and more than 200 steps") if t.max_steps > 200 else (False, "200 steps or fewer")
     if device.type != "cpu":
         return False, f"not tried on {device.type}"
-    if is_one_operation(config.model, t.precision) and not config.data.document_mask:
+    blocks = t.precision == "fp32" and t.attention in ("auto", "native") and not has_documents(config)
+    if blocks and is_one_operation(config.model):
         return False, "the core's own blocks are faster than what it makes"
     tokens = t.max_steps * t.batch_size * t.grad_accum_steps * config.model.context_length
     seconds = flops_per_token(config.model) * tokens / (CPU_FLOPS_PER_THREAD * torch.get_num_threads())

@@ -16,8 +16,8 @@ import torch
 from bytekiln import _core
 from bytekiln.batch import Batch
 from bytekiln.config import RunConfig
-from bytekiln.footprint import has_documents
 from bytekiln.learner import Learner, read
+from bytekiln.objective import has_documents
 from bytekiln.prefetch import Prefetcher
 from bytekiln.prepare import keep_freed_memory
 from bytekiln.ranks import Ranks

@@ -12,7 +12,7 @@
 use std::cell::RefCell;
 
 use crate::simd::{self, Job, Lanes, Level};
-use crate::threads;
+use crate::threads::{self, Pieces};
 use crate::tile::{Left, ROWS, multiply};
 
 /// The widest head.
@@ -163,6 +163,18 @@ impl<'a> Output<'a> {
         Self { start, strides, heads, times, batch, width, borrowed }
     }
 
+    /// The same of pieces, whose numbers others may have written before and will read after it.
+    ///
+    /// # Safety
+    /// Meanwhile nobody has any of them.
+    pub(crate) unsafe fn of_pieces(pieces: &'a Pieces<'_>, shape: Shape, heads: usize, times: usize) -> Self {
+        let Shape { batch, width, .. } = shape;
+        assert_eq!(pieces.len(), batch * times * heads * width);
+        let strides = Strides::contiguous(times, heads, width);
+        let (start, borrowed) = (pieces.start(), std::marker::PhantomData);
+        Self { start, strides, heads, times, batch, width, borrowed }
+    }
+
     /// # Safety
     /// No two threads ask for the same head of the same row of the batch, and the last row asked for is gone.
     #[inline(always)]
@@ -272,9 +284,9 @@ thread_local! {
 }
 
 /// Cuts the scratch into pieces.
-struct Pieces<'a>(&'a mut [f32]);
+struct Cuts<'a>(&'a mut [f32]);
 
-impl<'a> Pieces<'a> {
+impl<'a> Cuts<'a> {
     fn new(scratch: &'a mut Vec<f32>, needed: usize) -> Self {
         if scratch.len() < needed {
             scratch.resize(needed, 0.0);
@@ -369,7 +381,7 @@ impl Job for Forward<'_> {
         let (padded, row) = (keys.next_multiple_of(panel), width.next_multiple_of(L::WIDTH));
         let score_row = padded + panel;
         let needed = padded * width + keys * row + ROWS * (score_row + row);
-        let mut pieces = Pieces::new(self.scratch, needed);
+        let mut pieces = Cuts::new(self.scratch, needed);
         let (k, v) = (pieces.take(padded * width), pieces.take(keys * row));
         let (scores, mixed) = (pieces.take(ROWS * score_row), pieces.take(ROWS * row));
         pack_transposed(lanes, self.k, self.b, self.g, keys, k);
@@ -461,7 +473,7 @@ impl Job for Backward<'_> {
         let p_row = KEY_BLOCK.min(padded) + 16; // an odd number of cache lines: columns spread over the cache
         let block = QUERY_BLOCK.min(queries) * p_row;
         let needed = 2 * padded * width + 3 * keys * row + 3 * queries * row + queries + 2 * block;
-        let mut pieces = Pieces::new(self.scratch, needed);
+        let mut pieces = Cuts::new(self.scratch, needed);
         let (k_panels, v_panels) = (pieces.take(padded * width), pieces.take(padded * width));
         let [k, dk, dv] = [0; 3].map(|_| pieces.take(keys * row));
         let [q, dout, dq] = [0; 3].map(|_| pieces.take(queries * row));

@@ -11,7 +11,7 @@
 
 use crate::activation::{self, Kind};
 use crate::attention::{self, Input, Output, Shape, Sight, Strides};
-use crate::linear::{self, BLOCK, ByWeight, Map, OWN, SHARED, STEP, cut, lines};
+use crate::linear::{self, BLOCK, ByWeight, Map, OWN, STEP, cut, lines};
 use crate::norm::{self, Norm};
 use crate::simd::{self, Job, Lanes, Level};
 use crate::threads::{self, Pieces};
@@ -163,7 +163,7 @@ pub fn forward(level: Level, threads: usize, block: &Block<'_>, x: &[f32], kept:
     let y = Pieces::new(y, 1);
     let maps = block.maps();
     let groups: Vec<usize> = maps.iter().map(|(map, ins)| map.weight.len() / ins / STEP).collect();
-    SHARED.with_borrow_mut(|shared| {
+    linear::with_shared(|shared| {
         let mut rest = Rest(lines(shared, maps.iter().map(|(map, _)| map.weight.len()).sum()));
         let packed: Vec<Pieces<'_>> =
             maps.iter().map(|(map, ins)| Pieces::new(rest.take(map.weight.len()), STEP * ins)).collect();
@@ -192,8 +192,8 @@ pub fn forward(level: Level, threads: usize, block: &Block<'_>, x: &[f32], kept:
                     let heads = [shape.heads, shape.kv_heads, shape.kv_heads];
                     let inputs = [q.whole(), k.whole(), v.whole()];
                     let inputs = [0, 1, 2].map(|i| block.input(inputs[i], heads[i]));
-                    let out = Output::new(mixed.all(), shape, shape.heads, shape.queries);
-                    let logs = Output::new(logs.all(), Shape { width: 1, ..shape }, shape.heads, shape.queries);
+                    let out = Output::of_pieces(&mixed, shape, shape.heads, shape.queries);
+                    let logs = Output::of_pieces(&logs, Shape { width: 1, ..shape }, shape.heads, shape.queries);
                     attention::forward_job(level, shape, block.sight, index, inputs, &out, &logs);
                 },
                 // SAFETY: see above.
@@ -383,7 +383,7 @@ pub fn backward(
     let dx = Pieces::new(dx, 1);
     let dmaps: Vec<[Pieces<'_>; 2]> =
         dmaps.iter_mut().map(|[weight, bias]| [Pieces::new(weight, 1), Pieces::new(bias, 1)]).collect();
-    SHARED.with_borrow_mut(|shared| {
+    linear::with_shared(|shared| {
         let between = [q.len(), k.len(), v.len(), h.len(), up.len(), gate.len(), mixed.len()];
         let panels = [x.len(), mixed.len(), h.len(), up.len()];
         let all = weights.iter().chain(&between).chain(&panels).sum::<usize>() + blocks * summed;
@@ -424,7 +424,7 @@ pub fn backward(
                         (block.input(between.mixed.whole(), shape.heads), block.input(mixed, shape.heads));
                     let [dq, dk, dv] =
                         [(&between.q, shape.heads), (&between.k, shape.kv_heads), (&between.v, shape.kv_heads)]
-                            .map(|(pieces, heads)| Output::new(pieces.all(), shape, heads, shape.queries));
+                            .map(|(pieces, heads)| Output::of_pieces(pieces, shape, heads, shape.queries));
                     attention::backward_job(level, shape, block.sight, index, dout, inputs, out, logs, [&dq, &dk, &dv]);
                 },
                 // SAFETY: see above.
@@ -439,7 +439,7 @@ pub fn backward(
                 _ => OWN.with_borrow_mut(|own| unsafe {
                     let Band { map, at, len } = bands[index];
                     let ins = maps[map].1;
-                    let [.., dh, up, gate] = [&between.q, &between.h, &between.up, &between.gate];
+                    let (dh, up, gate) = (&between.h, &between.up, &between.gate);
                     let last = maps.len() - 1;
                     let (g, set) = match map {
                         0 => (between.q.whole(), 0),

@@ -9,6 +9,7 @@
 //! thread each in one order. Nothing but the inputs is kept from the one for the other.
 
 use std::cell::RefCell;
+use std::panic::resume_unwind;
 
 use crate::activation::{self, Kind};
 use crate::norm::{self, Norm};
@@ -110,17 +111,41 @@ impl Linear<'_> {
 
 thread_local! {
     /// What all threads of a call work in, and what each has for itself: kept, as fresh memory costs page faults.
-    pub(crate) static SHARED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static SHARED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
     pub(crate) static OWN: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
+/// What a call unwinds with where the system has no memory for what it works in; whoever binds it makes an error of it.
+#[derive(Clone, Copy, Debug)]
+pub struct OutOfMemory;
+
+/// More numbers than this are given back when a call is over: 64 MiB.
+const KEPT: usize = 1 << 24;
+
 /// `len` numbers from a cache line's beginning on.
+///
+/// # Panics
+/// With [`OutOfMemory`].
 pub(crate) fn lines(scratch: &mut Vec<f32>, len: usize) -> &mut [f32] {
     if scratch.len() < len + LINE {
+        let more = len + LINE - scratch.len();
+        if scratch.try_reserve_exact(more).is_err() {
+            resume_unwind(Box::new(OutOfMemory)); // says nothing on the way
+        }
         scratch.resize(len + LINE, 0.0);
     }
     let from = scratch.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
     &mut scratch[from..from + len]
+}
+
+/// Works with this thread's numbers that all threads of a call share.
+pub(crate) fn with_shared(work: impl FnOnce(&mut Vec<f32>)) {
+    SHARED.with_borrow_mut(|shared| {
+        work(shared);
+        if shared.capacity() > KEPT {
+            *shared = Vec::new();
+        }
+    });
 }
 
 /// Jobs of a stage: what is cut in pieces of a size.
@@ -142,7 +167,7 @@ pub fn forward(level: Level, threads: usize, linear: &Linear<'_>, residual: Opti
     let outs: Vec<usize> = linear.maps.iter().map(|map| linear.outs(map)).collect();
     let y: Vec<Pieces<'_>> = y.iter_mut().zip(&outs).map(|(y, outs)| Pieces::new(y, BLOCK * outs)).collect();
     let groups = linear.all_outs() / STEP;
-    SHARED.with_borrow_mut(|shared| {
+    with_shared(|shared| {
         let packed = Pieces::new(lines(shared, linear.all_outs() * ins), STEP * ins);
         threads::share_in_stages(threads, [groups, cut(rows, BLOCK)], |stage, index| {
             if stage == 0 {
@@ -197,7 +222,7 @@ pub fn backward(level: Level, threads: usize, linear: &Linear<'_>, g: &[&[f32]],
     let (dx, dx2) = (Pieces::new(dx, BLOCK * ins), Pieces::new(dx2, BLOCK * ins));
     let dweights: Vec<Pieces<'_>> = weights.iter_mut().map(|to| Pieces::new(to, band * ins)).collect();
     let dbiases: Vec<Pieces<'_>> = biases.iter_mut().map(|to| Pieces::new(to, band)).collect();
-    SHARED.with_borrow_mut(|shared| {
+    with_shared(|shared| {
         let (packed, rest) = lines(shared, all * ins + rows * ins + blocks * summed).split_at_mut(all * ins);
         let (a, sums) = rest.split_at_mut(rows * ins);
         sums.fill(0.0);

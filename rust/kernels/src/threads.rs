@@ -34,7 +34,7 @@ pub(crate) struct Pieces<'a, T = f32> {
     of: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: the pieces do not overlap, and each is handed out once.
+// SAFETY: whoever takes pieces vouches that no two that exist at a time overlap, but for such as are only read.
 unsafe impl<T: Send> Sync for Pieces<'_, T> {}
 
 impl<'a, T> Pieces<'a, T> {
@@ -56,14 +56,9 @@ impl<'a, T> Pieces<'a, T> {
         self.len
     }
 
-    /// All of it, to be written by several threads.
-    ///
-    /// # Safety
-    /// Each writes other numbers, and nobody reads any meanwhile.
-    #[expect(clippy::mut_from_ref, reason = "they write other numbers")]
-    pub(crate) unsafe fn all(&self) -> &mut [T] {
-        // SAFETY: what `new` was given.
-        unsafe { std::slice::from_raw_parts_mut(self.start, self.len) }
+    /// Where the first number stands.
+    pub(crate) fn start(&self) -> *mut T {
+        self.start
     }
 
     /// The numbers of `count` rows from `first` on, of `all` rows.
@@ -83,7 +78,7 @@ impl<'a, T> Pieces<'a, T> {
     /// They are all there, and no number is anybody else's meanwhile.
     #[expect(clippy::mut_from_ref, reason = "they are disjoint")]
     pub(crate) unsafe fn from(&self, at: usize, len: usize) -> &mut [T] {
-        debug_assert!(at + len <= self.len);
+        assert!(at + len <= self.len);
         // SAFETY: inside the slice that `new` was given, by the caller's word.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(at), len) }
     }

@@ -1,15 +1,18 @@
 //! Binding of `bytekiln-kernels`: tensors arrive as addresses, sizes and strides, and `kernels.py` vouches for them.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
 use bytekiln_bpe::Error;
 use bytekiln_kernels::activation::{self, Kind};
 use bytekiln_kernels::attention::{self, Input, Output, Shape, Sight, Strides};
 use bytekiln_kernels::block::{self, Block, Maps};
 use bytekiln_kernels::dropout::dropout as dropped;
-use bytekiln_kernels::linear::{self, Before, Gradients, Linear, Map};
+use bytekiln_kernels::linear::{self, Before, Gradients, Linear, Map, OutOfMemory};
 use bytekiln_kernels::norm::{self, Norm};
 use bytekiln_kernels::number::Bf16;
 use bytekiln_kernels::simd::Level;
 use bytekiln_kernels::threads::{self, Parallel};
+use pyo3::exceptions::PyMemoryError;
 use pyo3::prelude::*;
 
 use crate::error::to_python;
@@ -343,6 +346,15 @@ pub fn rms_norm_backward(
     Ok(())
 }
 
+/// Lets other threads of Python run meanwhile; where the core has no memory, that is a `MemoryError`.
+fn without_python(py: Python<'_>, work: impl FnOnce() + Send) -> PyResult<()> {
+    match py.detach(|| catch_unwind(AssertUnwindSafe(work))) {
+        Ok(()) => Ok(()),
+        Err(panic) if panic.is::<OutOfMemory>() => Err(PyMemoryError::new_err("kernels: no memory to work in")),
+        Err(panic) => resume_unwind(panic),
+    }
+}
+
 /// (weight, bias or 0, rows of the weight)
 type MapAt = (Address, Address, usize);
 
@@ -396,7 +408,7 @@ pub fn linear_forward(
     let (rows, ins) = sizes;
     // SAFETY: as in `activation_forward`, here and below.
     let before = unsafe { before_of(py, before, norm, ins)? };
-    py.detach(|| {
+    without_python(py, || {
         let second = if matches!(before, Before::Swiglu) { rows * ins } else { 0 };
         // SAFETY: as above.
         let (x, made) = unsafe { ([read(x.0, rows * ins), read(x.1, second)], maps_of(&maps, ins)) };
@@ -406,8 +418,7 @@ pub fn linear_forward(
         // SAFETY: as above.
         let mut y: Vec<&mut [f32]> = y.iter().zip(&maps).map(|(y, map)| unsafe { write(*y, rows * map.2) }).collect();
         linear::forward(level, threads, &linear, residual, &mut y);
-    });
-    Ok(())
+    })
 }
 
 /// Gradients of `linear_forward` by x, by each map's weight and bias, and by the norm's; `residual`'s is g.
@@ -430,7 +441,7 @@ pub fn linear_backward(
     let (rows, ins) = sizes;
     // SAFETY: as in `activation_forward`, here and below.
     let before = unsafe { before_of(py, before, norm, ins)? };
-    py.detach(|| {
+    without_python(py, || {
         let second = if matches!(before, Before::Swiglu) { rows * ins } else { 0 };
         // SAFETY: as above.
         let (x, made) = unsafe { ([read(x.0, rows * ins), read(x.1, second)], maps_of(&maps, ins)) };
@@ -452,8 +463,7 @@ pub fn linear_backward(
             }
         };
         linear::backward(level, threads, &linear, &g, &mut to);
-    });
-    Ok(())
+    })
 }
 
 /// (batch, places, width of the stream, heads, `kv_heads`, width of a head, width of the feed-forward)
@@ -525,13 +535,12 @@ pub fn block_forward(
     let level = level(py)?;
     // SAFETY: as in `activation_forward`, here and below.
     let block = unsafe { block_of(py, sizes, kind, &parameters, tables)? };
-    py.detach(|| {
+    without_python(py, || {
         let len = sizes.0 * sizes.1 * sizes.2;
         // SAFETY: as above.
         let (x, kept, y) = unsafe { (read(x, len), write(kept.0, kept.1), write(y, len)) };
         block::forward(level, threads, &block, x, kept, y);
-    });
-    Ok(())
+    })
 }
 
 /// Gradients of `block_forward` by x and by all parameters that are there.
@@ -554,7 +563,7 @@ pub fn block_backward(
     // SAFETY: as in `activation_forward`, here and below.
     let block = unsafe { block_of(py, sizes, kind, &parameters, tables)? };
     assert_eq!(dparameters.len(), parameters.len());
-    py.detach(|| {
+    without_python(py, || {
         let (batch, places, width, heads, kv_heads, head, wide) = sizes;
         let len = batch * places * width;
         let (q, kv) = (heads * head, kv_heads * head);
@@ -580,6 +589,5 @@ pub fn block_backward(
             norms: [0, 2].map(|at| [gradient(at, width), gradient(at + 1, width)]),
         };
         block::backward(level, threads, &block, x, kept, g, &mut to);
-    });
-    Ok(())
+    })
 }
