@@ -35,6 +35,7 @@ def test_a_profile_tells_every_part(tmp_path: Path, values: dict[str, object]) -
     assert json.loads((folder / "trace.json").read_text("utf-8"))["traceEvents"]
     text = (folder / "profile.txt").read_text("utf-8")
     assert text == show(made) + "\n" and "MFU unknown" in text
+    assert made.taken_apart is about["taken_apart"] is ("are taken apart" in text)
     assert all(f"\n  {part} " in text for part in PARTS)
     assert not (tmp_path / "run/metrics.csv").exists() and not (tmp_path / "run/checkpoints").exists()
     with pytest.raises(ConfigError, match="--profile: found 0; expected at least 1 step"):

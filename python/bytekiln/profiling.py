@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bytekiln import objective
 from bytekiln.accounting import flops_per_token
-from bytekiln.block import taken_apart
+from bytekiln.block import is_one_operation, taken_apart
 from bytekiln.config import RunConfig
 from bytekiln.console import human_time, table
 from bytekiln.errors import ConfigError
@@ -69,6 +69,8 @@ class Profile:
     tokens_per_s: float
     mfu: float | None
     device: str
+    taken_apart: bool
+    """Whether shares are of steps whose blocks, one operation each in `step_s`, were taken apart."""
 
 
 def profile_run(config: RunConfig, steps: int, notice: Callable[[str], object]) -> tuple[Profile, Path]:
@@ -106,7 +108,13 @@ def profile_run(config: RunConfig, steps: int, notice: Callable[[str], object]) 
         shares, top = _shares(found.events(), profiled_s, steps, on_gpu=device.type == "cuda")
         peak = peak_flops(torch.cuda.get_device_name(device), c.training.precision) if device.type == "cuda" else None
         made = Profile(
-            step_s, shares, top, tokens_per_s, mfu(flops_per_token(c.model), tokens_per_s, peak), device_name(device)
+            step_s,
+            shares,
+            top,
+            tokens_per_s,
+            mfu(flops_per_token(c.model), tokens_per_s, peak),
+            device_name(device),
+            is_one_operation(c.model) and any(name.startswith("bytekiln::linear") for name, *_ in top),
         )
         folder = c.output.folder / "profile"
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,6 +128,7 @@ def profile_run(config: RunConfig, steps: int, notice: Callable[[str], object]) 
         "top": [{"name": name, "share": share, "calls_per_step": calls} for name, share, calls in top],
         "tokens_per_s": tokens_per_s,
         "mfu": made.mfu,
+        "taken_apart": made.taken_apart,
         "hardware": describe(device),
         "versions": versions(),
         "config": c.flat(),
@@ -134,7 +143,8 @@ def show(made: Profile) -> str:
     rows = [(part, human_time(made.step_s * share), f"{100 * share:5.1f} %") for part, share in made.shares.items()]
     top = [(name[:60], f"{100 * share:5.1f} %", f"{calls:,} calls") for name, share, calls in made.top]
     head = f"a step takes {human_time(made.step_s)} on {made.device}: {made.tokens_per_s:,.0f} tokens/s, "
-    return f"{head}MFU {percentage(made.mfu)}\n{table(rows)}\n\nlongest\n{table(top)}"
+    parts = "\nshares are of steps whose blocks, here one operation each, are taken apart" if made.taken_apart else ""
+    return f"{head}MFU {percentage(made.mfu)}{parts}\n{table(rows)}\n\nlongest\n{table(top)}"
 
 
 def _labelled(function: Callable[P, R], part: str) -> Callable[P, R]:

@@ -11,7 +11,7 @@
 
 use crate::activation::{self, Kind};
 use crate::attention::{self, Input, Output, Shape, Sight, Strides};
-use crate::linear::{self, BLOCK, ByWeight, Map, OWN, STEP, cut, lines};
+use crate::linear::{self, BLOCK, ByWeight, Map, OWN, Pack, PackTransposed, STEP, cut, lines};
 use crate::norm::{self, Norm};
 use crate::simd::{self, Job, Lanes, Level};
 use crate::threads::{self, Pieces};
@@ -208,20 +208,6 @@ pub fn forward(level: Level, threads: usize, block: &Block<'_>, x: &[f32], kept:
             }
         });
     });
-}
-
-struct PackTransposed<'a> {
-    ins: usize,
-    weight: &'a [f32],
-    to: &'a mut [f32],
-}
-
-impl Job for PackTransposed<'_> {
-    type Out = ();
-    #[inline(always)]
-    fn run<L: Lanes>(self, lanes: L) {
-        linear::pack_transposed(lanes, self.ins, self.weight, self.to);
-    }
 }
 
 /// From the residual stream to queries, keys and values.
@@ -490,21 +476,6 @@ fn bands(maps: &[(Map<'_>, usize)], threads: usize) -> Vec<Band> {
         bands.extend((0..outs).step_by(most).map(|at| Band { map, at, len: most.min(outs - at) }));
     }
     bands
-}
-
-struct Pack<'a> {
-    ins: usize,
-    maps: &'a [Map<'a>],
-    column: usize,
-    to: &'a mut [f32],
-}
-
-impl Job for Pack<'_> {
-    type Out = ();
-    #[inline(always)]
-    fn run<L: Lanes>(self, lanes: L) {
-        linear::pack(lanes, self.ins, self.maps, self.column, self.to);
-    }
 }
 
 /// From the block's gradient to the attention's.

@@ -235,7 +235,7 @@ pub fn backward(level: Level, threads: usize, linear: &Linear<'_>, g: &[&[f32]],
                 if stage == 0 {
                     // SAFETY: every index comes once.
                     let to = unsafe { packed.piece(index) };
-                    simd::run(level, Pack { linear, column: index * STEP, to });
+                    simd::run(level, Pack { ins, maps: linear.maps, column: index * STEP, to });
                 } else if stage == 1 {
                     let row = index * BLOCK;
                     let these = BLOCK.min(rows - row);
@@ -279,7 +279,7 @@ pub fn backward(level: Level, threads: usize, linear: &Linear<'_>, g: &[&[f32]],
 
 /// [`STEP`] rows of W, transposed: panels of ins × two vectors.
 #[inline(always)]
-pub(crate) fn pack_transposed<L: Lanes>(lanes: L, ins: usize, weight: &[f32], to: &mut [f32]) {
+fn pack_transposed<L: Lanes>(lanes: L, ins: usize, weight: &[f32], to: &mut [f32]) {
     let panel = 2 * L::WIDTH;
     assert!(weight.len() == STEP * ins && to.len() == STEP * ins && ins.is_multiple_of(8));
     for out in (0..STEP).step_by(8) {
@@ -297,7 +297,7 @@ pub(crate) fn pack_transposed<L: Lanes>(lanes: L, ins: usize, weight: &[f32], to
 
 /// [`STEP`] columns of several W of the same width, one W behind the other: panels of all outs × two vectors.
 #[inline(always)]
-pub(crate) fn pack<L: Lanes>(_: L, ins: usize, maps: &[Map<'_>], column: usize, to: &mut [f32]) {
+fn pack<L: Lanes>(_: L, ins: usize, maps: &[Map<'_>], column: usize, to: &mut [f32]) {
     let panel = 2 * L::WIDTH;
     let len = to.len() / (STEP / panel);
     for (index, to) in to.chunks_exact_mut(len).enumerate() {
@@ -359,10 +359,11 @@ pub(crate) unsafe fn to_panels<L: Lanes>(
     }
 }
 
-struct PackTransposed<'a> {
-    ins: usize,
-    weight: &'a [f32],
-    to: &'a mut [f32],
+/// [`pack_transposed`].
+pub(crate) struct PackTransposed<'a> {
+    pub(crate) ins: usize,
+    pub(crate) weight: &'a [f32],
+    pub(crate) to: &'a mut [f32],
 }
 
 impl Job for PackTransposed<'_> {
@@ -373,17 +374,19 @@ impl Job for PackTransposed<'_> {
     }
 }
 
-struct Pack<'a> {
-    linear: &'a Linear<'a>,
-    column: usize,
-    to: &'a mut [f32],
+/// [`pack`].
+pub(crate) struct Pack<'a> {
+    pub(crate) ins: usize,
+    pub(crate) maps: &'a [Map<'a>],
+    pub(crate) column: usize,
+    pub(crate) to: &'a mut [f32],
 }
 
 impl Job for Pack<'_> {
     type Out = ();
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
-        pack(lanes, self.linear.ins, self.linear.maps, self.column, self.to);
+        pack(lanes, self.ins, self.maps, self.column, self.to);
     }
 }
 
