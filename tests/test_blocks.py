@@ -19,8 +19,8 @@ from torch.profiler import profile
 
 from bytekiln import block, kernels, linear
 from bytekiln.config import ModelConfig, from_flat
-from bytekiln.model import Block, KVCache, TransformerLM
-from bytekiln.norms import LayerNorm, NoNorm
+from bytekiln.model import Block, FeedForward, KVCache, TransformerLM
+from bytekiln.norms import LayerNorm, NoNorm, RMSNorm
 from bytekiln.objective import Objective
 from bytekiln.optim import _threads_that_pay, clip_gradients, make_optimizer
 from bytekiln.stack.model import StackedObjective
@@ -169,12 +169,16 @@ def test_a_stand_in_is_asked() -> None:
     assert not torch.allclose(outcome(model)[0], outcome(model_of())[0])
 
 
-class Sign(type(model_of().ln_final)):  # type: ignore[misc] # a norm of somebody's own
+class Sign(RMSNorm):
+    """A norm of somebody's own."""
+
     def forward(self, x: Tensor) -> Tensor:
         return x.sign()
 
 
-class Halved(type(model_of().layers[0].ffn)):  # type: ignore[misc] # a feed-forward of somebody's own
+class Halved(FeedForward):
+    """A feed-forward of somebody's own."""
+
     def forward(self, x: Tensor, this: Any = None) -> Tensor:
         return 0.5 * super().forward(x, this)
 

@@ -345,7 +345,8 @@ def _signals_handled() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # one of C's own cannot be put back
+                signal.signal(number, handler)
 
 
 if __name__ == "__main__":
